@@ -1,0 +1,1 @@
+"""Evaluation protocols, installed as ssl_samix.eval_protocols."""

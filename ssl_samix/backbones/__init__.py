@@ -1,0 +1,1 @@
+"""Backbones: torchvision, timm and narrow ResNets behind one face."""

@@ -1,0 +1,157 @@
+"""One face for every backbone: pooled features, stage maps, and what it states of itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk
+from ssl_samix.errors import ConfigError, nearest
+from ssl_samix.types import Features, MapSpec
+
+SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
+
+
+class Backbone(nn.Module):
+    """An image model without classifier.
+
+    Args:
+        name: A torchvision or timm model name; torchvision's ResNets take a width and both stems.
+        image_size: Side of the square images in px; the model is checked to take it.
+        width: Channels of a ResNet's first stage; 64 is the published network.
+        stem: ``small`` (3x3, no max-pool), ``standard``, or ``auto``: small below 64 px.
+        options: Further arguments of ``timm.create_model`` for a timm model.
+
+    Raises:
+        ConfigError: For an unknown name, a width or stem that the model does not have, or an image
+            size that it cannot take.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        width: int = 64,
+        stem: Literal["auto", "small", "standard"] = "auto",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if stem not in ("auto", "small", "standard"):
+            raise ConfigError(nearest(stem, ["auto", "small", "standard"], "backbone.stem"))
+        self.name, self.image_size = name, image_size
+        self.small_stem = stem == "small" or (
+            stem == "auto" and name in RESNETS and image_size < SMALL_IMAGE
+        )
+        self._check_resnet_settings(name, width, options)
+        # What rebuilds this network, whatever "auto" means elsewhere.
+        self.settings: dict[str, Any] = {
+            "name": name,
+            "width": width,
+            "stem": "small" if self.small_stem else "standard",
+            "options": dict(options or {}),
+        }
+        self.trunk = self._build(name, width, options)
+        maps, pooled = self._try_one_image()
+        self.feature_dim = pooled.shape[1]
+        self._map_specs = {
+            stage: MapSpec(channels=m.shape[1], stride=round(image_size / m.shape[-1]))
+            for stage, m in enumerate(maps, start=1)
+        }
+
+    def _check_resnet_settings(self, name: str, width: int, options: dict[str, Any] | None) -> None:
+        if name in RESNETS:
+            if width < 1:
+                raise ConfigError(f"backbone.width must be at least 1, got {width}")
+            if options:
+                raise ConfigError(f"backbone.options are for timm models, and {name} is not one")
+        elif (width != 64 or self.small_stem) and _library(name):
+            setting = "stem=small" if self.small_stem else f"width={width}"
+            raise ConfigError(
+                f"backbone.{setting} is for ResNets, not for {name}: choose backbone=any"
+            )
+
+    def _build(self, name: str, width: int, options: dict[str, Any] | None) -> nn.Module:
+        if name in RESNETS:
+            return ResNetTrunk(name, width, self.small_stem)
+        try:
+            if _library(name) == "timm":
+                from ssl_samix.backbones.timm_trunk import TimmTrunk
+
+                return TimmTrunk(name, self.image_size, options)
+            from ssl_samix.backbones.torchvision_trunk import TorchvisionTrunk
+
+            return TorchvisionTrunk(name)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, AssertionError) as error:
+            raise self._unfit(error) from error
+
+    def _unfit(self, error: Exception) -> ConfigError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        return ConfigError(
+            f"backbone {self.name} cannot take images of {self.image_size} px with these settings "
+            f"({reason}): change data.image_size, backbone.name or backbone.options"
+        )
+
+    @torch.no_grad()
+    def _try_one_image(self) -> tuple[list[Tensor], Tensor]:
+        # eval mode: normalisation statistics must not move, and a batch of one is welcome.
+        self.trunk.eval()
+        image = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            maps, pooled = self._both(image)
+        except (ValueError, TypeError, AssertionError, RuntimeError, IndexError) as error:
+            raise self._unfit(error) from error
+        if pooled.ndim != 2 or any(0 in m.shape for m in maps):
+            raise self._unfit(ValueError("nothing is left of the image after its last stage"))
+        self.trunk.train()
+        return maps, pooled
+
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        if isinstance(self.trunk, ResNetTrunk):
+            maps = self.trunk.stage_maps(images)
+            return maps, self.trunk.pool(maps[-1])
+        return self.trunk.forward_both(images)  # type: ignore[operator]
+
+    def map_spec(self, stage: int) -> MapSpec:
+        """State channels and stride of a stage's feature map.
+
+        Raises:
+            ConfigError: If the backbone has no such stage.
+        """
+        if stage not in self._map_specs:
+            known = ", ".join(map(str, self._map_specs)) or "none"
+            raise ConfigError(f"backbone {self.name} has no stage {stage}; its stages: {known}")
+        return self._map_specs[stage]
+
+    def stage_map(self, images: Tensor, stage: int) -> Tensor:
+        """Return one stage's map (B, C, h, w), computing no further than that stage."""
+        return self.trunk.stage_maps(images, stage)[stage - 1]  # type: ignore[operator]
+
+    def features(self, images: Tensor) -> Features:
+        """Return the maps of all stages and the pooled features of one pass."""
+        maps, pooled = self._both(images)
+        return Features(maps=dict(enumerate(maps, start=1)), pooled=pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to the pooled features (B, feature_dim)."""
+        return self.trunk(images)
+
+
+def _library(name: str) -> str:
+    """Return the library that has a model of this name: timm first, it gives maps of more models.
+
+    Raises:
+        ConfigError: If neither has, with the nearest name.
+    """
+    import timm
+    import torchvision
+
+    if timm.is_model(name):
+        return "timm"
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in known:
+        return "torchvision"
+    raise ConfigError(nearest(name, {*known, *RESNETS, *timm.list_models()}, "backbone"))

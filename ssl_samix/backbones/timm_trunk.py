@@ -1,0 +1,71 @@
+"""Any timm image model: pooled features and the maps of its stages in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+
+class TimmTrunk(nn.Module):
+    """A timm model without its classifier.
+
+    Stages are numbered as in a ResNet: stage 1 is the one of stride 4, and a quarter of the blocks
+    is one stage where all blocks share one stride (ViT).
+
+    Args:
+        name: A timm model name.
+        image_size: Passed to models that are built for one size (ViT, Swin).
+        options: Further keyword arguments of ``timm.create_model``, such as ``patch_size``.
+
+    Raises:
+        ValueError, TypeError, AssertionError: As timm raises them for sizes or options that the
+            model does not take.
+    """
+
+    def __init__(self, name: str, image_size: int, options: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        arguments: dict[str, Any] = {"num_classes": 0, **(options or {})}
+        if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+            arguments["img_size"] = image_size
+        self.model = timm.create_model(name, pretrained=False, **arguments)
+        patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
+        if patch is not None and image_size % patch[0]:
+            raise ValueError(f"{image_size} is not a multiple of its patch of {patch[0]} px")
+        self._blocks = self._stage_blocks()
+
+    def _stage_blocks(self) -> list[int]:
+        """Return, for stages 1, 2, ..., the position of the stage's last block."""
+        strides = [entry["reduction"] for entry in getattr(self.model, "feature_info", [])]
+        if not strides or not hasattr(self.model, "forward_intermediates"):
+            return []
+        if len(set(strides)) == 1:
+            return [round(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        return [i for i, stride in enumerate(strides) if stride >= 4]
+
+    @property
+    def stages(self) -> int:
+        """Number of stages whose maps can be read."""
+        return len(self._blocks)
+
+    def stage_maps(self, images: Tensor, last: int) -> list[Tensor]:
+        """Return the maps of stages 1 to ``last``, each (B, C, h, w)."""
+        return self.model.forward_intermediates(
+            images,
+            indices=self._blocks[:last],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NCHW",
+        )
+
+    def forward_both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps of all stages and the pooled features (B, C) of one pass."""
+        final, maps = self.model.forward_intermediates(
+            images, indices=self._blocks, output_fmt="NCHW"
+        )
+        return maps, self.model.forward_head(final, pre_logits=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, C)."""
+        return self.model(images)

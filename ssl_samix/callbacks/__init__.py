@@ -1,0 +1,1 @@
+"""Lightning callbacks: the monitor, the run's table and its progress."""

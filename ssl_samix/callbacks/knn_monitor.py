@@ -1,0 +1,173 @@
+"""Watches the encoder while it trains: kNN where there are labels, RankMe everywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.errors import ConfigError
+from ssl_samix.evaluation.features import evaluating, extract
+from ssl_samix.evaluation.knn import knn_accuracy
+from ssl_samix.evaluation.measures import alignment, rankme, uniformity
+
+RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
+VIEW_SAMPLE = 250  # images for alignment, embedded twice
+SHARE = 0.05  # of the training cost; the automatic interval keeps the monitor below it
+STEP_COST = 4  # encoder passes per image and epoch of the cheapest method (MoCo: 3 + 1)
+
+
+class KNNMonitor(pl.Callback):
+    """Every n epochs: weighted kNN on un-augmented images, RankMe, alignment and uniformity.
+
+    Args:
+        every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
+            most 5% of the training, counted in encoder passes. The first and the last epoch are
+            always measured.
+        k: Neighbours to vote; the first gives ``knn/top1``, the others ``knn/top1_k<k>``.
+        temperature: Of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
+        bank_limit: At most this many images in the memory bank (None: all).
+        val_limit: At most this many validation images (None: all).
+
+    Raises:
+        ConfigError: For a setting below its smallest value.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | Literal["auto"] = "auto",
+        k: Sequence[int] = (20, 200),
+        temperature: float = 0.07,
+        bank_limit: int | None = None,
+        val_limit: int | None = None,
+    ) -> None:
+        if every_n_epochs != "auto" and int(every_n_epochs) < 1:
+            raise ConfigError(f"knn.every_n_epochs is at least 1 or auto, got {every_n_epochs}")
+        if not k or min(k) < 1 or temperature <= 0:
+            raise ConfigError(
+                f"knn.k needs numbers of at least 1 and knn.temperature must be positive, got "
+                f"{list(k)} and {temperature}"
+            )
+        self.every_n_epochs, self.k, self.temperature = every_n_epochs, list(k), temperature
+        self.bank_limit, self.val_limit = bank_limit, val_limit
+        self.best: float | None = None
+        self.measured_epoch = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best kNN over a resume."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best kNN back."""
+        self.best = state_dict["best"]
+
+    def interval(self, data: DataModule) -> int:
+        """Return the epochs between two measurements."""
+        if self.every_n_epochs != "auto":
+            return int(self.every_n_epochs)
+        splits = data.splits
+        passes = 2 * min(VIEW_SAMPLE, len(splits.train))
+        if splits.bank is not None and splits.val is not None:
+            passes += self._count(splits.bank, self.bank_limit)
+            passes += self._count(splits.val, self.val_limit)
+        if splits.bank is not splits.train:
+            passes += min(RANK_SAMPLE, len(splits.train))
+        return max(1, math.ceil(passes / (SHARE * STEP_COST * len(splits.train))))
+
+    @staticmethod
+    def _count(images: ImageSet, limit: int | None) -> int:
+        return min(len(images), limit or len(images))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure, if it is time, and log."""
+        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
+        if epoch % self.interval(trainer.datamodule) and epoch != last:  # type: ignore[attr-defined]
+            return
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            measured = self.measure(module.backbone, trainer.datamodule, module.device)  # type: ignore[attr-defined, arg-type]
+        if "knn/top1" in measured:
+            self.best = max(self.best or 0.0, measured["knn/top1"])
+            measured["knn/best_top1"] = self.best
+        measured["knn/seconds"] = time.perf_counter() - start
+        self.measured_epoch = epoch
+        module.log_dict(measured, on_step=False, on_epoch=True)
+
+    def measure(
+        self, encoder: torch.nn.Module, data: DataModule, device: torch.device
+    ) -> dict[str, float]:
+        """Measure an encoder on a data set.
+
+        Returns:
+            ``rankme``, ``alignment``, ``uniformity`` and, with labels, ``knn/top1``, ``knn/top5``
+            (first k) and ``knn/top1_k<k>``, ``knn/top5_k<k>``, in percent.
+        """
+        splits = data.splits
+        result: dict[str, float] = {}
+        bank: Tensor | None = None
+        if splits.bank is not None and splits.val is not None:
+            bank, bank_labels = self._embed(encoder, data, splits.bank, self.bank_limit, device)
+            val, val_labels = self._embed(encoder, data, splits.val, self.val_limit, device)
+            accuracy = knn_accuracy(
+                bank, bank_labels, val, val_labels, len(splits.classes), self.k, self.temperature
+            )
+            for position, (k, (top1, top5)) in enumerate(accuracy.items()):
+                suffix = f"_k{k}" if position else ""
+                result |= {f"knn/top1{suffix}": top1, f"knn/top5{suffix}": top5}
+        if bank is None or splits.bank is not splits.train:
+            bank, _ = self._embed(encoder, data, splits.train, RANK_SAMPLE, device)
+        sample = bank[:: max(1, len(bank) // RANK_SAMPLE)][:RANK_SAMPLE]
+        first, second = self._two_views(encoder, data, device)
+        return result | {
+            "rankme": rankme(sample),
+            "alignment": alignment(first, second),
+            "uniformity": uniformity(sample),
+        }
+
+    def _embed(
+        self,
+        encoder: torch.nn.Module,
+        data: DataModule,
+        images: ImageSet,
+        limit: int | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        picks = stratified(images.labels, self._count(images, limit), seed=0)
+        features = extract(
+            encoder,
+            images,
+            picks.tolist(),
+            data.splits.mean,
+            data.splits.std,
+            device=device,
+            workers=data.worker_count(),
+        )
+        return features, images.labels[picks]
+
+    @torch.no_grad()
+    def _two_views(
+        self, encoder: torch.nn.Module, data: DataModule, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Embed two views of the sample, the same views at every call and on every rank."""
+        images = data.splits.train
+        count = min(VIEW_SAMPLE, len(images))
+        picks = stratified(images.labels, count, seed=0).tolist()
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            evaluating(encoder),
+        ):
+            torch.manual_seed(0)
+            if data.worker_views is None:
+                pixels = images.load(picks)
+            else:
+                pixels = torch.stack([data.worker_views(images.original(i)) for i in picks])
+            first, second = (encoder(v) for v in data.make_views(pixels.to(device))[:2])
+        return first.float().cpu(), second.float().cpu()

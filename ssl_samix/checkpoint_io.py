@@ -1,0 +1,90 @@
+"""Checkpoints are written whole or not at all, and read without running code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ssl_samix.errors import CheckpointError
+from ssl_samix.files import write_atomically
+
+META = "ssl_samix"  # key, in checkpoints and safetensors files, of what describes the encoder
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's plug for reading and writing checkpoints.
+
+    Args:
+        meta: Describes this run's encoder; stored in each checkpoint, compared at a resume.
+    """
+
+    def __init__(self, meta: dict[str, Any]) -> None:
+        super().__init__()
+        self.meta = meta
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write atomically."""
+        checkpoint[META] = self.meta
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of this run's encoder.
+
+        Raises:
+            CheckpointError: If it is damaged, or holds another backbone.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        theirs, ours = checkpoint[META]["backbone"], self.meta["backbone"]
+        if theirs != ours:
+            raise CheckpointError(
+                f"{path} holds the backbone {describe(theirs)}, this run has {describe(ours)}"
+            )
+        return checkpoint
+
+
+def describe(backbone: dict[str, Any]) -> str:
+    """Name a backbone by its settings, in words."""
+    return f"{backbone['name']} of width {backbone['width']} ({backbone['stem']} stem)"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one of our checkpoints on the CPU, weights and plain values only.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, from elsewhere, or a pickle that runs code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} is refused: loading it would run code, which weights never need"
+            ) from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or META not in checkpoint:
+        raise CheckpointError(f"{path} is no checkpoint of ssl_samix")
+    return checkpoint
+
+
+def meta_from_text(text: str | None, path: Path) -> dict[str, Any]:
+    """Read the description in a safetensors file's metadata.
+
+    Raises:
+        CheckpointError: If the file was not written by ssl_samix.
+    """
+    if text is None:
+        raise CheckpointError(f"{path} is no encoder of ssl_samix: it does not describe itself")
+    return json.loads(text)

@@ -1,0 +1,1 @@
+"""Data sets, views and the data module; importing this package alone does not import torch."""

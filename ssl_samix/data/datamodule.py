@@ -1,0 +1,136 @@
+"""From a data set to batches of views on the device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssl_samix.data.datasets import Splits, load_splits
+from ssl_samix.data.images import MemoryImages
+from ssl_samix.data.loader import StepReader, StepSampler, step_seed
+from ssl_samix.data.views import BatchedViews, Views
+from ssl_samix.data.worker_views import WorkerViews, normalize
+from ssl_samix.errors import DataError
+from ssl_samix.types import Batch
+
+BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
+
+
+class DataModule(pl.LightningDataModule):
+    """The images of one run.
+
+    Args:
+        views: The two views of the method.
+        seed: Of the run: orders and views derive from it and from the step.
+        name: Data set name.
+        root: Its folder.
+        image_size: Side of the views in px, or ``auto``.
+        limit: Train on a class-balanced subset of at most this many images.
+        batch_size: Images per step, over all devices.
+        flip: Whether a mirrored image still shows the same thing.
+        labels: ``auto``, true or false: whether sub-folders of a folder are classes.
+        download: Let torchvision download what is missing.
+        workers: Processes that decode images, or ``auto``; none when all is in memory.
+        memory_gb: Hold data sets up to this many GiB in memory.
+
+    Raises:
+        DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
+    """
+
+    def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
+        self,
+        *,
+        views: Views,
+        seed: int,
+        name: str,
+        root: str | None,
+        image_size: int | Literal["auto"],
+        limit: int | None,
+        batch_size: int,
+        flip: bool,
+        labels: bool | Literal["auto"],
+        download: bool,
+        workers: int | Literal["auto"],
+        memory_gb: float,
+    ) -> None:
+        super().__init__()
+        self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
+        self.splits: Splits = load_splits(
+            name, root, image_size, limit, download=download, labels=labels, memory_gb=memory_gb
+        )
+        self._check_batch()
+        size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
+        specs = views.specs(size, flip)
+        self.batched_views = BatchedViews(specs, size, mean, std)
+        self.worker_views = None if size <= BATCHED_UP_TO else WorkerViews(specs, size)
+
+    def _check_batch(self) -> None:
+        images = len(self.splits.train)
+        if self.batch_size < 2:
+            raise DataError(
+                f"data.batch_size={self.batch_size}: contrastive methods compare images with each "
+                "other and need at least 2"
+            )
+        if self.batch_size > images:
+            raise DataError(
+                f"data.batch_size={self.batch_size} is larger than the data set ({images} images):"
+                f" set data.batch_size={max(2, 2 ** ((images // 2).bit_length() - 1))} or less"
+            )
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel, of pixels in [0, 1]."""
+        return self.splits.mean, self.splits.std
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether loading a batch is a memory look-up."""
+        return isinstance(self.splits.train, MemoryImages)
+
+    def worker_count(self, ranks: int = 1) -> int:
+        """Return the number of worker processes per rank."""
+        if self.workers != "auto":
+            return int(self.workers)
+        if self.in_memory and self.worker_views is None:
+            return 0  # pickling a batch to another process costs more than indexing it
+        return max(1, min(16, (os.cpu_count() or 1) // ranks))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this rank's part of every step."""
+        assert self.trainer is not None
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        if self.batch_size % ranks or self.batch_size // ranks < 2:
+            raise DataError(
+                f"data.batch_size={self.batch_size} cannot be shared by {ranks} devices: it must be"
+                f" a multiple of {ranks} and give each at least 2 images"
+            )
+        workers = self.worker_count(ranks)
+        return DataLoader(
+            StepReader(self.splits.train, self.worker_views, self.seed, rank),
+            sampler=StepSampler(len(self.splits.train), self.batch_size, self.seed, rank, ranks),
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Draw the views on the device."""
+        pixels, label, index, step = batch
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
+        # a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(step_seed(self.seed, int(step), rank))
+        return Batch(views=self.make_views(pixels), label=label, index=index)
+
+    def make_views(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Map uint8 images (B, 3, S, S), or views from workers (B, V, 3, S, S), to float views."""
+        if pixels.ndim == 5:
+            mean, std = (pixels.new_tensor(v, dtype=torch.float32) for v in self.mean_std)
+            return tuple(normalize(view, mean, std) for view in pixels.unbind(dim=1))
+        return self.batched_views.to(pixels.device)(pixels)

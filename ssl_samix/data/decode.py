@@ -1,0 +1,171 @@
+"""Many pictures at once: all into memory, or a sample of them to see whether they are sound."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
+from ssl_samix.data.sources import UNREADABLE, PathSource, Source
+from ssl_samix.errors import DataError
+
+_log = logging.getLogger(__name__)
+_TOLERATED = 0.01  # share of unreadable images that is skipped; more is a damaged data set
+_CHUNK = 256  # images per task of a thread
+_BAR_FROM = 5000  # images; fewer are there before a bar is read
+_WORTH_THREADS = 1e-3  # seconds per image
+
+
+def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
+    """Decode all pictures into memory, skipping and naming the unreadable.
+
+    Args:
+        source: N pictures.
+        labels: (N,) int64.
+        size: S, image side in pixels.
+
+    Returns:
+        The readable images, in order.
+
+    Raises:
+        DataError: More than 1% of the pictures, or all of them, are unreadable.
+    """
+    total = len(source)
+    pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
+    bad = _decode_into(pixels, source)
+    _judge([source.name(i) for i in bad], total)
+    names = [source.name(i) for i in range(total)]
+    if bad:
+        keep = torch.ones(total, dtype=torch.bool)
+        keep[bad] = False
+        pixels, labels = pixels[keep], labels[keep]
+        names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
+    return MemoryImages(pixels, labels, names, unreadable=len(bad))
+
+
+def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:
+    """Decode a random sample, for sets that are decoded on demand later.
+
+    Args:
+        source: N pictures.
+        size: S, image side in pixels.
+        seed: Fixes the sample.
+        most: Pictures in the sample at most.
+
+    Raises:
+        DataError: More than 1% of the sample, or all of it, is unreadable.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(source), generator=generator)[:most].sort().values.tolist()
+    chosen = source.take(sample)
+    spans = [range(i, min(i + 16, len(chosen))) for i in range(0, len(chosen), 16)]
+    at_least = 2 * resized_side(size)
+
+    def check(span: range) -> list[int]:
+        return [i for i in span if _decoded(chosen, i, at_least) is None]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bad = [i for found in pool.map(check, spans) for i in found]
+    _judge([chosen.name(i) for i in bad], len(chosen))
+
+
+def typical_side(source: PathSource, seed: int = 0, most: int = 200) -> int:
+    """Return the median shorter side in pixels, from the headers of a random sample.
+
+    Args:
+        source: N files.
+        seed: Fixes the sample.
+        most: Files in the sample at most.
+
+    Raises:
+        DataError: No header in the sample can be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sides, bad = [], []
+    for i in torch.randperm(len(source), generator=generator)[:most].tolist():
+        try:
+            with Image.open(source.paths[i]) as image:
+                sides.append(min(image.size))
+        except UNREADABLE:
+            bad.append(source.name(i))
+    if not sides:
+        _judge(bad, len(bad))
+    return int(torch.tensor(sides).median())
+
+
+def _decode_into(pixels: Tensor, source: Source) -> list[int]:
+    """Fill (N, 3, S, S) ``pixels`` and return the positions that could not be read."""
+    size = pixels.shape[-1]
+    at_least = 2 * resized_side(size)  # reducing to twice the size keeps the result sharp
+
+    def decode(span: range) -> list[int]:
+        bad = []
+        for i in span:
+            image = _decoded(source, i, at_least)
+            if image is None:
+                bad.append(i)
+            else:
+                pixels[i] = fit(image, size)
+        return bad
+
+    total = len(source)
+    spans = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
+    with tqdm(total=total, unit=" images", desc="loading", disable=not _wants_bar(total)) as bar:
+        found = []
+        for span, bad in zip(spans, _each(decode, spans), strict=True):
+            found.extend(bad)
+            bar.update(len(span))
+    return found
+
+
+def _each(decode: Callable[[range], list[int]], spans: list[range]) -> Iterator[list[int]]:
+    """Yield ``decode(span)`` in order, on several threads where that helps."""
+    begin = time.perf_counter()
+    yield decode(spans[0])
+    # Python's own part of opening a file is about 0.2 ms and holds the lock: when there is little
+    # besides, threads only wait for each other
+    if (time.perf_counter() - begin) / len(spans[0]) < _WORTH_THREADS:
+        yield from map(decode, spans[1:])
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(decode, spans[1:])
+
+
+def _decoded(source: Source, index: int, at_least: int) -> Image.Image | None:
+    """Return the picture in RGB, or None if it cannot be read."""
+    try:
+        return to_rgb(source.image(index, at_least))
+    except UNREADABLE:
+        return None
+
+
+def _judge(bad: list[str], total: int) -> None:
+    """Warn about the unreadable images, or refuse when they are too many."""
+    if not bad:
+        return
+    if len(bad) > _TOLERATED * total:
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, more than {_TOLERATED:.0%}: repair or "
+            f"remove {_named(bad, 20)}"
+        )
+    _log.warning(
+        "%d of %d images cannot be read and are skipped: %s", len(bad), total, _named(bad, 10)
+    )
+
+
+def _named(names: list[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _wants_bar(total: int) -> bool:
+    return total > _BAR_FROM and sys.stderr.isatty()

@@ -1,0 +1,233 @@
+"""Pictures become uint8 tensors: one picture, a set in memory, a set decoded on demand.
+
+Legend: N images in a set, B in a batch, S the image side, h and w the sides of an original.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssl_samix.data.sources import UNREADABLE, Source
+from ssl_samix.errors import DataError
+
+_log = logging.getLogger(__name__)
+_ORIENTATION = 0x0112  # the EXIF tag
+_CROPPED_FROM = 160  # image sides from here on are cropped out of a larger resize
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any picture upright and into 8-bit RGB.
+
+    Transparent parts become white, as on the page they were made for. 16-bit gray is scaled from
+    0..65535; 32-bit and float gray from the smallest of 0..1 (floats), 0..255 and 0..65535 that
+    holds all values, else from the picture's own minimum and maximum.
+
+    Args:
+        image: Any mode; an animation gives its current frame.
+    """
+    image = _upright(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side (antialiased, bilinear) and crop the centre.
+
+    Args:
+        image: RGB picture.
+        size: S. From 160 pixels on the shorter side becomes S * 256 / 224 before the crop, which
+            is how ImageNet is evaluated; below, S itself, since small pictures have no margin.
+
+    Returns:
+        (3, S, S) uint8; the pixels themselves if the picture is S x S already.
+    """
+    if image.size == (size, size):
+        return to_tensor(image)
+    side = resized_side(size)
+    shorter = min(image.size)
+    width, height = (side * length // shorter for length in image.size)  # after the resize
+    left, top = (width - size) // 2, (height - size) // 2
+    # only what is kept is computed: the whole of a 30,000 x 1 picture would not fit in memory
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def resized_side(size: int) -> int:
+    """Return the shorter side in pixels from which ``fit`` crops a ``size`` x ``size`` centre."""
+    return size if size < _CROPPED_FROM else round(size * 256 / 224)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Copy an RGB picture into a (3, h, w) uint8 tensor."""
+    # numpy copies on this thread; torch would start its own threads for 50 kB, which takes longer
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+class ImageSet(Dataset[tuple[Tensor, int]], ABC):
+    """N images of one side S, with labels."""
+
+    labels: Tensor  # (N,) int64, -1 where there is no label
+    image_size: int  # S in pixels
+    unreadable: int  # images found damaged so far, in this process
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one fitted image, (3, S, S) uint8, and its label."""
+        return self.load([index])[0], int(self.labels[index])
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return the path of an image, or its place in its data set (``"cifar10 train 17"``)."""
+
+    @abstractmethod
+    def load(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return fitted images without augmentation, (B, 3, S, S) uint8."""
+
+    @abstractmethod
+    def original(self, index: int) -> Tensor:
+        """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
+
+
+class MemoryImages(ImageSet):
+    """Images held as one tensor; ``original`` is the stored pixels, there is nothing larger."""
+
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, names: Sequence[str], unreadable: int = 0
+    ) -> None:
+        """Hold the images.
+
+        Args:
+            pixels: (N, 3, S, S) uint8.
+            labels: (N,) int64, -1 where there is no label.
+            names: N names.
+            unreadable: How many were skipped while loading.
+        """
+        assert len(pixels) == len(labels) == len(names)
+        self.pixels = pixels
+        self.labels = labels
+        self.names = names
+        self.unreadable = unreadable
+        self.image_size = pixels.shape[-1]
+
+    def name(self, index: int) -> str:
+        """Return the name of one image."""
+        return self.names[index]
+
+    def load(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return a copy of the images at ``indices``, (B, 3, S, S) uint8."""
+        return self.pixels[torch.as_tensor(indices)]
+
+    def original(self, index: int) -> Tensor:
+        """Return the stored image, (3, S, S) uint8."""
+        return self.pixels[index]
+
+
+class FileImages(ImageSet):
+    """Images decoded on demand; a damaged one is replaced by the next good one of its class."""
+
+    def __init__(self, source: Source, labels: Tensor, image_size: int) -> None:
+        """Hold where the images are.
+
+        Args:
+            source: N pictures.
+            labels: (N,) int64, -1 where there is no label.
+            image_size: S in pixels.
+        """
+        assert len(source) == len(labels)
+        self.source = source
+        self.labels = labels
+        self.image_size = image_size
+        self.unreadable = 0
+        self._stand_in: dict[int, int] = {}  # damaged position -> the one that replaces it
+
+    def name(self, index: int) -> str:
+        """Return the name of one image."""
+        return self.source.name(index)
+
+    def load(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Decode and fit the images at ``indices`` to (B, 3, S, S) uint8.
+
+        Raises:
+            DataError: Every image of a class is damaged.
+        """
+        at_least = 2 * resized_side(self.image_size)  # reducing to twice the size keeps it sharp
+        images = [fit(self._decode(int(i), at_least), self.image_size) for i in indices]
+        return torch.from_numpy(np.stack([image.numpy() for image in images]))
+
+    def original(self, index: int) -> Tensor:
+        """Decode one image to (3, h, w) uint8.
+
+        Raises:
+            DataError: Every image of a class is damaged.
+        """
+        return to_tensor(self._decode(index, None))
+
+    def _decode(self, index: int, at_least: int | None) -> Image.Image:
+        """Return the picture at ``index``, or the next readable one with the same label."""
+        position = self._stand_in.get(index, index)
+        try:
+            return to_rgb(self.source.image(position, at_least))
+        except UNREADABLE as error:
+            reason = error
+        same = torch.nonzero(self.labels == self.labels[index]).flatten().tolist()
+        start = same.index(index)
+        for position in same[start + 1 :] + same[:start]:
+            try:
+                image = to_rgb(self.source.image(position, at_least))
+            except UNREADABLE:
+                continue
+            self._remember(index, position, reason)
+            return image
+        raise DataError(
+            f"{self.name(index)} cannot be read, nor any other image of its class: "
+            "repair or remove them"
+        )
+
+    def _remember(self, index: int, position: int, reason: Exception) -> None:
+        """Use ``position`` in place of ``index`` from now on, and say so once."""
+        self._stand_in[index] = position
+        self.unreadable += 1
+        _log.warning(
+            "%s cannot be read (%s): %s takes its place",
+            self.name(index),
+            reason,
+            self.name(position),
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a damaged EXIF block leaves the picture as it is stored."""
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except UNREADABLE:
+        return image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    tops = [65535.0] if image.mode.startswith("I;16") else [255.0, 65535.0]
+    if image.mode == "F":
+        tops.insert(0, 1.0)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        values, top = values - low, high - low
+    return Image.fromarray(np.rint(values / top * 255).astype(np.uint8))

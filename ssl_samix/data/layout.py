@@ -1,0 +1,182 @@
+"""Where each data set lies on disk, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ssl_samix.errors import DataError, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+
+
+class Layout(NamedTuple):
+    """What a data set needs under its root."""
+
+    folder: str = ""  # path under the root that holds the set; "" if the root itself does
+    needs: tuple[str, ...] = ()  # paths inside ``folder`` that must be there
+    automatic: bool = False  # torchvision can download it
+    source: str = ""  # where a person gets it, for sets without automatic download
+
+
+DATASETS: dict[str, Layout] = {
+    "digits": Layout(),
+    "folder": Layout(),
+    "cifar10": Layout(
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        automatic=True,
+    ),
+    "cifar100": Layout("cifar-100-python", ("train", "test", "meta"), automatic=True),
+    "stl10": Layout(
+        "stl10_binary",
+        ("train_X.bin", "train_y.bin", "unlabeled_X.bin", "test_X.bin", "test_y.bin"),
+        automatic=True,
+    ),
+    # each of these four may also be gzipped, as it is downloaded
+    "fashion_mnist": Layout(
+        "FashionMNIST/raw",
+        tuple(
+            f"{part}-{kind}-ubyte"
+            for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        ),
+        automatic=True,
+    ),
+    "tiny_imagenet": Layout(
+        "tiny-imagenet-200",
+        ("train", "val"),
+        source="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    ),
+    "imagenet": Layout(
+        needs=("train", "val"), source="https://image-net.org with one folder per class in each"
+    ),
+}
+
+
+def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool) -> None:
+    """Raise unless data set ``name`` lies under ``root`` or can be downloaded there.
+
+    Looks at names only, stops at the first image of a folder of images, and imports no torch.
+
+    Args:
+        name: One of ``DATASETS``.
+        root: ``data.root``; unused for ``digits``, which comes with scikit-learn.
+        download: Whether torchvision may fetch what is missing.
+
+    Raises:
+        DataError: Unknown name; root not given, missing, empty, unreadable or not a folder; data
+            set not found under it; no image in a folder of images.
+    """
+    if name not in DATASETS:
+        raise DataError(nearest(name, DATASETS, "data set"))
+    if name == "digits":
+        return
+    path = _given(name, root)
+    will_download = download and DATASETS[name].automatic
+    if will_download and not path.exists():
+        return
+    _check_folder(name, path, may_be_empty=will_download)
+    if name == "folder":
+        if not _has_image(path, frozenset()):
+            raise no_images(path)
+    elif not will_download:
+        _check_needs(name, path)
+
+
+def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
+    """Return the root of data set ``name``, given that root or the data set's own folder in it.
+
+    ``.../cifar-10-batches-py`` and ``.../FashionMNIST/raw`` stand for the folder above them, which
+    is what torchvision calls the root.
+
+    Raises:
+        DataError: ``root`` is None, for all but ``digits``.
+    """
+    if name == "digits":
+        return Path()  # they come with scikit-learn
+    path = _given(name, root)
+    parts = Path(DATASETS[name].folder).parts
+    if path.joinpath(*parts).is_dir():
+        return path
+    for depth in range(len(parts), 0, -1):
+        if path.parts[-depth:] == parts[:depth]:
+            return path.parents[depth - 1]
+    return path
+
+
+def no_images(root: str | os.PathLike[str]) -> DataError:
+    """Return the error for a folder in which no file looks like an image."""
+    return DataError(
+        f"no image found under data.root={root}: give a folder that holds files ending in "
+        f"{', '.join(IMAGE_SUFFIXES)}"
+    )
+
+
+def _given(name: str, root: str | os.PathLike[str] | None) -> Path:
+    if root is None or not os.fspath(root):
+        what = "<folder of images>" if name == "folder" else f"<folder that holds {name}>"
+        raise DataError(f"data set '{name}' needs a folder: give data.root={what}")
+    return Path(root).expanduser().absolute()
+
+
+def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:
+    """Raise unless ``path`` is a folder that can be listed and holds something."""
+    try:
+        with os.scandir(path) as entries:
+            empty = next(entries, None) is None
+    except FileNotFoundError:
+        raise DataError(f"data.root={path} does not exist: {_way_out(name)}") from None
+    except NotADirectoryError:
+        raise DataError(f"data.root={path} is not a folder: {_way_out(name)}") from None
+    except PermissionError:
+        raise DataError(
+            f"no permission to read data.root={path}: grant it or give another folder"
+        ) from None
+    if empty and not may_be_empty:
+        raise DataError(f"data.root={path} is an empty folder: {_way_out(name)}")
+
+
+def _check_needs(name: str, path: Path) -> None:
+    layout = DATASETS[name]
+    home = locate(name, path) / layout.folder
+    missing = [
+        need
+        for need in layout.needs
+        if not (home / need).exists()
+        and not (name == "fashion_mnist" and (home / f"{need}.gz").exists())
+    ]
+    if missing:
+        raise DataError(
+            f"data set '{name}' not found under data.root={path} (looked for "
+            f"{Path(layout.folder) / missing[0]}): {_way_out(name)}"
+        )
+
+
+def _way_out(name: str) -> str:
+    layout = DATASETS[name]
+    if name == "folder":
+        return "give data.root=<folder of images>"
+    if layout.automatic:
+        return f"give the folder that holds {layout.folder}, or add data.download=true"
+    holds = layout.folder or " and ".join(f"{need}/" for need in layout.needs)
+    return f"give the folder that holds {holds}, from {layout.source} (no automatic download)"
+
+
+def _has_image(path: str | os.PathLike[str], above: frozenset[tuple[int, int]]) -> bool:
+    """Say whether an image lies at or below ``path``; files come first, so it ends soon."""
+    status = os.stat(path)
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link back to a folder above
+        return False
+    folders = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                return True
+    return any(_has_image(folder, above | {here}) for folder in folders)

@@ -1,0 +1,75 @@
+"""The same recipes, executed image by image with torchvision inside DataLoader workers.
+
+For images that are decoded on demand at 224 px: there, on CPU, torchvision's uint8 kernels in
+several workers keep level with a batched computation, and workers have the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from ssl_samix.data import transforms
+from ssl_samix.data.recipes import BLUR_SIGMA, ViewSpec
+from ssl_samix.data.views import RATIO
+from ssl_samix.errors import DataError
+
+
+class WorkerViews:
+    """Draws and computes the views of one image, with torch's default generator.
+
+    Args:
+        specs: One recipe per view.
+        size: Side of the views, in pixels.
+    """
+
+    def __init__(self, specs: Sequence[ViewSpec], size: int) -> None:
+        """Build one torchvision pipeline per recipe."""
+        self._pipelines = [_pipeline(spec, size) for spec in specs]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the V views of one uint8 (3, h, w) ``image`` as uint8 (V, 3, size, size).
+
+        Raises:
+            DataError: If the image is not such a tensor.
+        """
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise DataError(
+                "views are drawn from a uint8 image (3, h, w), "
+                f"got {image.dtype} {tuple(image.shape)}"
+            )
+        return torch.stack([pipeline(image) for pipeline in self._pipelines])
+
+
+def _pipeline(spec: ViewSpec, size: int) -> v2.Compose:
+    """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
+    jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    blur = v2.GaussianBlur(transforms.blur_kernel_size(size), BLUR_SIGMA)
+    area = (spec.crop_min, spec.crop_max)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=area, ratio=RATIO, antialias=True),
+            v2.RandomHorizontalFlip(spec.flip),
+            v2.RandomApply([jitter], p=spec.jitter),
+            v2.RandomGrayscale(spec.grayscale),
+            v2.RandomApply([blur], p=spec.blur),
+            v2.RandomSolarize(threshold=128, p=spec.solarize),
+        ]
+    )
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise views as they come from workers; equals what `BatchedViews` does to its own.
+
+    Args:
+        pixels: (B, 3, S, S) uint8.
+        mean: (3,), of values in [0, 1].
+        std: (3,), of values in [0, 1].
+
+    Returns:
+        (B, 3, S, S) float32, laid out as channels_last.
+    """
+    return transforms.normalize(pixels, 255 * mean, 255 * std)

@@ -1,0 +1,78 @@
+"""PyTorch Lightning's trainer, with what the hardware offers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ssl_samix.errors import ConfigError
+
+
+def choose_precision(accelerator: str = "auto") -> str:
+    """Return the fastest precision that the hardware has units for.
+
+    On a CPU without bfloat16 instructions autocast would be slower than float32, by far.
+    """
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+    if accelerator in ("auto", "mps", "gpu") and torch.backends.mps.is_available():
+        return "32-true"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16-mixed" if native else "32-true"
+
+
+def build_trainer(
+    *,
+    precision: str,
+    accelerator: str,
+    devices: int | str | list[int],
+    sync_batchnorm: bool | str,
+    wants_sync_batchnorm: bool,
+    **arguments: Any,
+) -> pl.Trainer:
+    """Build the trainer from its configuration.
+
+    Args:
+        precision: Lightning's name of it, or ``auto``.
+        accelerator: Lightning's.
+        devices: Lightning's.
+        sync_batchnorm: true, false or ``auto``.
+        wants_sync_batchnorm: What ``auto`` means for this method; only GPUs can do it.
+        **arguments: Further arguments of ``pytorch_lightning.Trainer``.
+
+    Raises:
+        ConfigError: If Lightning does not know the settings, or the hardware is not there.
+    """
+    quieten()
+    if precision == "auto":
+        precision = choose_precision(accelerator)
+    if sync_batchnorm == "auto":
+        sync_batchnorm = wants_sync_batchnorm and torch.cuda.is_available() and accelerator != "cpu"
+    try:
+        return pl.Trainer(
+            precision=precision,  # type: ignore[arg-type]
+            accelerator=accelerator,
+            devices=devices,
+            sync_batchnorm=bool(sync_batchnorm),
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **arguments,
+        )
+    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the trainer's settings do not work here: {reason}") from error
+
+
+def quieten() -> None:
+    """Keep Lightning's hints off the screen: what a user needs is said once, by this package."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\..*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")

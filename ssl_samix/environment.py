@@ -1,0 +1,49 @@
+"""What a run ran on: versions and revision, for whoever wants to repeat it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "ssl_samix", "torch", "torchvision", "lightly", "pytorch_lightning", "timm", "faiss-cpu",
+    "hydra-core", "numpy",
+)  # fmt: skip
+
+
+def describe_environment(command: list[str]) -> dict[str, Any]:
+    """Return package versions, git revision of the package's checkout, system and command."""
+    import torch
+
+    return {
+        "command": command,
+        "git_revision": git_revision(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """Return the commit of the checkout that the package runs from; None if it is installed."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

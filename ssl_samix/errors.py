@@ -1,0 +1,37 @@
+"""What goes wrong by a user's hand, as sentences; this module imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend; the command line prints it and exits with status 2."""
+
+
+class DataError(UserError):
+    """A data set that is missing, empty, damaged or unfit for the settings."""
+
+
+class ConfigError(UserError):
+    """A key, a name or a value that the configuration does not have."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder that cannot be read, or belongs to something else."""
+
+
+def nearest(name: str, known: Iterable[str], kind: str) -> str:
+    """Return one sentence for an unknown ``name``: the nearest known one, or the list of them.
+
+    Args:
+        name: What was typed.
+        known: The valid names.
+        kind: What the name stands for, such as ``"method"``.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"unknown {kind} '{name}': did you mean '{close[0]}'?"
+    return f"unknown {kind} '{name}': choose from {', '.join(names)}"

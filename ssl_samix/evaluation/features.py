@@ -1,0 +1,102 @@
+"""Features of un-augmented images, once, in the data set's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightly.utils.dist import rank, world_size
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.worker_views import normalize
+
+
+class _Chunks(Dataset[Tensor]):
+    """Fitted images, a chunk of consecutive picks at a time."""
+
+    def __init__(self, images: ImageSet, picks: Sequence[int], size: int) -> None:
+        self.images = images
+        self.chunks = [list(picks[i : i + size]) for i in range(0, len(picks), size)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, chunk: int) -> Tensor:
+        return self.images.load(self.chunks[chunk])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold ``module`` in eval mode, then give each sub-module its own mode back."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+@torch.no_grad()
+def extract(
+    encoder: nn.Module,
+    images: ImageSet,
+    picks: Sequence[int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    device: torch.device,
+    workers: int = 0,
+    chunk: int = 512,
+) -> Tensor:
+    """Embed images with the un-augmented transform, in eval mode.
+
+    Under DDP each rank embeds a part and every rank gets all features.
+
+    Args:
+        encoder: Maps (B, 3, S, S) to (B, D).
+        images: The data set.
+        picks: Which of its images, in the order of the result.
+        mean: Of the normalisation, per channel.
+        std: Likewise.
+        device: Where the encoder is.
+        workers: Processes that decode images.
+        chunk: Images per forward pass.
+
+    Returns:
+        (len(picks), D) float32 on the CPU.
+    """
+    ranks, me = world_size(), rank()
+    share = -(-len(picks) // ranks)
+    mine = list(picks[me * share : (me + 1) * share])
+    channels = [torch.tensor(values, device=device) for values in (mean, std)]
+    rows = []
+    with evaluating(encoder):
+        for pixels in DataLoader(
+            _Chunks(images, mine, chunk), batch_size=None, num_workers=workers
+        ):
+            rows.append(encoder(normalize(pixels.to(device), *channels)).float())
+    features = torch.cat(rows) if rows else None
+    return _joined(features, share, len(picks), device) if ranks > 1 else _checked(features)
+
+
+def _checked(features: Tensor | None) -> Tensor:
+    assert features is not None, "there is nothing to embed"
+    return features.cpu()
+
+
+def _joined(features: Tensor | None, share: int, total: int, device: torch.device) -> Tensor:
+    """Gather every rank's rows; ranks with fewer than ``share`` pad with zeros that are cut off."""
+    import torch.distributed as dist
+
+    width = torch.tensor([0 if features is None else features.shape[1]], device=device)
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    padded = torch.zeros(share, int(width), device=device)
+    if features is not None:
+        padded[: len(features)] = features
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:total].cpu()

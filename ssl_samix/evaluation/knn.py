@@ -1,0 +1,103 @@
+"""Weighted k-nearest-neighbour classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_samix.errors import DataError
+
+
+def neighbours(bank: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k nearest bank rows of each query by cosine similarity, exactly.
+
+    Args:
+        bank: (N, D) features.
+        query: (Q, D) features.
+        k: Neighbours; at most N.
+
+    Returns:
+        Similarities (Q, k), falling, and bank rows (Q, k).
+
+    Raises:
+        DataError: If ``k`` exceeds the bank, or a feature is not finite.
+    """
+    if k > len(bank):
+        raise DataError(f"kNN with k={k} needs a bank of at least {k} images, got {len(bank)}")
+    for name, features in (("bank", bank), ("query", query)):
+        if not torch.isfinite(features).all():
+            raise DataError(f"the {name} features hold NaN or infinity: the encoder has diverged")
+    bank_rows, query_rows = (_unit_rows(features) for features in (bank, query))
+    index = faiss.IndexFlatIP(bank_rows.shape[1])
+    index.add(bank_rows)
+    similarity, rows = index.search(query_rows, k)
+    return torch.from_numpy(similarity), torch.from_numpy(rows)
+
+
+def _unit_rows(features: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(F.normalize(features.float(), dim=1).cpu().numpy())
+
+
+def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Sum exp(similarity / temperature) over the neighbours of each class.
+
+    The weighting of InstDisc (arXiv 1805.01978, section 3.4).
+
+    Args:
+        similarity: (Q, k).
+        labels: (Q, k) class of each neighbour.
+        classes: Number of classes.
+        temperature: Divides the similarities.
+
+    Returns:
+        (Q, classes) scores; a row's largest possible weight is 1, so that nothing overflows.
+    """
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    scores = torch.zeros(len(similarity), classes, dtype=weight.dtype)
+    return scores.scatter_add_(1, labels, weight)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    classes: int,
+    ks: Sequence[int] = (20, 200),
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """Classify queries by their neighbours.
+
+    Args:
+        bank: (N, D) features of the labelled memory bank.
+        bank_labels: (N,).
+        query: (Q, D) features of the validation images.
+        query_labels: (Q,).
+        classes: Number of classes.
+        ks: Neighbours to vote; a k above the bank's size is left out.
+        temperature: Of the weights.
+
+    Returns:
+        k -> (top-1, top-5) in percent.
+
+    Raises:
+        DataError: If no k fits the bank, or a feature is not finite.
+    """
+    fitting = [k for k in ks if k <= len(bank)] or [min(ks)]
+    similarity, rows = neighbours(bank, query, max(fitting))
+    labels = bank_labels[rows]
+    result = {}
+    for k in fitting:
+        scores = vote(similarity[:, :k], labels[:, :k], classes, temperature)
+        ranked = scores.topk(min(5, classes), dim=1).indices
+        hit = ranked == query_labels[:, None]
+        result[k] = (
+            100 * hit[:, 0].float().mean().item(),
+            100 * hit.any(dim=1).float().mean().item(),
+        )
+    return result

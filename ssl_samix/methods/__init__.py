@@ -1,0 +1,1 @@
+"""Self-supervised methods: each one short file over one base class."""

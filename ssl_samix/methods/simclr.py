@@ -1,0 +1,64 @@
+"""SimCLR (arXiv 2002.05709): the other images of the batch are the negatives."""
+
+from __future__ import annotations
+
+import torch
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.utils.dist import gather, rank, world_size
+from torch import Tensor, nn
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.losses.contrastive import info_nce_in_batch, nt_xent
+from ssl_samix.methods.base import BaseMethod
+
+
+class SimCLR(BaseMethod):
+    """SimCLR with negatives from all ranks, gradients flowing to each of them.
+
+    Args:
+        backbone: The encoder that is trained.
+        hidden_dim: Hidden width of the projector; the backbone's feature width if None.
+        output_dim: Embedding width.
+        temperature: Of NT-Xent.
+        **base: Arguments of ``BaseMethod``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        hidden_dim: int | None = None,
+        output_dim: int = 128,
+        temperature: float = 0.5,
+        **base: object,
+    ) -> None:
+        super().__init__(backbone, **base)  # type: ignore[arg-type]
+        width = backbone.feature_dim
+        self.projector = SimCLRProjectionHead(width, hidden_dim or width, output_dim)
+        self.temperature = temperature
+
+    @property
+    def online(self) -> nn.Module:
+        """Backbone and projector."""
+        return nn.Sequential(self.backbone, self.projector)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """Embed with the online branch, without gradient, to (B, D)."""
+        return self.query(images)
+
+    def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
+        """InfoNCE against the targets of all ranks but the query's parents: (B, P)."""
+        offset = rank() * len(target)
+        return info_nce_in_batch(query, gathered(target), parents + offset, None, self.temperature)
+
+    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
+        """NT-Xent of the two views, (B,)."""
+        first, second = self.query(views[0]), self.query(views[1])
+        offset = rank() * len(first)
+        return nt_xent(first, second, gathered(first), gathered(second), offset, self.temperature)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Join the rows (B, D) of all ranks in rank order, (N, D), with gradient to each of them."""
+    return torch.cat(gather(rows), dim=0) if world_size() > 1 else rows

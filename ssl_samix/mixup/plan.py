@@ -1,0 +1,36 @@
+"""Who is mixed with whom, and how much: drawn once, applied elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssl_samix.errors import ConfigError
+from ssl_samix.types import MixPlan
+
+
+def derangement(size: int, device: torch.device) -> Tensor:
+    """Draw a permutation (size,) without fixed points: a random cycle through all rows.
+
+    Raises:
+        ConfigError: If ``size`` is below 2: one image has no other to be mixed with.
+    """
+    if size < 2:
+        raise ConfigError("mixing needs at least 2 images per device: raise data.batch_size")
+    order = torch.randperm(size, device=device)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    return partner
+
+
+def draw_plan(size: int, alpha: float, device: torch.device) -> MixPlan:
+    """Draw ratios from Beta(alpha, alpha), one per sample, and a derangement of partners.
+
+    Raises:
+        ConfigError: If ``alpha`` is not positive or ``size`` is below 2.
+    """
+    if alpha <= 0:
+        raise ConfigError(f"mixup.alpha must be positive, got {alpha}")
+    concentration = torch.tensor(float(alpha), device=device)
+    lam = torch.distributions.Beta(concentration, concentration).sample((size,))
+    return MixPlan(lam=lam, partner=derangement(size, device))

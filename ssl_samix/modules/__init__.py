@@ -1,0 +1,1 @@
+"""Parts that methods share: the momentum twin and the queue."""

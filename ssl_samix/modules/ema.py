@@ -1,0 +1,53 @@
+"""The momentum (teacher) twin of an encoder."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.utils.scheduler import cosine_schedule
+from torch import Tensor, nn
+
+
+class EMATwin(nn.Module):
+    """A copy of a module whose weights follow it by exponential moving average.
+
+    The copy starts from the module's own weights, takes no gradient, and keeps its own
+    normalisation statistics.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module)
+        deactivate_requires_grad(self.module)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed with the twin, without gradient."""
+        return self.module(images)
+
+    @torch.no_grad()
+    def update(self, online: nn.Module, momentum: float) -> None:
+        """Move every weight by ``1 - momentum`` of its distance to ``online``."""
+        update_momentum(online, self.module, m=momentum)
+
+
+def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
+    """Cosine increase from ``start`` to ``end`` (BYOL, arXiv 2006.07733, section 3.3)."""
+    return cosine_schedule(min(step, total_steps), total_steps, start, end)
+
+
+def frozen_forward(module: nn.Module, images: Tensor) -> Tensor:
+    """Run ``module`` in eval mode with detached weights: gradient reaches the images alone.
+
+    Neither the ``requires_grad`` flags nor the normalisation statistics of ``module`` change.
+    """
+    frozen = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    was_training = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        return torch.func.functional_call(module, frozen, (images,))
+    finally:
+        for m, training in was_training.items():
+            m.training = training

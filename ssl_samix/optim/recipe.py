@@ -1,0 +1,72 @@
+"""Optimizer, learning rate and schedule as one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from ssl_samix.errors import ConfigError
+from ssl_samix.optim.groups import parameter_groups
+
+REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
+
+
+class OptimizerRecipe:
+    """Builds an optimizer with linear warm-up and a cosine decay per step.
+
+    Args:
+        optimizer: An optimizer's class, called as ``optimizer(groups, lr=...)``.
+        lr: Learning rate for a global batch of 256 images.
+        scaling: ``linear`` (lr x batch / 256), ``sqrt``, or ``none``.
+        weight_decay: For weight matrices and kernels; biases and normalisation have none.
+        warmup_epochs: Epochs of linear warm-up; a run shorter than ten of these warms up for a
+            tenth of its steps.
+        final: Share of the learning rate that is left at the end.
+
+    Raises:
+        ConfigError: For a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        scaling: str = "linear",
+        weight_decay: float = 0.0,
+        warmup_epochs: float = 10,
+        final: float = 0.0,
+    ) -> None:
+        if lr <= 0 or weight_decay < 0 or warmup_epochs < 0 or not 0 <= final <= 1:
+            raise ConfigError(
+                "optimizer needs lr > 0, weight_decay >= 0, warmup_epochs >= 0 and final in [0, 1];"
+                f" got {lr}, {weight_decay}, {warmup_epochs} and {final}"
+            )
+        if scaling not in ("linear", "sqrt", "none"):
+            raise ConfigError(f"optimizer.scaling is linear, sqrt or none, got '{scaling}'")
+        self.optimizer = optimizer
+        self.lr, self.scaling, self.weight_decay = lr, scaling, weight_decay
+        self.warmup_epochs, self.final = warmup_epochs, final
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """Return the learning rate in use at a global batch of ``batch_size`` images."""
+        factor = batch_size / REFERENCE_BATCH
+        return self.lr * {"linear": factor, "sqrt": factor**0.5, "none": 1.0}[self.scaling]
+
+    def build(
+        self, module: nn.Module, batch_size: int, total_steps: int, steps_per_epoch: int
+    ) -> dict[str, Any]:
+        """Return Lightning's dict of the optimizer and its schedule over ``total_steps``."""
+        groups = parameter_groups(module, self.weight_decay)
+        optimizer = self.optimizer(groups, lr=self.scaled_lr(batch_size))
+        warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
+        schedule = CosineWarmupScheduler(
+            optimizer, warmup_epochs=warmup, max_epochs=total_steps, end_value=self.final
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
+        }

@@ -1,0 +1,145 @@
+"""A run's folder: what is in it, and whose it is. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_samix.config import check_value, parse, plain
+from ssl_samix.errors import CheckpointError, ConfigError, UserError
+from ssl_samix.files import write_atomically
+
+# What a resumed run may change: neither the network nor what it is trained with.
+FREE_KEYS = (
+    "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
+    "trainer.precision", "trainer.num_nodes", "data.root", "data.workers", "data.memory_gb",
+    "data.download", "callbacks.",
+)  # fmt: skip
+
+
+class RunFolder:
+    """The paths of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.csv"
+        self.last = self.path / "last.ckpt"
+        self.best = self.path / "best.ckpt"
+        self.encoder = self.path / "encoder.safetensors"
+
+    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
+        """Make the folder for this configuration, or find it already begun with the same one.
+
+        Raises:
+            UserError: If it belongs to another run or holds other things, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = os.listdir(self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run folder {self.path}: {error.strerror or error}"
+            ) from error
+        self.check_mine(config, held)
+        text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
+        write_atomically(self.config, lambda temporary: temporary.write_text(text))
+
+    def check_mine(self, config: DictConfig, held: Sequence[str]) -> None:
+        """Check that the folder is new, or a run's with the same configuration.
+
+        Args:
+            config: Of the run that is about to begin.
+            held: What is in the folder.
+
+        Raises:
+            UserError: If it belongs to another run, or holds other things.
+        """
+        if not held:
+            return
+        if not self.config.exists():
+            raise UserError(
+                f"out={self.path} is not empty and is no run folder: choose another out"
+            )
+        old, _ = self.load_config()
+        before, now = _flat(plain(old)), _flat(plain(config))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
+                raise UserError(
+                    f"out={self.path} belongs to another run ({key} is {before.get(key)} there, "
+                    f"{now.get(key)} here): choose another out"
+                )
+
+    def load_config(self) -> tuple[DictConfig, dict[str, str]]:
+        """Read the run's configuration and its choices.
+
+        Raises:
+            CheckpointError: If there is no run in the folder, or its configuration is damaged.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is no run folder: it has no config.yaml")
+        try:
+            whole = DictConfig(OmegaConf.load(self.config))
+            choices = plain(whole.pop("choices"))
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"{self.config} is damaged: {error}") from error
+        except Exception as error:  # yaml.YAMLError has no base that says more
+            if type(error).__module__.startswith(("yaml", "omegaconf")):
+                raise CheckpointError(f"{self.config} is damaged: not a configuration") from error
+            raise
+        OmegaConf.set_struct(whole, True)
+        return whole, choices
+
+
+def resumed_config(run: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """Return the configuration of a run, with what a resume may change changed.
+
+    Args:
+        run: Its folder.
+        arguments: ``key=value`` words.
+
+    Raises:
+        CheckpointError: If there is no run.
+        ConfigError: For an unknown key, or one that a resume cannot change.
+    """
+    config, choices = RunFolder(run).load_config()
+    for override in parse(arguments):
+        key, value = override.key_or_group, override.value()
+        if key == "resume" or key.startswith("hydra"):
+            continue
+        check_value(config, key, value, choices)
+        if key == "out" or not key.startswith(FREE_KEYS):
+            raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
+        OmegaConf.update(config, key, value)
+    return config, choices
+
+
+def default_out(choices: dict[str, str], seed: int) -> Path:
+    """Return a new folder's name under ``runs``."""
+    stem = "-".join([choices["data"], choices["method"], choices["mixup"], f"s{seed}"])
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path, copy = Path("runs") / f"{stem}-{stamp}", 1
+    while path.exists():
+        copy += 1
+        path = Path("runs") / f"{stem}-{stamp}-{copy}"
+    return path
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,122 @@
+"""Every backbone's face."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.errors import ConfigError
+
+
+def weights(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_parameter_counts_are_torchvisions(name):
+    reference = torchvision.models.get_model(name, weights=None)
+    reference.fc = nn.Identity()
+    assert weights(Backbone(name, image_size=224)) == weights(reference)
+
+
+def test_parameter_count_of_resnext101_32x4d():
+    """torchvision has no such model, but the block it would be made of; timm's count agrees."""
+    block = torchvision.models.resnet.Bottleneck
+    reference = torchvision.models.ResNet(block, [3, 4, 23, 3], groups=32, width_per_group=4)
+    reference.fc = nn.Identity()
+    count = weights(Backbone("resnext101_32x4d", image_size=224))
+    assert count == weights(reference)
+    assert count == weights(timm.create_model("resnext101_32x4d", num_classes=0))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_full_width_is_torchvisions_network(name):
+    reference = torchvision.models.get_model(name, weights=None)
+    reference.fc = nn.Identity()
+    backbone = Backbone(name, image_size=64)
+    backbone.trunk.load_state_dict(reference.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(backbone.eval()(images), reference.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("size", "stem", "small"),
+    [(32, "auto", True), (63, "auto", True), (64, "auto", False), (96, "small", True),
+     (32, "standard", False)],
+)  # fmt: skip
+def test_stem_follows_the_image_size_unless_forced(size, stem, small):
+    conv = Backbone("resnet18", image_size=size, width=4, stem=stem).trunk.conv1
+    assert (conv.kernel_size, conv.stride) == (((3, 3), (1, 1)) if small else ((7, 7), (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "strides"),
+    [
+        ("resnet18", 32, (64, 128, 256, 512), (1, 2, 4, 8)),
+        ("resnet50", 64, (256, 512, 1024, 2048), (4, 8, 16, 32)),
+        ("convnext_tiny", 64, (96, 192, 384, 768), (4, 8, 16, 32)),
+        ("vit_tiny_patch16_224", 64, (192,) * 4, (16,) * 4),
+        ("swin_tiny_patch4_window7_224", 224, (96, 192, 384, 768), (4, 8, 16, 32)),
+        ("swin_t", 64, (96, 192, 384, 768), (4, 8, 16, 32)),
+        ("regnet_y_400mf", 64, (48, 104, 208, 440), (4, 8, 16, 32)),
+    ],
+)
+def test_stage_maps_are_as_stated(name, size, channels, strides):
+    backbone = Backbone(name, image_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = backbone.features(images)
+        pooled = backbone(images)
+        third = backbone.stage_map(images, 3)
+    torch.testing.assert_close(features.pooled, pooled)
+    assert pooled.shape == (2, backbone.feature_dim)
+    for stage, (c, s) in enumerate(zip(channels, strides, strict=True), start=1):
+        assert features.maps[stage].shape == (2, c, size // s, size // s)
+        assert (backbone.map_spec(stage).channels, backbone.map_spec(stage).stride) == (c, s)
+    torch.testing.assert_close(third, features.maps[3])
+
+
+def test_building_moves_no_statistics():
+    buffers = dict(Backbone("resnet18", image_size=32, width=4).named_buffers())
+    assert float(buffers["trunk.bn1.num_batches_tracked"]) == 0
+    assert torch.equal(buffers["trunk.bn1.running_mean"], torch.zeros(4))
+
+
+def test_width_scales_every_stage():
+    backbone = Backbone("resnet50", image_size=32, width=8)
+    assert backbone.feature_dim == 8 * 8 * 4
+    assert backbone.map_spec(3).channels == 8 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "resnet19"}, "did you mean 'resnet18'"),
+        ({"name": "resnet19", "width": 16}, "did you mean 'resnet18'"),
+        ({"name": "resnet18", "width": 0}, "at least 1"),
+        ({"name": "convnext_tiny", "width": 16}, "is for ResNets"),
+        ({"name": "convnext_tiny", "stem": "small"}, "is for ResNets"),
+        ({"name": "resnet18", "stem": "smal"}, "did you mean 'small'"),
+        ({"name": "vgg11", "image_size": 8}, "cannot take images of 8 px"),
+        ({"name": "inception_v3"}, "cannot take images of 32 px"),
+        ({"name": "vit_tiny_patch16_224", "image_size": 30}, "not a multiple of its patch"),
+        ({"name": "resnet18", "options": {"patch_size": 4}}, "are for timm models"),
+        ({"name": "vit_tiny_patch16_224", "options": {"no_such": 4}}, "no_such"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        Backbone(**{"image_size": 32, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_stage_is_named():
+    backbone = Backbone("resnet18", image_size=32, width=4)
+    with pytest.raises(ConfigError, match="has no stage 5; its stages: 1, 2, 3, 4"):
+        backbone.map_spec(5)
+    with pytest.raises(ConfigError, match="its stages: none"):
+        Backbone("shufflenet_v2_x0_5", image_size=64).map_spec(3)

@@ -1,0 +1,113 @@
+"""Each method computes the loss of lightly's published example of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from torch import nn
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.methods.byol import BYOL
+from ssl_samix.methods.moco import MoCo
+from ssl_samix.methods.simclr import SimCLR
+from tests.conftest import recipe
+
+
+class Example(nn.Module):
+    """The modules of examples/pytorch/{moco,simclr,byol}.py, around given weights."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.backbone = copy.deepcopy(method.backbone)
+        self.projection_head = copy.deepcopy(method.projector)
+        self.prediction_head = copy.deepcopy(getattr(method, "predictor", nn.Identity()))
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+
+    def forward(self, x):
+        return self.prediction_head(self.projection_head(self.backbone(x).flatten(start_dim=1)))
+
+    def forward_momentum(self, x):
+        return self.projection_head_momentum(self.backbone_momentum(x).flatten(1)).detach()
+
+
+@pytest.fixture
+def backbone():
+    return Backbone("resnet18", image_size=16, width=8)
+
+
+@pytest.fixture
+def views():
+    return torch.randn(16, 3, 16, 16), torch.randn(16, 3, 16, 16)
+
+
+def same_gradients(method, example):
+    theirs = dict(example.backbone.named_parameters())
+    for name, weight in method.backbone.named_parameters():
+        scale = theirs[name].grad.abs().max()
+        assert (weight.grad - theirs[name].grad).abs().max() <= 1e-4 * scale, name
+
+
+def test_moco(backbone, views):
+    method = MoCo(backbone, optimizer=recipe(), queue_size=64, temperature=0.1, bn_groups=1)
+    example = Example(method)
+    criterion = NTXentLoss(temperature=0.1, memory_bank_size=(64, 128))
+    criterion.memory_bank.bank.copy_(method.queue.keys)
+    theirs = criterion(example(views[0]), example.forward_momentum(views[1]))
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+    method.after_batch()
+    torch.testing.assert_close(method.queue.keys, criterion.memory_bank.bank)
+
+
+def test_moco_symmetric_is_the_mean_of_both_directions(backbone, views):
+    method = MoCo(backbone, optimizer=recipe(), queue_size=64, symmetric=True)
+    method.eval()
+    both = method.own_loss(views)
+    method.symmetric = False
+    forward, backward = method.own_loss(views), method.own_loss(views[::-1])
+    torch.testing.assert_close(both, (forward + backward) / 2)
+
+
+def test_simclr(backbone, views):
+    method = SimCLR(backbone, optimizer=recipe())
+    example = Example(method)
+    theirs = NTXentLoss()(example(views[0]), example(views[1]))
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_byol(backbone, views):
+    method = BYOL(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32)
+    example = Example(method)
+    criterion = NegativeCosineSimilarity()
+    p0, z0 = example(views[0]), example.forward_momentum(views[0])
+    p1, z1 = example(views[1]), example.forward_momentum(views[1])
+    theirs = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
+    ours = method.own_loss(views).mean()
+    # Theirs is -cos, ours the paper's 2 - 2 cos.
+    torch.testing.assert_close(ours, 2 + 2 * theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    (2 * theirs).backward()
+    same_gradients(method, example)
+
+
+@pytest.mark.parametrize("make", [MoCo, SimCLR, BYOL])
+def test_heads_have_the_published_shape(make, backbone):
+    method = make(backbone, optimizer=recipe())
+    kinds = [type(layer).__name__ for layer in method.projector.layers]
+    expected = {
+        MoCo: ["Linear", "ReLU", "Linear"],
+        SimCLR: ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"],
+        BYOL: ["Linear", "BatchNorm1d", "ReLU", "Linear"],
+    }
+    assert kinds == expected[make]
