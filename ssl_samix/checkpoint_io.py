@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write atomically."""
         checkpoint[META] = self.meta
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        # In memory first: torch's own writer reports a full disk as an error of its own format.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(Path(path), lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -64,6 +69,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):  # what torch.save writes; nothing else is even opened
+        raise CheckpointError(f"{path} is damaged or no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -16,15 +16,12 @@ SUBCOMMANDS = {
 
 def main() -> None:
     """Run the command line."""
-    # Threads that spin while they wait halve the speed of a machine that has anything else to do
-    # (benchmarks/threads.py); this is read when torch is loaded, which has not happened yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _dispatch(sys.argv[1:])
     except UserError as error:
         _stop(f"samix: {error}", 2)
-    except KeyboardInterrupt:
-        _stop("samix: interrupted; the same command with resume=<run folder> goes on", 130)
+    except KeyboardInterrupt as interrupt:
+        _stop(f"samix: {interrupt or 'interrupted'}", 130)
 
 
 def _stop(sentence: str, status: int) -> NoReturn:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import ConfigError, check_range
 
 
 def choose_precision(accelerator: str = "auto") -> str:
@@ -24,6 +25,19 @@ def choose_precision(accelerator: str = "auto") -> str:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16-mixed" if native else "32-true"
+
+
+def memory_format(module: nn.Module) -> torch.memory_format:
+    """Return the faster layout that is safe for the module: channels_last, or contiguous.
+
+    oneDNN's backward pass of a 1x1 convolution of stride 2 writes past its memory in channels_last
+    when it reads fewer than 8 channels (seen with torch 2.15 on a CPU without AVX-512).
+    """
+    narrow = any(
+        isinstance(conv, nn.Conv2d) and conv.in_channels < 8 and conv.kernel_size == (1, 1)
+        for conv in module.modules()
+    )
+    return torch.contiguous_format if narrow else torch.channels_last
 
 
 def build_trainer(
@@ -49,6 +63,7 @@ def build_trainer(
         ConfigError: If Lightning does not know the settings, or the hardware is not there.
     """
     quieten()
+    check_range("trainer.max_epochs", arguments["max_epochs"], 1)
     if precision == "auto":
         precision = choose_precision(accelerator)
     if sync_batchnorm == "auto":
@@ -61,6 +76,7 @@ def build_trainer(
             sync_batchnorm=bool(sync_batchnorm),
             use_distributed_sampler=False,
             enable_model_summary=False,
+            enable_progress_bar=False,
             num_sanity_val_steps=0,
             **arguments,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -20,6 +21,28 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or run folder that cannot be read, or belongs to something else."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was stopped from outside (Ctrl-C, SIGTERM) and can go on."""
+
+
+def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Refuse a ``value`` that is not a finite number in [low, high].
+
+    Args:
+        name: The key, as its user writes it.
+        value: What was given.
+        low: Smallest value; a tiny positive one stands for "more than 0".
+        high: Largest value.
+
+    Raises:
+        ConfigError: With the key, what is allowed and what was given.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
+        allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ConfigError(f"{name} must be a number {allowed}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str], kind: str) -> str:

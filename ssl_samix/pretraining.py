@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -24,8 +23,9 @@ from ssl_samix.callbacks.run_summary import Run, announce, finish
 from ssl_samix.checkpoint_io import AtomicCheckpointIO
 from ssl_samix.config import build, compose
 from ssl_samix.data.datamodule import DataModule
+from ssl_samix.engine import memory_format
 from ssl_samix.environment import describe_environment
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import ConfigError, Interrupted, check_range
 from ssl_samix.evaluation.checkpoint import save_encoder
 from ssl_samix.files import write_atomically
 from ssl_samix.launch import is_main_process, launched_outside, relaunched_as
@@ -88,7 +88,7 @@ def run(config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     module: BaseMethod = build(
         config.method, backbone=backbone, optimizer=build(config.optimizer), mixing=mixing
     )
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=memory_format(module))
     meta = _meta(choices, backbone, data)
     trainer = _trainer(config, folder, module, data, meta)
     if is_main_process():
@@ -97,7 +97,10 @@ def run(config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     announce(trainer, config, choices, folder, module, data)
     # Processes that Lightning starts for further devices find the run by its folder.
     with relaunched_as("pretrain", f"resume={folder.path}"):
-        trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
+        try:
+            trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
+        except SystemExit as stop:  # Lightning's way to end a fit that was interrupted
+            raise Interrupted(f"interrupted: samix pretrain resume={folder.path} goes on") from stop
     if trainer.is_global_zero:
         save_encoder(folder.encoder, backbone, meta)
     return finish(trainer, folder)
@@ -141,8 +144,7 @@ def _trainer(
 
 
 def _checkpoint(folder: RunFolder, name: str, epochs: int, **arguments: Any) -> ModelCheckpoint:
-    if epochs < 1:
-        raise ConfigError(f"callbacks.checkpoint.every_n_epochs is at least 1, got {epochs}")
+    check_range("callbacks.checkpoint.every_n_epochs", epochs, 1)
     return ModelCheckpoint(
         dirpath=folder.path,
         filename=name,

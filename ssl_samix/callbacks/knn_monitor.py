@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.features import evaluating, extract
 from ssl_samix.evaluation.knn import knn_accuracy
 from ssl_samix.evaluation.measures import alignment, rankme, uniformity
@@ -49,8 +49,8 @@ class KNNMonitor(pl.Callback):
         bank_limit: int | None = None,
         val_limit: int | None = None,
     ) -> None:
-        if every_n_epochs != "auto" and int(every_n_epochs) < 1:
-            raise ConfigError(f"knn.every_n_epochs is at least 1 or auto, got {every_n_epochs}")
+        if every_n_epochs != "auto":
+            check_range("callbacks.knn.every_n_epochs", every_n_epochs, 1)
         if not k or min(k) < 1 or temperature <= 0:
             raise ConfigError(
                 f"knn.k needs numbers of at least 1 and knn.temperature must be positive, got "

@@ -7,13 +7,13 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
-MOST_LINES = 12  # of a run whose output is no terminal
+MOST_LINES = 12  # of a run whose output is no terminal, more or less
+QUALITY = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
 
 
-class RunProgress(ProgressBar):
+class RunProgress(pl.Callback):
     """One bar over the whole run with loss, quality and the time that is left.
 
     Without a terminal it prints at most a dozen lines instead, evenly over the run.
@@ -22,7 +22,8 @@ class RunProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[Any] | None = None
-        self._begin, self._first_step, self._lines = 0.0, 0, 0
+        self._begin, self._first_step, self._line = 0.0, 0, 0
+        self._quality: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the bar."""
@@ -42,14 +43,17 @@ class RunProgress(ProgressBar):
         """Say how it goes."""
         if not trainer.is_global_zero:
             return
-        text = describe(trainer)
         if self._bar is not None:
-            self._bar.set_description(text)
+            self._bar.set_description(describe(trainer, QUALITY))
             return
-        epochs = trainer.max_epochs or 1
-        done = trainer.current_epoch + 1
-        if done in (1, epochs) or done * MOST_LINES // epochs > self._lines:
-            self._lines = done * MOST_LINES // epochs
+        quality = {name: float(trainer.callback_metrics.get(name, -1)) for name in QUALITY}
+        fresh = quality != self._quality
+        self._quality = quality
+        epochs, done = trainer.max_epochs or 1, trainer.current_epoch + 1
+        since = (done - self._line) * MOST_LINES / epochs
+        if done in (1, epochs) or (fresh and since > 0.8) or since > 2:
+            self._line = done
+            text = describe(trainer, QUALITY if fresh else {})
             print(f"{text}  {self._left(trainer)} left", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,10 +85,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def describe(trainer: pl.Trainer) -> str:
-    """Return the epoch, its loss and, if it was measured, its quality in a line."""
+def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
+    """Return the epoch, its loss and these measures in a line."""
     metrics = trainer.callback_metrics
     parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
-    names = (("loss", "loss {:.3f}"), ("knn/top1", "kNN {:.1f}%"), ("rankme", "RankMe {:.1f}"))
-    parts += [text.format(float(metrics[name])) for name, text in names if name in metrics]
+    names = {"loss": "loss {:.3f}", **quality}
+    parts += [text.format(float(metrics[n])) for n, text in names.items() if n in metrics]
     return "  ".join(parts)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
 from ssl_samix.data.sources import UNREADABLE, PathSource, Source

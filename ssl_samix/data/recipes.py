@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from ssl_samix.errors import ConfigError, nearest
+from ssl_samix.errors import ConfigError, check_range, nearest
 
 SMALLEST_BLURRED = 64  # pixels; SimCLR's CIFAR recipe has no blur, arXiv 2002.05709, appendix B.9
 BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, appendix A, and everyone since
@@ -50,20 +50,12 @@ class ViewSpec:
         """Refuse values that make no view."""
         highest = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
         for name, value in asdict(self).items():
-            _check(name, value, 0.0, highest.get(name, 1.0))
+            check_range(f"view setting {name}", value, 0.0, highest.get(name, 1.0))
         if self.crop_min == 0 or self.crop_min > self.crop_max:
             raise ConfigError(
                 "view settings 'crop_min' and 'crop_max' must be 0 < crop_min <= crop_max <= 1, "
                 f"got {self.crop_min} and {self.crop_max}"
             )
-
-
-def _check(name: str, value: object, low: float, high: float) -> None:
-    """Refuse a ``value`` that is not a finite number in [low, high]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
-        allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ConfigError(f"view setting '{name}' must be a number {allowed}, got {value!r}")
 
 
 def scaled(spec: ViewSpec, image_size: int, flip: bool) -> ViewSpec:

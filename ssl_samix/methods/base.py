@@ -16,6 +16,8 @@ from ssl_samix.modules.ema import frozen_forward
 from ssl_samix.optim.recipe import OptimizerRecipe
 from ssl_samix.types import Batch
 
+SMALLEST = 1e-4  # temperature: below it, similarities of unit vectors overflow float16
+
 
 class BaseMethod(pl.LightningModule, ABC):
     """What all methods share.

@@ -7,6 +7,7 @@ from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.errors import check_range
 from ssl_samix.losses.regression import cosine_regression
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.modules.ema import EMATwin, momentum_at
@@ -33,6 +34,7 @@ class BYOL(BaseMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
+        check_range("method.momentum", momentum, 0, 1)
         self.projector = BYOLProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
         self.target_encoder = EMATwin(nn.Sequential(backbone, self.projector))

@@ -9,9 +9,9 @@ from lightly.utils.dist import world_size
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce
-from ssl_samix.methods.base import BaseMethod
+from ssl_samix.methods.base import SMALLEST, BaseMethod
 from ssl_samix.modules.ema import EMATwin
 from ssl_samix.modules.grouped import in_groups
 from ssl_samix.modules.queue import Queue
@@ -52,8 +52,9 @@ class MoCo(BaseMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
-        if bn_groups < 1:
-            raise ConfigError(f"method.bn_groups must be at least 1, got {bn_groups}")
+        check_range("method.bn_groups", bn_groups, 1)
+        check_range("method.temperature", temperature, SMALLEST)
+        check_range("method.momentum", momentum, 0, 1)
         width = backbone.feature_dim
         self.projector = MoCoProjectionHead(width, hidden_dim or width, output_dim)
         self.key_encoder = EMATwin(nn.Sequential(backbone, self.projector))

@@ -8,8 +8,9 @@ from lightly.utils.dist import gather, rank, world_size
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce_in_batch, nt_xent
-from ssl_samix.methods.base import BaseMethod
+from ssl_samix.methods.base import SMALLEST, BaseMethod
 
 
 class SimCLR(BaseMethod):
@@ -33,6 +34,7 @@ class SimCLR(BaseMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
+        check_range("method.temperature", temperature, SMALLEST)
         width = backbone.feature_dim
         self.projector = SimCLRProjectionHead(width, hidden_dim or width, output_dim)
         self.temperature = temperature

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.types import MixPlan
+
+SMALLEST = 1e-3  # alpha: below it, every draw is 0 or 1 to rounding
 
 
 def derangement(size: int, device: torch.device) -> Tensor:
@@ -29,8 +31,7 @@ def draw_plan(size: int, alpha: float, device: torch.device) -> MixPlan:
     Raises:
         ConfigError: If ``alpha`` is not positive or ``size`` is below 2.
     """
-    if alpha <= 0:
-        raise ConfigError(f"mixup.alpha must be positive, got {alpha}")
+    check_range("mixup.alpha", alpha, SMALLEST)
     concentration = torch.tensor(float(alpha), device=device)
     lam = torch.distributions.Beta(concentration, concentration).sample((size,))
     return MixPlan(lam=lam, partner=derangement(size, device))

@@ -8,7 +8,7 @@ from lightly.models.utils import concat_all_gather
 from lightly.utils.dist import world_size
 from torch import Tensor, nn
 
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import check_range
 
 
 class Queue(nn.Module):
@@ -27,8 +27,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        if size < 1:
-            raise ConfigError(f"method.queue_size must be at least 1, got {size}")
+        check_range("method.queue_size", size, 1)
         # Random unit vectors stand in until real keys have filled the ring.
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightly.utils.scheduler import CosineWarmupScheduler
+from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.optim.groups import parameter_groups
@@ -63,8 +64,18 @@ class OptimizerRecipe:
         groups = parameter_groups(module, self.weight_decay)
         optimizer = self.optimizer(groups, lr=self.scaled_lr(batch_size))
         warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
-        schedule = CosineWarmupScheduler(
-            optimizer, warmup_epochs=warmup, max_epochs=total_steps, end_value=self.final
+        # A closure, not lightly's scheduler object: that one restores the length of the interrupted
+        # run from a checkpoint, so that a run could not be prolonged.
+        schedule = LambdaLR(
+            optimizer,
+            lambda step: cosine_warmup_schedule(
+                step=min(step, total_steps),
+                max_steps=total_steps,
+                start_value=1.0,
+                end_value=self.final,
+                warmup_steps=warmup,
+                warmup_start_value=0.0,
+            ),
         )
         return {
             "optimizer": optimizer,

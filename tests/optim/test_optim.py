@@ -1,0 +1,93 @@
+"""Parameter groups, learning rates and the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_samix.errors import ConfigError
+from ssl_samix.optim.groups import parameter_groups
+from tests.conftest import recipe
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_biases_and_normalisation_are_not_decayed():
+    module = net()
+    module[3].weight.requires_grad_(False)
+    groups = {g["name"]: g for g in parameter_groups(module, 0.1)}
+    assert [p.ndim for p in groups["encoder"]["params"]] == [4]
+    assert groups["encoder"]["weight_decay"] == 0.1
+    assert len(groups["no_decay"]["params"]) == 4  # two of BatchNorm, two biases
+    assert groups["no_decay"]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("linear", 0.4), ("sqrt", 0.2), ("none", 0.1)])
+def test_learning_rate_is_stated_for_256_images(scaling, expected):
+    assert recipe(lr=0.1, scaling=scaling).scaled_lr(1024) == pytest.approx(expected)
+
+
+def rates(total, warmup_epochs, final=0.0):
+    settings = {"lr": 1.0, "warmup_epochs": warmup_epochs, "final": final}
+    built = recipe(**settings).build(net(), 256, total, steps_per_epoch=10)
+    optimizer, schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    seen = []
+    for _ in range(total):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_schedule_warms_up_and_falls_by_a_cosine():
+    seen = rates(total=200, warmup_epochs=1)
+    assert seen[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    for i in (0, 60, 120, 189):
+        assert seen[10 + i] == pytest.approx((1 + math.cos(math.pi * i / 189)) / 2, abs=1e-6)
+    assert rates(total=100, warmup_epochs=0, final=0.2)[-1] == pytest.approx(0.2)
+
+
+def test_a_short_run_warms_up_for_a_tenth():
+    seen = rates(total=50, warmup_epochs=100)
+    assert seen[4] == pytest.approx(1.0)
+
+
+def test_a_prolonged_run_follows_the_longer_schedule():
+    short = recipe(lr=1.0).build(net(), 256, 10, 10)
+    for _ in range(10):
+        short["optimizer"].step()
+        short["lr_scheduler"]["scheduler"].step()
+    long = recipe(lr=1.0).build(net(), 256, 101, 10)
+    long["optimizer"].load_state_dict(short["optimizer"].state_dict())
+    long["lr_scheduler"]["scheduler"].load_state_dict(
+        short["lr_scheduler"]["scheduler"].state_dict()
+    )
+    for _ in range(40):
+        long["optimizer"].step()
+        long["lr_scheduler"]["scheduler"].step()
+    assert long["optimizer"].param_groups[0]["lr"] == pytest.approx(0.5)  # step 50 of 100
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0}, {"weight_decay": -1}, {"final": 2}, {"scaling": "cubic"}]
+)
+def test_settings_outside_their_range(settings):
+    with pytest.raises(ConfigError):
+        recipe(**settings)
+
+
+def test_lars_leaves_biases_unscaled():
+    from lightly.utils.lars import LARS
+
+    module = nn.Linear(2, 2)
+    optimizer = LARS(parameter_groups(module, 1e-4), lr=1.0)
+    module.weight.grad, module.bias.grad = torch.ones(2, 2), torch.ones(2)
+    before = module.bias.detach().clone(), module.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(module.bias, before[0] - 1)
+    assert (module.weight - before[1]).abs().max() < 0.01  # trust coefficient 0.001

@@ -1,0 +1,260 @@
+"""The command as people meet it: real processes, real exit statuses."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ssl_samix.cli import main
+
+TINY = [
+    "data.limit=96", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1",
+    "method.queue_size=64",
+]  # fmt: skip
+
+
+def samix(*words, cwd, check=False, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    command = [sys.executable, "-m", "ssl_samix", *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=check, **options
+    )
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command in this process and return its one sentence."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["samix", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        error = capsys.readouterr().err
+        assert caught.value.code == 2, error
+        lines = [line for line in error.splitlines() if line.startswith("samix: ")]
+        assert len(lines) == 1, error
+        assert "Traceback" not in error
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(40):
+        pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
+    return folder
+
+
+def test_help_lists_the_subcommands(tmp_path):
+    shown = samix("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "pretrain  learn an encoder from images without labels" in shown.stdout
+
+
+def test_pretrain_help_shows_groups_and_choices(tmp_path):
+    shown = samix("pretrain", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "method: byol, moco, simclr" in shown.stdout
+    assert "mixup: none" in shown.stdout
+    assert "max_epochs: 100" in shown.stdout
+    assert "hydra:" not in shown.stdout
+
+
+def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
+    done = samix("pretrain", *TINY, "out=here/run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "here" / "run"
+    names = {p.name for p in run.iterdir()}
+    assert names == {
+        "config.yaml", "environment.json", "metrics.csv", "tensorboard", "last.ckpt", "best.ckpt",
+        "encoder.safetensors",
+    }  # fmt: skip
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"epoch", "loss", "knn/top1", "knn/top5", "rankme", "alignment", "uniformity"} <= set(
+        header
+    )
+    assert "kNN top-1" in done.stdout
+    assert "images/s" in done.stdout
+    assert str(Path("here/run/encoder.safetensors")) in done.stdout
+    assert len(done.stdout.splitlines()) <= 20
+    assert "Warning" not in done.stderr
+    assert set(os.listdir(tmp_path)) == {"here"}, "nothing is left beside the run folder"
+
+
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
+    words = ["--multirun", "method=simclr,byol", "seed=0,1", *TINY[:4], "out=sweep"]
+    done = samix("pretrain", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
+    assert len(runs) == 4
+    assert all((run / "encoder.safetensors").exists() for run in runs)
+    assert len({(run / "encoder.safetensors").read_bytes() for run in runs}) == 4
+
+
+def test_a_mistake_is_told_before_heavy_imports(tmp_path):
+    start = time.process_time()
+    code = (
+        "import sys; sys.argv = ['samix', 'pretrain', 'methd=moco']\n"
+        "from ssl_samix.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert shown.stdout.split() == ["2", "False"]
+    assert shown.stderr == "samix: unknown key 'methd': did you mean 'method'?\n"
+    assert time.process_time() >= start
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["pretrian"], "unknown subcommand 'pretrian': did you mean 'pretrain'"),
+        (["pretrain", "data=folder"], "data.root=<folder of images>"),
+        (["pretrain", "data=folder", "data.root=nowhere"], "does not exist"),
+        (["pretrain", "data=cifar10"], "data.download=true"),
+        (["pretrain", "backbone.name=resnet19"], "did you mean 'resnet18'"),
+        (["pretrain", "data.batch_size=2000"], "larger than the data set (1438 images)"),
+        (["pretrain", "data.batch_size=1"], "at least 2"),
+        (["pretrain", "data.limit=0"], "data.limit"),
+        (["pretrain", "backbone=any", "backbone.name=vgg11", "data.image_size=8"], "cannot take"),
+        (["pretrain", "resume=nowhere"], "is no run folder"),
+        (["pretrain", "trainer.precision=12"], "precision"),
+        (["pretrain", "trainer.accelerator=gpu"], "settings do not work here"),
+        (["pretrain", "method.temperature=0"], "temperature"),
+        (["pretrain", "method.momentum=2"], "momentum"),
+        (["pretrain", "views.a.crop_min=0"], "crop_min"),
+        (["pretrain", "callbacks.knn.every_n_epochs=0"], "every_n_epochs"),
+        (["pretrain", "trainer.max_epochs=0"], "max_epochs"),
+    ],
+)
+def test_bad_input(words, sentence, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = [] if words[0] != "pretrain" or "resume=nowhere" in words else ["out=run"]
+    assert sentence in fails(*words, *extra)
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_empty_folder(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "is an empty folder" in fails("pretrain", "data=folder", f"data.root={tmp_path}/empty")
+
+
+def test_too_many_unreadable_images_stop_at_the_start(photos, fails, tmp_path):
+    (photos / "07.jpg").write_text("no picture")
+    sentence = fails("pretrain", "data=folder", f"data.root={photos}", f"out={tmp_path}/run")
+    assert "07.jpg" in sentence
+
+
+def test_out_that_holds_other_things(fails, tmp_path):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    assert "is no run folder" in fails("pretrain", f"out={tmp_path}")
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+
+
+def test_out_that_cannot_be_made(fails):
+    assert "cannot make the run folder" in fails("pretrain", "out=/dev/null/run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    samix("pretrain", *TINY, "out=run", cwd=folder, check=True)
+    return folder / "run"
+
+
+def test_out_of_another_run(finished, fails):
+    before = (finished / "last.ckpt").read_bytes()
+    sentence = fails("pretrain", *TINY, "seed=3", f"out={finished}")
+    assert "belongs to another run (seed is 0 there, 3 here)" in sentence
+    assert (finished / "last.ckpt").read_bytes() == before
+
+
+def test_a_resume_changes_no_network(finished, fails):
+    assert "cannot be changed by a resume" in fails(
+        "pretrain", f"resume={finished}", "backbone.width=8"
+    )
+    assert "cannot be changed by a resume" in fails("pretrain", f"resume={finished}", "method=byol")
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "pickle", "width"])
+def test_damaged_and_foreign_checkpoints(damage, finished, fails, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+    whole = (finished / "last.ckpt").read_bytes()
+    witness = tmp_path / "witness"
+    if damage == "cut":
+        (run / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    elif damage == "text":
+        (run / "last.ckpt").write_text("this is no checkpoint")
+    elif damage == "pickle":
+        torch.save({"state_dict": Trap(str(witness))}, run / "last.ckpt")
+    else:
+        checkpoint = torch.load(finished / "last.ckpt", weights_only=True)
+        checkpoint["ssl_samix"]["backbone"]["width"] = 64
+        torch.save(checkpoint, run / "last.ckpt")
+    sentence = fails("pretrain", f"resume={run}", "trainer.max_epochs=3")
+    expected = {
+        "cut": "damaged", "text": "damaged", "pickle": "would run code",
+        "width": "holds the backbone resnet18 of width 64",
+    }  # fmt: skip
+    assert expected[damage] in sentence
+    assert not witness.exists()
+
+
+class Trap:
+    """A pickle that leaves a trace when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_no_space_is_one_sentence_and_the_last_checkpoint_stays(finished, tmp_path):
+    """Files above the limit cannot be written: the write really fails, half-way."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "last.ckpt", "metrics.csv"):
+        (run / name).write_bytes((finished / name).read_bytes())
+    limit = (finished / "last.ckpt").stat().st_size // 2
+    done = samix(
+        "pretrain", f"resume={run}", "trainer.max_epochs=3", cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
+    assert not list(run.glob(".*.partial"))
+
+
+def test_a_damaged_image_is_named_counted_and_skipped(photos, tmp_path):
+    for i in range(40, 120):
+        (photos / f"{i}.jpg").write_bytes((photos / f"{i % 40:02}.jpg").read_bytes())
+    whole = (photos / "05.jpg").read_bytes()
+    (photos / "05.jpg").write_bytes(whole[: len(whole) // 2])
+    done = samix(
+        "pretrain", "data=folder", f"data.root={photos}", *TINY, "data.limit=null", "out=run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "05.jpg" in done.stderr
+    assert "119 images at 32 px, no labels" in done.stdout
+    assert "RankMe" in done.stdout
+    assert not (tmp_path / "run" / "best.ckpt").exists()

@@ -1,0 +1,127 @@
+"""Two real processes on gloo compute what one process computes with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.data.loader import StepSampler
+from ssl_samix.evaluation.checkpoint import load_encoder
+from tests.conftest import METHODS
+
+BATCH = 8
+
+
+def build(name):
+    torch.manual_seed(0)
+    method = METHODS[name](Backbone("resnet18", image_size=16, width=4))
+    # Normalised with fixed statistics: each process would have its own otherwise.
+    return method.eval()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(BATCH, 3, 16, 16, generator=generator) for _ in range(2)]
+
+
+def losses_and_gradients(method, views):
+    losses = method.own_loss(views)
+    losses.mean().backward()
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    method.after_batch()
+    queue = method.queue.keys if hasattr(method, "queue") else None
+    return losses.detach(), gradients, queue
+
+
+def worker(rank, name, port, folder):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    share = BATCH // 2
+    views = tuple(v[rank * share : (rank + 1) * share] for v in batch())
+    losses, gradients, queue = losses_and_gradients(build(name), views)
+    for gradient in gradients.values():  # as DDP does
+        dist.all_reduce(gradient)
+        gradient.div_(2)
+    torch.save((losses, gradients, queue), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_two_processes_equal_one_with_the_whole_batch(name, tmp_path):
+    whole, whole_gradients, whole_queue = losses_and_gradients(build(name), tuple(batch()))
+    mp.spawn(worker, args=(name, free_port(), str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    losses = torch.cat([part[0] for part in parts])
+    torch.testing.assert_close(losses, whole, rtol=1e-5, atol=1e-6)
+    for _, gradients, queue in parts:
+        assert gradients.keys() == whole_gradients.keys()
+        for key, gradient in gradients.items():
+            scale = whole_gradients[key].abs().max().clamp_min(1e-6)
+            assert (gradient - whole_gradients[key]).abs().max() <= 1e-4 * scale, key
+        if queue is not None:
+            # The same keys in the same order: the queue of every rank is the whole batch's.
+            torch.testing.assert_close(queue, whole_queue, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_share_each_batch_without_overlap():
+    whole = StepSampler(103, 20, seed=1, rank=0, ranks=1)
+    parts = [StepSampler(103, 20, seed=1, rank=r, ranks=2) for r in (0, 1)]
+    for sampler in (whole, *parts):
+        sampler.set_epoch(3)
+    seen = []
+    for (step, all_), (_, first), (_, second) in zip(whole, *parts, strict=True):
+        assert first + second == all_
+        assert len(all_) == 20
+        seen += all_
+        assert step == 3 * 5 + len(seen) // 20 - 1
+    assert len(set(seen)) == 100, "no image twice in an epoch"
+
+
+def test_an_epoch_has_its_own_order_and_a_seed_repeats_it():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        sampler = StepSampler(50, 10, seed=seed, rank=0, ranks=1)
+        sampler.set_epoch(epoch)
+        orders.append([i for _, part in sampler for i in part])
+    assert orders[0] == orders[3]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+@pytest.mark.parametrize("name", ["moco", "simclr"])
+def test_the_command_trains_on_two_processes(name, tmp_path):
+    words = [
+        f"method={name}", "data.limit=96", "data.batch_size=32", "backbone.width=8",
+        "trainer.max_epochs=2", "trainer.devices=2", "trainer.accelerator=cpu",
+        "callbacks.knn.every_n_epochs=1", "out=run",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_samix", "pretrain", *words],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("kNN top-1") == 1, "one process speaks"
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 3
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    encoder = load_encoder(tmp_path / "run")
+    for key, tensor in encoder.backbone.state_dict().items():
+        torch.testing.assert_close(tensor, checkpoint["state_dict"][f"backbone.{key}"])

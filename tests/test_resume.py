@@ -1,0 +1,89 @@
+"""Interrupted runs, really interrupted: the resumed curve is the uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+WORDS = [
+    "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",
+    "method.queue_size=64", "callbacks.knn.every_n_epochs=4",
+]  # fmt: skip
+TIMING = {"seconds", "images_per_second", "knn/seconds"}
+
+
+def start(cwd, *words):
+    command = [sys.executable, "-m", "ssl_samix", "pretrain", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def rows(run):
+    if not (run / "metrics.csv").exists():
+        return []
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in r.items() if k not in TIMING} for r in csv.DictReader(file)]
+
+
+def interrupt_after(process, run, epochs, how):
+    while len(rows(run)) < epochs or not (run / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=100)
+    return process.returncode, err
+
+
+@pytest.fixture(scope="module", params=["moco", "byol"])
+def uninterrupted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    words = [f"method={request.param}", *WORDS]
+    if request.param != "moco":
+        words.remove("method.queue_size=64")
+    finish(start(folder, *words, "out=whole"))
+    return words, folder / "whole"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, how, tmp_path):
+    words, whole = uninterrupted
+    run = tmp_path / "run"
+    status, error = interrupt_after(start(tmp_path, *words, "out=run"), run, 3, how)
+    assert status != 0
+    assert "Traceback" not in error
+    if how != signal.SIGKILL:
+        assert "resume=" in error
+    kept = len(rows(run))
+    assert kept < 12, "the run was over before it was interrupted"
+    again = "resume=run" if how == signal.SIGTERM else "out=run"
+    arguments = [again] if how == signal.SIGTERM else [*words, again]
+    assert "continued from last.ckpt" in finish(start(tmp_path, *arguments))
+    assert rows(run) == rows(whole)
+    ours, theirs = (torch.load(r / "last.ckpt", weights_only=True) for r in (run, whole))
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, tensor in ours["state_dict"].items():
+        assert torch.equal(tensor, theirs["state_dict"][name]), name
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(uninterrupted, tmp_path):
+    words, whole = uninterrupted
+    before = (whole / "encoder.safetensors").read_bytes()
+    out = finish(start(whole.parent, *words, "out=whole"))
+    assert "kNN top-1" in out
+    assert (whole / "encoder.safetensors").read_bytes() == before
+    assert len(rows(whole)) == 12
