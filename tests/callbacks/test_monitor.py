@@ -1,0 +1,100 @@
+"""The monitor on a small run, and its files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_samix.callbacks.knn_monitor import KNNMonitor
+from ssl_samix.callbacks.metrics_csv import MetricsCSV, read_metrics
+from ssl_samix.config import build, compose
+from ssl_samix.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def data(*words):
+    config, _ = compose("pretrain", ["data.batch_size=32", *words])
+    return build(config.data, views=build(config.views), seed=0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data()
+
+
+def test_raw_pixels_of_digits_are_a_known_answer(digits):
+    """Nearest neighbours on the pixels solve this data set: scikit-learn agrees."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    measured = KNNMonitor(k=(1,)).measure(nn.Flatten(), digits, CPU)
+    mean = torch.tensor(digits.splits.mean)[:, None, None]
+    std = torch.tensor(digits.splits.std)[:, None, None]
+    rows = [
+        ((s.load(range(len(s))) / 255 - mean) / std).flatten(1).numpy()
+        for s in (digits.splits.train, digits.splits.val)
+    ]
+    reference = KNeighborsClassifier(1, metric="cosine").fit(rows[0], digits.splits.train.labels)
+    accuracy = 100 * reference.score(rows[1], digits.splits.val.labels)
+    assert measured["knn/top1"] == pytest.approx(accuracy, abs=0.3)
+    assert accuracy > 95
+
+
+def test_all_measures_are_reported_where_there_are_labels(digits):
+    measured = KNNMonitor().measure(nn.Flatten(), digits, CPU)
+    assert set(measured) == {
+        "knn/top1", "knn/top5", "knn/top1_k200", "knn/top5_k200", "rankme", "alignment",
+        "uniformity",
+    }  # fmt: skip
+    assert measured["alignment"] > 0
+
+
+def test_a_measurement_disturbs_nothing(digits):
+    """Neither the random numbers of the training nor the encoder's statistics or mode."""
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    encoder[1].eval()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = KNNMonitor(bank_limit=100, val_limit=50).measure(encoder, digits, CPU)
+    assert torch.equal(torch.rand(4), expected)
+    assert [m.training for m in encoder] == [True, False, True]
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    again = KNNMonitor(bank_limit=100, val_limit=50).measure(encoder, digits, CPU)
+    assert first == again
+
+
+def test_the_automatic_interval_keeps_the_cost_below_a_twentieth(digits):
+    monitor = KNNMonitor()
+    passes = 2 * 250 + 1438 + 359
+    interval = monitor.interval(digits)
+    assert passes / (interval * 4 * 1438) <= 0.05
+    assert passes / ((interval - 1) * 4 * 1438) > 0.05
+    assert KNNMonitor(every_n_epochs=3).interval(digits) == 3
+    assert KNNMonitor(bank_limit=100, val_limit=50).interval(digits) < interval
+
+
+@pytest.mark.parametrize(
+    "settings", [{"every_n_epochs": 0}, {"k": []}, {"k": [0]}, {"temperature": 0}]
+)
+def test_settings_outside_their_range(settings):
+    with pytest.raises(ConfigError):
+        KNNMonitor(**settings)
+
+
+def test_metrics_are_whole_rows_and_a_resume_replaces_what_it_repeats(tmp_path):
+    path = tmp_path / "metrics.csv"
+    log = MetricsCSV(path)
+    for epoch in range(3):
+        log.log_metrics({"epoch": epoch, "loss": 1.0 / (epoch + 1)}, step=10 * epoch + 9)
+    resumed = MetricsCSV(path)
+    resumed.log_metrics({"epoch": 2, "loss": 7.0, "knn/top1": 50.0}, step=29)
+    resumed.log_metrics({"epoch": 3, "loss": 8.0}, step=39)
+    rows = read_metrics(path)
+    assert [r["epoch"] for r in rows] == ["0", "1", "2", "3"]
+    assert [r["loss"] for r in rows] == ["1", "0.5", "7", "8"]
+    assert [r["knn/top1"] for r in rows] == ["", "", "50", ""]
+    assert rows[0]["step"] == "10"

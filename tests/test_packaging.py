@@ -1,0 +1,75 @@
+"""A plain installation carries everything and runs from any folder."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in files:  # what a clone holds, and no build left-overs
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    # The build environment has setuptools already where pip cannot fetch it.
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_every_module_and_configuration_is_in_the_wheel(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "ssl_samix").rglob("*.py"):
+        assert str(path.relative_to(ROOT)) in inside
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert f"ssl_samix/configs/{path.relative_to(ROOT / 'configs')}" in inside
+    assert "ssl_samix/py.typed" in inside
+    assert "ssl_samix/eval_protocols/__init__.py" in inside
+    assert not [name for name in inside if name.startswith(("tests", "benchmarks"))]
+
+
+def test_an_installed_wheel_runs_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel],
+        check=True,
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    words = ["data.limit=64", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_samix", "pretrain", *words, "out=run"],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "run" / "encoder.safetensors").exists()
+    where = subprocess.run(
+        [sys.executable, "-c", "import ssl_samix.config as c; print(c.CONFIG_DIR)"],
+        cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True,
+        text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert where == str(target / "ssl_samix" / "configs")
+
+
+def test_the_command_is_declared():
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    scripts = metadata["options.entry_points"]["console_scripts"]
+    assert scripts.strip() == "samix = ssl_samix.cli:main"

@@ -1,0 +1,75 @@
+"""Every command and line of code in the README runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for line in block.strip().splitlines()]  # fmt: skip
+SMALL = ["trainer.max_epochs=1", "backbone.width=8", "data.batch_size=32"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(300):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(photos / f"{i:02}.jpg")
+    return tmp_path
+
+
+def run(words, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_set_up_commands_are_those_that_ci_runs():
+    assert COMMANDS[0] == "pip install -e . && samix pretrain"
+    assert COMMANDS[1] == "pip install -e '.[dev]' && python -m pytest -n auto"
+    script = (ROOT / ".ci" / "run").read_text()
+    for part in ("-e '.[dev]'", "samix pretrain", "python -m pytest -n"):
+        assert part in script
+
+
+@pytest.mark.parametrize("command", COMMANDS[2:])
+def test_commands(command, folder):
+    words = shlex.split(command)
+    assert words[:2] == ["samix", "pretrain"]
+    small = [] if "--help" in words else [w for w in SMALL if w.split("=")[0] not in command]
+    if "data=folder" not in words and small:
+        small.append("data.limit=64")
+    if "backbone=resnet18" in words:
+        small.append("data.image_size=8")  # full width, small images
+    run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
+
+
+def test_the_code(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    out = run([sys.executable, "-c", code], folder)
+    assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in out
+
+
+def test_links_and_names_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    from ssl_samix.config import groups
+
+    for group, row in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.M):
+        for name in re.findall(r"`(\w+)`", row):
+            assert name in groups()[group], (group, name)
