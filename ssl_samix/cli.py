@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -20,6 +21,8 @@ def main() -> None:
         _dispatch(sys.argv[1:])
     except UserError as error:
         _stop(f"samix: {error}", 2)
+    except PermissionError as error:
+        _stop(f"samix: no permission for {error.filename}", 2)
     except KeyboardInterrupt as interrupt:
         _stop(f"samix: {interrupt or 'interrupted'}", 130)
 
@@ -55,10 +58,14 @@ def _help() -> str:
 def _pretrain(words: list[str]) -> None:
     import hydra
 
-    from ssl_samix.config import CONFIG_DIR
+    from ssl_samix.config import CONFIG_DIR, quote_paths
+    from ssl_samix.launch import COMMAND
 
-    settings = [word for word in words if not word.startswith("-")]
-    early_checks(settings, sweeping="--multirun" in words or "-m" in words)
+    flags = [word for word in words if word.startswith("-")]
+    sweeping = "--multirun" in flags or "-m" in flags
+    words = quote_paths(words, sweeping)
+    if all(flag in ("--multirun", "-m") for flag in flags):  # others ask for help or information
+        early_checks([word for word in words if word not in flags], sweeping)
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name="pretrain", version_base="1.3")
     def app(_config: object) -> None:
@@ -69,7 +76,7 @@ def _pretrain(words: list[str]) -> None:
             raise _Stopped(error) from error
 
     before = sys.argv
-    os.environ["SSL_SAMIX_COMMAND"] = str(os.getpid())
+    os.environ[COMMAND] = str(os.getpid())
     sys.argv = [before[0], *words]
     try:
         app()
@@ -97,42 +104,44 @@ def early_checks(words: list[str], sweeping: bool = False) -> None:
     Raises:
         UserError: For the first mistake.
     """
-    from ssl_samix.config import check, parse
+    from ssl_samix.config import absolute, check, parse
+    from ssl_samix.data.layout import check_layout
+    from ssl_samix.launch import is_main_process
+    from ssl_samix.run_folder import RunFolder, resumed_config
 
-    values = {o.key_or_group: o for o in parse(words)}
-    if "resume" in values and values["resume"].value() is not None:
-        from ssl_samix.run_folder import resumed_config
-
-        rest = [word for word in words if not word.startswith("resume=")]
-        resumed_config(str(values["resume"].value()), rest)
-        return
-    for config in check("pretrain", words):
-        from ssl_samix.data.layout import check_layout
-        from ssl_samix.run_folder import RunFolder
-
+    resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
+    if resume and resume[-1] is not None:
+        configs = [resumed_config(resume[-1], words)[0]]
+    else:
+        configs = check("pretrain", words)
+    for config in configs:
         check_layout(config.data.name, config.data.root, config.data.download)
-        out = None if sweeping or config.out is None else RunFolder(config.out)
-        if out is not None and out.path.is_dir():
-            out.check_mine(config, os.listdir(out.path))
+        if config.out is not None and not (sweeping or resume) and is_main_process():
+            RunFolder(config.out).check_mine(absolute(config))
 
 
 def _run_job() -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from ssl_samix.config import parse, quoted
     from ssl_samix.pretraining import configured, run
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = HydraConfig.get()
     words = list(job.overrides.task)
     if job.mode == RunMode.MULTIRUN:
-        given = [w for w in words if w.startswith("out=")]
-        words = [w for w in words if not w.startswith("out=")]
-        name = job.job.override_dirname.replace("/", "_")
+        given = [o.value() for o in parse(words) if o.key_or_group == "out"]
+        words = [word for word in words if not word.startswith("out=")]
         print(f"job {job.job.num}: {' '.join(words)}", flush=True)
         if given:
-            words.append(f"{given[-1]}/{name}".replace("out=", "out='", 1) + "'")
+            words.append(f"out={quoted(f'{given[-1]}/{job_name(words)}')}")
     run(*configured(words))
+
+
+def job_name(words: list[str]) -> str:
+    """Name a sweep's job by its settings, in characters that need no quotes anywhere."""
+    return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
 
 
 def _on_sigterm(_signal: int, _frame: object) -> None:

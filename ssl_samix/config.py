@@ -6,6 +6,8 @@ Nothing here imports torch: a mistyped key is told before the first heavy import
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from ssl_samix.errors import ConfigError, UserError, nearest
 _PACKAGE = Path(__file__).resolve().parent
 # Installed, the configurations are inside the package; in a checkout they stand beside it.
 CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
+PATH_KEYS = ("out", "resume", "data.root")
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
@@ -32,6 +35,64 @@ def groups() -> dict[str, list[str]]:
     """Return each config group and the names that it offers."""
     folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
+
+
+def quoted(text: str) -> str:
+    """Write any text as a value of Hydra's grammar that is read back as that text."""
+    # A backslash is literal but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def in_hydras_grammar(value: Any) -> str:
+    """Write a Python value in Hydra's grammar.
+
+    Raises:
+        ConfigError: For a value that a configuration cannot hold.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return quoted(os.fspath(value))
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{in_hydras_grammar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(in_hydras_grammar, value)) + "]"
+    value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's numbers
+    words: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise ConfigError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
+
+
+def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts to dotted keys; ``options`` of a backbone stay a dict."""
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, dict) and key.rpartition(".")[2] != "options":
+            flat.update(dotted(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
+    """Quote the values of keys that are paths: a path may hold what Hydra's grammar does not.
+
+    Args:
+        arguments: ``key=value`` words, as they were typed.
+        sweeping: Whether a comma separates values; a path that exists is one path all the same.
+    """
+    words = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if key in PATH_KEYS and equals and value not in ("null", "") and value[0] not in "'\"":
+            whole = not sweeping or "," not in value or Path(value).expanduser().exists()
+            parts = [value] if whole else value.split(",")
+            words.append(f"{key}=" + ",".join(map(quoted, parts)))
+        else:
+            words.append(word)
+    return words
 
 
 def parse(arguments: Sequence[str]) -> list[Override]:
@@ -89,7 +150,8 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     chosen = [o for o in overrides if o.key_or_group in known]
     for override in chosen:
         name = str(override.value())
-        if override.value() is not None and name not in known[override.key_or_group]:
+        optional = override.key_or_group == "experiment" and override.value() is None
+        if not optional and name not in known[override.key_or_group]:
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
     base, _ = _compose(config_name, [str(o.input_line) for o in chosen])
     for override in overrides:
@@ -108,6 +170,8 @@ def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] =
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     default = OmegaConf.select(config, key)
+    if isinstance(default, DictConfig) and not isinstance(value, dict):
+        raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}
     for kind, words in wanted.items():
         if type(default) is kind:
@@ -140,6 +204,13 @@ def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[s
     finally:
         GlobalHydra.instance().hydra = taken
     return whole, choices
+
+
+def absolute(config: DictConfig) -> DictConfig:
+    """Make the data's folder absolute, so that a run finds it from anywhere."""
+    if config.data.root is not None:
+        config.data.root = os.path.abspath(os.path.expanduser(str(config.data.root)))
+    return config
 
 
 def plain(config: Any) -> dict[str, Any]:

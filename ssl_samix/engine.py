@@ -10,7 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ssl_samix.errors import ConfigError, check_range
+from ssl_samix.errors import ConfigError, check_range, nearest
+
+PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")  # weights are always float32
 
 
 def choose_precision(accelerator: str = "auto") -> str:
@@ -64,6 +66,8 @@ def build_trainer(
     """
     quieten()
     check_range("trainer.max_epochs", arguments["max_epochs"], 1)
+    if str(precision) not in PRECISIONS:
+        raise ConfigError(nearest(str(precision), PRECISIONS, "trainer.precision"))
     if precision == "auto":
         precision = choose_precision(accelerator)
     if sync_batchnorm == "auto":

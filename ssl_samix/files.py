@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ssl_samix.errors import UserError
 
+PARTIAL = ".partial"  # how a file's name ends while it is written
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path``, flush it to the disk, and move it in place.
@@ -19,10 +21,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: If there is no space or no permission; ``path`` is as it was before.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

@@ -6,21 +6,27 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-
-
-def rank_from_environment() -> int:
-    """Return the rank that torchrun, SLURM or Lightning gave this process; 0 if it is alone."""
-    for name in _RANKS:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+# Lightning sets these for its further processes and leaves most behind: a second fit of the same
+# process would take itself for one of them.
+_LEFT_BEHIND = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FOLDER = "SSL_SAMIX_RUN"  # tells further processes the folder that the first one chose
+COMMAND = "SSL_SAMIX_COMMAND"  # set by the command line to its process id
 
 
 def is_main_process() -> bool:
     """Say whether this process writes the files that all share."""
-    return rank_from_environment() == 0
+    for name in _RANKS:
+        if os.environ.get(name, "").isdigit():
+            return os.environ[name] == "0"
+    return True
+
+
+def given_folder() -> str | None:
+    """Return the folder that the first of several processes chose; None in the first."""
+    return None if is_main_process() else os.environ.get(_FOLDER)
 
 
 def launched_outside() -> bool:
@@ -29,15 +35,20 @@ def launched_outside() -> bool:
 
 
 @contextmanager
-def relaunched_as(*arguments: str) -> Iterator[None]:
-    """Let Lightning start further processes with these arguments of the ``samix`` command.
+def relaunched_as(folder: Path, *arguments: str) -> Iterator[None]:
+    """Let Lightning start its further processes with these arguments of the ``samix`` command.
 
-    A script that calls the package from Python is started again as it is.
+    A script that calls the package from Python is started again as it is, and told the folder.
     """
-    before = sys.argv
-    if os.environ.get("SSL_SAMIX_COMMAND") == str(os.getpid()):
-        sys.argv = [before[0], *arguments]
+    words, before = sys.argv, {k: os.environ.get(k) for k in (*_LEFT_BEHIND, _FOLDER)}
+    os.environ[_FOLDER] = str(folder)
+    if os.environ.get(COMMAND) == str(os.getpid()):
+        sys.argv = [words[0], *arguments]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv = words
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

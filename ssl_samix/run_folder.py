@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_samix.config import check_value, parse, plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.files import write_atomically
+from ssl_samix.files import PARTIAL, write_atomically
 
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
@@ -30,7 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.csv"
@@ -38,47 +37,51 @@ class RunFolder:
         self.best = self.path / "best.ckpt"
         self.encoder = self.path / "encoder.safetensors"
 
-    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
-        """Make the folder for this configuration, or find it already begun with the same one.
+    def check_mine(self, config: DictConfig) -> None:
+        """Check that the folder is new, or holds a run with the same configuration.
+
+        A run that has no checkpoint yet has nothing to lose and may be begun anew.
 
         Raises:
-            UserError: If it belongs to another run or holds other things, or cannot be written.
+            UserError: If it belongs to another run, holds other things, or cannot be read.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = os.listdir(self.path)
+            held = [n for n in os.listdir(self.path) if not n.endswith(PARTIAL)]
+        except FileNotFoundError:
+            return
         except OSError as error:
-            raise UserError(
-                f"cannot make the run folder {self.path}: {error.strerror or error}"
-            ) from error
-        self.check_mine(config, held)
-        text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
-        write_atomically(self.config, lambda temporary: temporary.write_text(text))
-
-    def check_mine(self, config: DictConfig, held: Sequence[str]) -> None:
-        """Check that the folder is new, or a run's with the same configuration.
-
-        Args:
-            config: Of the run that is about to begin.
-            held: What is in the folder.
-
-        Raises:
-            UserError: If it belongs to another run, or holds other things.
-        """
+            raise UserError(f"cannot use out={self.path}: {error.strerror or error}") from error
         if not held:
             return
         if not self.config.exists():
             raise UserError(
                 f"out={self.path} is not empty and is no run folder: choose another out"
             )
+        if not self.last.exists():
+            return
         old, _ = self.load_config()
         before, now = _flat(plain(old)), _flat(plain(config))
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
+            same = before.get(key) == now.get(key)
+            if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
                 raise UserError(
                     f"out={self.path} belongs to another run ({key} is {before.get(key)} there, "
                     f"{now.get(key)} here): choose another out"
                 )
+
+    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
+        """Make the folder and write the configuration.
+
+        Raises:
+            UserError: If it cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot make the run folder {self.path}: {reason}") from error
+        text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
+        write_atomically(self.config, lambda temporary: temporary.write_text(text, "utf-8"))
 
     def load_config(self) -> tuple[DictConfig, dict[str, str]]:
         """Read the run's configuration and its choices.
@@ -117,8 +120,9 @@ def resumed_config(run: str, arguments: list[str]) -> tuple[DictConfig, dict[str
         key, value = override.key_or_group, override.value()
         if key == "resume" or key.startswith("hydra"):
             continue
-        check_value(config, key, value, choices)
-        if key == "out" or not key.startswith(FREE_KEYS):
+        if key not in choices:
+            check_value(config, key, value, choices)
+        if key in choices or key == "out" or not key.startswith(FREE_KEYS):
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
         OmegaConf.update(config, key, value)
     return config, choices

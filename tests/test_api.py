@@ -111,3 +111,64 @@ def test_public_names_are_what_they_say():
         assert getattr(ssl_samix, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = ssl_samix.nothing
+
+
+def test_a_run_is_resumed_and_prolonged_from_python(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "a copy, of it"
+    shutil.copytree(run.out, copy)
+    longer = ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 3})
+    assert longer.out == copy
+    assert longer.metrics["epoch"] == 2
+    again = ssl_samix.pretrain(resume=copy)
+    assert again.metrics == longer.metrics, "a finished run is left alone"
+    with pytest.raises(ssl_samix.UserError, match="max_epochs"):
+        ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 1})
+
+
+def test_a_worse_epoch_after_a_resume_does_not_become_the_best(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run.out, copy)
+    checkpoint = torch.load(copy / "last.ckpt", weights_only=True)
+    (key,) = [k for k in checkpoint["callbacks"] if "knn/top1" in k]
+    state = checkpoint["callbacks"][key]
+    assert state["best_model_score"] is not None, "last.ckpt knows of the best"
+    state["best_model_score"] = torch.tensor(99.9)
+    state["best_k_models"] = {k: torch.tensor(99.9) for k in state["best_k_models"]}
+    torch.save(checkpoint, copy / "last.ckpt")
+    before = (copy / "best.ckpt").read_bytes()
+    ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 3})
+    assert (copy / "best.ckpt").read_bytes() == before
+
+
+def test_a_failed_start_leaves_the_folder_free(tmp_path):
+    with pytest.raises(ssl_samix.UserError, match="larger than the data set"):
+        ssl_samix.pretrain("digits", out=tmp_path / "run", **{"data.batch_size": 2000})
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_are_another_run(run, tmp_path):
+    for i in range(40):
+        Image.new("RGB", (16, 16), (i * 6, 0, 0)).save(tmp_path / f"{i}.png")
+    settings = {**TINY, "data.limit": None, "data.batch_size": 4, "data.image_size": 16}
+    ssl_samix.pretrain(tmp_path, "simclr", tmp_path / "run", **settings)
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "other" / "0.png")
+    with pytest.raises(ssl_samix.UserError, match=r"belongs to another run \(data.root"):
+        ssl_samix.pretrain(tmp_path / "other", "simclr", tmp_path / "run", **settings)
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    with pytest.raises(ssl_samix.UserError, match=r"the loss became .* lower optimizer.lr"):
+        ssl_samix.pretrain("digits", "simclr", tmp_path / "run", **{**TINY, "optimizer.lr": 1e30})
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_the_last_epochs_are_saved_whatever_the_interval(tmp_path):
+    settings = {**TINY, "callbacks.checkpoint.every_n_epochs": 5}
+    run = ssl_samix.pretrain("digits", "simclr", tmp_path / "run", **settings)
+    checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6

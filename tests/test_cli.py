@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,10 +101,20 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
     assert len(runs) == 4
     assert all((run / "encoder.safetensors").exists() for run in runs)
     assert len({(run / "encoder.safetensors").read_bytes() for run in runs}) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", run.name) for run in runs)
+
+
+def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
+    folder = photos.rename(tmp_path / "jörg's photos, 50% (a=b)")
+    words = ["data=folder", f"data.root={folder}", "data.batch_size=8", "backbone.width=8"]
+    out = tmp_path / "out, too"
+    done = samix("pretrain", *words, "trainer.max_epochs=1", f"out={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = samix("pretrain", f"resume={out}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_mistake_is_told_before_heavy_imports(tmp_path):
-    start = time.process_time()
     code = (
         "import sys; sys.argv = ['samix', 'pretrain', 'methd=moco']\n"
         "from ssl_samix.cli import main\n"
@@ -116,7 +126,6 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
     )
     assert shown.stdout.split() == ["2", "False"]
     assert shown.stderr == "samix: unknown key 'methd': did you mean 'method'?\n"
-    assert time.process_time() >= start
 
 
 @pytest.mark.parametrize(
@@ -138,6 +147,11 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "method.momentum=2"], "momentum"),
         (["pretrain", "views.a.crop_min=0"], "crop_min"),
         (["pretrain", "callbacks.knn.every_n_epochs=0"], "every_n_epochs"),
+        (["pretrain", "data.limit=ten"], "data.limit"),
+        (["pretrain", "data.workers=-1"], "data.workers"),
+        (["pretrain", "seed=-1"], "seed"),
+        (["pretrain", "optimizer.optimizer.momentum=-1"], "the optimizer refuses"),
+        (["pretrain", "trainer.precision=bf16-true"], "trainer.precision"),
         (["pretrain", "trainer.max_epochs=0"], "max_epochs"),
     ],
 )
@@ -166,7 +180,8 @@ def test_out_that_holds_other_things(fails, tmp_path):
 
 
 def test_out_that_cannot_be_made(fails):
-    assert "cannot make the run folder" in fails("pretrain", "out=/dev/null/run")
+    assert "cannot use out=/dev/null/run" in fails("pretrain", "out=/dev/null/run")
+    assert "cannot make the run folder" in fails("pretrain", *TINY, "out=/proc/none/run")
 
 
 @pytest.fixture(scope="module")

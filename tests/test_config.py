@@ -6,7 +6,7 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ssl_samix.config import check, compose, groups
+from ssl_samix.config import check, compose, groups, in_hydras_grammar, parse, quote_paths
 from ssl_samix.errors import ConfigError
 
 CHOICES = [(group, name) for group, names in groups().items() for name in names]
@@ -58,6 +58,8 @@ def test_views_follow_the_method_unless_chosen():
         (["trainer.max_epochs=1.5"], "needs a whole number, got '1.5'"),
         (["optimizer.lr=high"], "needs a number, got 'high'"),
         (["data.flip=perhaps"], "needs true or false, got 'perhaps'"),
+        (["mixup=null"], "unknown mixup"),
+        (["callbacks.knn=null"], "holds keys of its own"),
         (["+foo=1"], "neither added nor removed"),
         (["~mixup"], "neither added nor removed"),
         (["foo"], "not of the form key=value"),
@@ -80,3 +82,40 @@ def test_every_combination_of_a_sweep_is_checked():
     assert len(check("pretrain", ["method=moco,simclr,byol", "seed=0,1"])) == 6
     with pytest.raises(ConfigError, match="did you mean 'simclr'"):
         check("pretrain", ["method=moco,simclrr", "seed=0,1"])
+
+
+PATHS = [
+    "photos", "my photos", "a,b", "k=v", "jörg's (1)", "x#y&z", "[x]{y}", "back\\slash",
+    "quote\\'", "end\\", "123", "null photos", "~/photos", 'say "x"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_path_can_be_typed_and_passed(path):
+    for words in (quote_paths([f"data.root={path}"]), [f"data.root={in_hydras_grammar(path)}"]):
+        assert parse(words)[0].value() == path
+        assert compose("pretrain", ["data=folder", *words])[0].data.root == path
+
+
+def test_a_sweep_over_folders_splits_at_commas_but_in_names_that_exist(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    assert quote_paths(["data.root=a,b"], sweeping=True) == ["data.root='a','b'"]
+    whole = quote_paths([f"data.root={tmp_path}/a,b"], sweeping=True)
+    assert parse(whole)[0].value() == f"{tmp_path}/a,b"
+    assert quote_paths(["out=null", "out='x y'", "seed=0,1"], True) == [
+        "out=null", "out='x y'", "seed=0,1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(3, "3"), (0.1, "0.1"), (True, "true"), (None, "null"), ([1, "a"], "[1,'a']"),
+     ({"patch_size": 4}, "{patch_size:4}")],
+)  # fmt: skip
+def test_python_values_in_hydras_grammar(value, word):
+    assert in_hydras_grammar(value) == word
+
+
+def test_what_no_configuration_holds():
+    with pytest.raises(ConfigError, match="cannot hold a object"):
+        in_hydras_grammar(object())

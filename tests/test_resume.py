@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, how, tmp_path):
         assert torch.equal(tensor, theirs["state_dict"][name]), name
 
 
-def test_a_finished_run_is_left_alone_and_can_be_prolonged(uninterrupted, tmp_path):
+def test_a_finished_run_is_left_alone(uninterrupted):
     words, whole = uninterrupted
     before = (whole / "encoder.safetensors").read_bytes()
     out = finish(start(whole.parent, *words, "out=whole"))

@@ -28,6 +28,8 @@ STEP_COST = 4  # encoder passes per image and epoch of the cheapest method (MoCo
 class KNNMonitor(pl.Callback):
     """Every n epochs: weighted kNN on un-augmented images, RankMe, alignment and uniformity.
 
+    ``fresh`` holds what this epoch has measured, nothing if it was not this epoch's turn.
+
     Args:
         every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
             most 5% of the training, counted in encoder passes. The first and the last epoch are
@@ -44,22 +46,26 @@ class KNNMonitor(pl.Callback):
     def __init__(
         self,
         every_n_epochs: int | Literal["auto"] = "auto",
-        k: Sequence[int] = (20, 200),
+        k: int | Sequence[int] = (20, 200),
         temperature: float = 0.07,
         bank_limit: int | None = None,
         val_limit: int | None = None,
     ) -> None:
         if every_n_epochs != "auto":
             check_range("callbacks.knn.every_n_epochs", every_n_epochs, 1)
-        if not k or min(k) < 1 or temperature <= 0:
-            raise ConfigError(
-                f"knn.k needs numbers of at least 1 and knn.temperature must be positive, got "
-                f"{list(k)} and {temperature}"
-            )
-        self.every_n_epochs, self.k, self.temperature = every_n_epochs, list(k), temperature
+        self.k = [k] if isinstance(k, int) else list(k)
+        if not self.k:
+            raise ConfigError("callbacks.knn.k needs at least one number of neighbours")
+        for neighbours in self.k:
+            check_range("callbacks.knn.k", neighbours, 1)
+        check_range("callbacks.knn.temperature", temperature, 1e-3)
+        for name, limit in (("bank_limit", bank_limit), ("val_limit", val_limit)):
+            if limit is not None:
+                check_range(f"callbacks.knn.{name}", limit, 1)
+        self.every_n_epochs, self.temperature = every_n_epochs, temperature
         self.bank_limit, self.val_limit = bank_limit, val_limit
         self.best: float | None = None
-        self.measured_epoch = -1
+        self.fresh: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the best kNN over a resume."""
@@ -88,6 +94,7 @@ class KNNMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure, if it is time, and log."""
+        self.fresh = {}
         epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
         if epoch % self.interval(trainer.datamodule) and epoch != last:  # type: ignore[attr-defined]
             return
@@ -98,7 +105,7 @@ class KNNMonitor(pl.Callback):
             self.best = max(self.best or 0.0, measured["knn/top1"])
             measured["knn/best_top1"] = self.best
         measured["knn/seconds"] = time.perf_counter() - start
-        self.measured_epoch = epoch
+        self.fresh = measured
         module.log_dict(measured, on_step=False, on_epoch=True)
 
     def measure(
@@ -124,7 +131,8 @@ class KNNMonitor(pl.Callback):
                 result |= {f"knn/top1{suffix}": top1, f"knn/top5{suffix}": top5}
         if bank is None or splits.bank is not splits.train:
             bank, _ = self._embed(encoder, data, splits.train, RANK_SAMPLE, device)
-        sample = bank[:: max(1, len(bank) // RANK_SAMPLE)][:RANK_SAMPLE]
+        rows = torch.linspace(0, len(bank) - 1, min(len(bank), RANK_SAMPLE)).long()
+        sample = bank[rows]  # evenly over the set, which may be sorted by class
         first, second = self._two_views(encoder, data, device)
         return result | {
             "rankme": rankme(sample),

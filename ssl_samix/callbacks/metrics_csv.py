@@ -6,50 +6,44 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+import pytorch_lightning as pl
 
+from ssl_samix.callbacks.knn_monitor import KNNMonitor
 from ssl_samix.files import write_atomically
 
 FIRST = ["epoch", "step", "loss", "knn/top1", "rankme", "lr", "seconds", "images_per_second"]
 
 
-class MetricsCSV(Logger):
-    """Lightning's logger interface; its own CSV logger deletes the file when a run is resumed.
+class MetricsCSV(pl.Callback):
+    """Writes each epoch's row before its checkpoint is written.
+
+    A run that is killed between the two repeats the epoch and replaces the row; written by a logger
+    of Lightning's, after the checkpoint, the row would be lost.
 
     Args:
-        path: The file. Rows of epochs that a resumed run repeats are replaced; cells of what an
-            epoch did not measure stay empty.
+        path: The file. Cells of what an epoch did not measure stay empty.
+        monitor: Whose measurements stand in the rows of the epochs that made them.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
+    def __init__(self, path: Path, monitor: KNNMonitor) -> None:
+        self.path, self.monitor = path, monitor
         self.rows: list[dict[str, Any]] | None = None
 
-    @property
-    def name(self) -> str:
-        """Name of the run folder."""
-        return self.path.parent.name
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the row."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        stale = ("knn/", "rankme", "alignment", "uniformity")
+        row = {k: v for k, v in metrics.items() if not k.startswith(stale)} | self.monitor.fresh
+        if trainer.is_global_zero:
+            self.write(trainer.current_epoch, trainer.global_step, row)
 
-    @property
-    def version(self) -> str:
-        """A run folder has one version."""
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The resolved configuration has a file of its own."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append the epoch's row, or complete it."""
-        epoch = int(metrics["epoch"])
+    def write(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Append the row of an epoch; rows of this and later epochs are dropped first."""
         if self.rows is None:
-            self.rows = [row for row in read_metrics(self.path) if int(row["epoch"]) < epoch]
-        if not self.rows or int(self.rows[-1]["epoch"]) != epoch:
-            self.rows.append({"epoch": epoch, "step": (step or 0) + 1})
-        values = {name: f"{value:.10g}" for name, value in metrics.items() if name != "epoch"}
-        self.rows[-1].update(values)
+            self.rows = read_metrics(self.path)
+        self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
+        values = {name: f"{value:.10g}" for name, value in metrics.items()}
+        self.rows.append({"epoch": epoch, "step": step, **values})
         write_rows(self.path, self.rows)
 
 

@@ -84,7 +84,7 @@ def _table(rows: list[dict[str, Any]], newest: dict[str, float], folder: RunFold
     lines = []
     if "knn/top1" in newest:
         best = newest["knn/best_top1"]
-        lines.append(("kNN top-1", f"{newest['knn/top1']:.2f}% final, {best:.2f}% best (k=20)"))
+        lines.append(("kNN top-1", f"{newest['knn/top1']:.2f}% final, {best:.2f}% best"))
     lines.append(("RankMe", f"{newest['rankme']:.1f}"))
     lines.append(("images/s", f"{images / max(seconds, 1e-9):.0f}"))
     lines.append(("encoder", str(folder.encoder)))

@@ -15,7 +15,7 @@ from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
 from ssl_samix.data.views import BatchedViews, Views
 from ssl_samix.data.worker_views import WorkerViews, normalize
-from ssl_samix.errors import DataError
+from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
 
 BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
@@ -59,6 +59,11 @@ class DataModule(pl.LightningDataModule):
         memory_gb: float,
     ) -> None:
         super().__init__()
+        check_range("seed", seed, 0)
+        check_range("data.memory_gb", memory_gb, 0)
+        for key, value in {"limit": limit, "workers": workers, "image_size": image_size}.items():
+            if value is not None and value != "auto":
+                check_range(f"data.{key}", value, 0 if key == "workers" else 1)
         self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
         self.splits: Splits = load_splits(
             name, root, image_size, limit, download=download, labels=labels, memory_gb=memory_gb
@@ -78,8 +83,8 @@ class DataModule(pl.LightningDataModule):
             )
         if self.batch_size > images:
             raise DataError(
-                f"data.batch_size={self.batch_size} is larger than the data set ({images} images):"
-                f" set data.batch_size={max(2, 2 ** ((images // 2).bit_length() - 1))} or less"
+                f"data.batch_size={self.batch_size} is larger than the data set ({images} images): "
+                + (f"set data.batch_size={images // 2} or less" if images > 3 else "add images")
             )
 
     @property

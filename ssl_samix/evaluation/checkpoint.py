@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
@@ -58,7 +58,8 @@ def save_encoder(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
     """Write the backbone's weights and its description as safetensors."""
     weights = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
     text = {META: json.dumps(meta)}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=text))
+    content = save(weights, metadata=text)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:

@@ -73,11 +73,15 @@ def extract(
     share = -(-len(picks) // ranks)
     mine = list(picks[me * share : (me + 1) * share])
     channels = [torch.tensor(values, device=device) for values in (mean, std)]
+    loader = DataLoader(
+        _Chunks(images, mine, chunk),
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),  # a loader draws its seed: not from the training's numbers
+    )
     rows = []
     with evaluating(encoder):
-        for pixels in DataLoader(
-            _Chunks(images, mine, chunk), batch_size=None, num_workers=workers
-        ):
+        for pixels in loader:
             rows.append(encoder(normalize(pixels.to(device), *channels)).float())
     features = torch.cat(rows) if rows else None
     return _joined(features, share, len(picks), device) if ranks > 1 else _checked(features)

@@ -79,16 +79,17 @@ def knn_accuracy(
         query: (Q, D) features of the validation images.
         query_labels: (Q,).
         classes: Number of classes.
-        ks: Neighbours to vote; a k above the bank's size is left out.
+        ks: Neighbours to vote; a k above the bank's size is left out, and all rows vote if every
+            k is.
         temperature: Of the weights.
 
     Returns:
         k -> (top-1, top-5) in percent.
 
     Raises:
-        DataError: If no k fits the bank, or a feature is not finite.
+        DataError: If a feature is not finite.
     """
-    fitting = [k for k in ks if k <= len(bank)] or [min(ks)]
+    fitting = [k for k in ks if k <= len(bank)] or [len(bank)]
     similarity, rows = neighbours(bank, query, max(fitting))
     labels = bank_labels[rows]
     result = {}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_samix.losses.precision import full_precision
 
+
+@full_precision
 def info_nce(query: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """InfoNCE with negatives that all queries share: MoCo's queue (arXiv 1911.05722, eq. 1).
 
@@ -18,12 +21,12 @@ def info_nce(query: Tensor, positives: Tensor, negatives: Tensor, temperature: f
     Returns:
         (B, P) losses.
     """
-    query, positives, negatives = query.float(), positives.float(), negatives.float()
     positive = torch.einsum("bd,bpd->bp", query, positives) / temperature
     negative = (query @ negatives.T / temperature).logsumexp(dim=1, keepdim=True)  # (B, 1)
     return torch.logaddexp(positive, negative) - positive
 
 
+@full_precision
 def info_nce_in_batch(
     query: Tensor, others: Tensor, parents: Tensor, extra: Tensor | None, temperature: float
 ) -> Tensor:
@@ -40,15 +43,16 @@ def info_nce_in_batch(
     Returns:
         (B, P) losses.
     """
-    similarity = query.float() @ others.float().T / temperature  # (B, N)
+    similarity = query @ others.T / temperature  # (B, N)
     positive = similarity.gather(1, parents)  # (B, P)
     negatives = similarity.scatter(1, parents, float("-inf"))
     if extra is not None:
-        negatives = torch.cat([negatives, extra.float() / temperature], dim=1)
+        negatives = torch.cat([negatives, extra / temperature], dim=1)
     negative = negatives.logsumexp(dim=1, keepdim=True)  # (B, 1)
     return torch.logaddexp(positive, negative) - positive
 
 
+@full_precision
 def nt_xent(
     first: Tensor,
     second: Tensor,
@@ -73,6 +77,6 @@ def nt_xent(
     own = offset + torch.arange(len(first), device=first.device)[:, None]  # (B, 1)
     total = torch.zeros(len(first), device=first.device)
     for query, same, other in ((first, all_first, all_second), (second, all_second, all_first)):
-        siblings = (query.float() @ same.float().T).scatter(1, own, float("-inf"))  # (B, N)
+        siblings = (query @ same.T).scatter(1, own, float("-inf"))  # (B, N)
         total = total + info_nce_in_batch(query, other, own, siblings, temperature)[:, 0]
     return total / 2

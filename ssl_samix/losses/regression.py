@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_samix.losses.precision import full_precision
 
+
+@full_precision
 def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos (BYOL, arXiv 2006.07733, eq. 2).
 
@@ -16,4 +19,4 @@ def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
     Returns:
         (B, P) losses in [0, 4].
     """
-    return 2 - 2 * torch.einsum("bd,bpd->bp", query.float(), positives.float())
+    return 2 - 2 * torch.einsum("bd,bpd->bp", query, positives)

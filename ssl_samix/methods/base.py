@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.errors import UserError
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.modules.ema import frozen_forward
 from ssl_samix.optim.recipe import OptimizerRecipe
@@ -101,16 +100,6 @@ class BaseMethod(pl.LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the method store its keys."""
         self.after_batch()
-
-    def on_train_epoch_end(self) -> None:
-        """Refuse to go on from a loss that is no number."""
-        loss = self.trainer.callback_metrics.get("loss")
-        if loss is not None and not torch.isfinite(loss):
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            raise UserError(
-                f"the loss became {loss.item()} before step {self.trainer.global_step} at learning "
-                f"rate {rate:.2g}: lower optimizer.lr (last.ckpt still holds the epoch before)"
-            )
 
     @property
     def total_steps(self) -> int:

@@ -35,6 +35,8 @@ class BYOL(BaseMethod):
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.momentum", momentum, 0, 1)
+        check_range("method.hidden_dim", hidden_dim, 1)
+        check_range("method.output_dim", output_dim, 1)
         self.projector = BYOLProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
         self.target_encoder = EMATwin(nn.Sequential(backbone, self.projector))

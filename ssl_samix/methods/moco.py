@@ -21,8 +21,9 @@ class MoCo(BaseMethod):
     """MoCo v2, on any number of devices.
 
     BatchNorm lets a query recognise the batch that its key was normalised with. As published, keys
-    are therefore shuffled between devices; on one device both encoders normalise in ``bn_groups``
-    groups of the batch, keys in another order than queries (as in the authors' CIFAR demo).
+    are therefore shuffled between devices; and on each device both encoders normalise in
+    ``bn_groups`` groups of the batch, keys in another order than queries (as in the authors' CIFAR
+    demo, which has one device).
 
     Args:
         backbone: The encoder that is trained.
@@ -54,6 +55,8 @@ class MoCo(BaseMethod):
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.bn_groups", bn_groups, 1)
         check_range("method.temperature", temperature, SMALLEST)
+        check_range("method.hidden_dim", hidden_dim or backbone.feature_dim, 1)
+        check_range("method.output_dim", output_dim, 1)
         check_range("method.momentum", momentum, 0, 1)
         width = backbone.feature_dim
         self.projector = MoCoProjectionHead(width, hidden_dim or width, output_dim)

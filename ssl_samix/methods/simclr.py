@@ -35,6 +35,8 @@ class SimCLR(BaseMethod):
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.temperature", temperature, SMALLEST)
+        check_range("method.hidden_dim", hidden_dim or backbone.feature_dim, 1)
+        check_range("method.output_dim", output_dim, 1)
         width = backbone.feature_dim
         self.projector = SimCLRProjectionHead(width, hidden_dim or width, output_dim)
         self.temperature = temperature

@@ -62,7 +62,10 @@ class OptimizerRecipe:
     ) -> dict[str, Any]:
         """Return Lightning's dict of the optimizer and its schedule over ``total_steps``."""
         groups = parameter_groups(module, self.weight_decay)
-        optimizer = self.optimizer(groups, lr=self.scaled_lr(batch_size))
+        try:
+            optimizer = self.optimizer(groups, lr=self.scaled_lr(batch_size))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the optimizer refuses its settings: {error}") from error
         warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
         # A closure, not lightly's scheduler object: that one restores the length of the interrupted
         # run from a checkpoint, so that a run could not be prolonged.

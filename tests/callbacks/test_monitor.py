@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_samix.callbacks.checkpoints import RunCheckpoint
 from ssl_samix.callbacks.knn_monitor import KNNMonitor
 from ssl_samix.callbacks.metrics_csv import MetricsCSV, read_metrics
 from ssl_samix.config import build, compose
@@ -78,7 +79,8 @@ def test_the_automatic_interval_keeps_the_cost_below_a_twentieth(digits):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"every_n_epochs": 0}, {"k": []}, {"k": [0]}, {"temperature": 0}]
+    "settings",
+    [{"every_n_epochs": 0}, {"k": []}, {"k": [0]}, {"temperature": 0}, {"bank_limit": -5}],
 )
 def test_settings_outside_their_range(settings):
     with pytest.raises(ConfigError):
@@ -87,14 +89,27 @@ def test_settings_outside_their_range(settings):
 
 def test_metrics_are_whole_rows_and_a_resume_replaces_what_it_repeats(tmp_path):
     path = tmp_path / "metrics.csv"
-    log = MetricsCSV(path)
+    log = MetricsCSV(path, KNNMonitor())
     for epoch in range(3):
-        log.log_metrics({"epoch": epoch, "loss": 1.0 / (epoch + 1)}, step=10 * epoch + 9)
-    resumed = MetricsCSV(path)
-    resumed.log_metrics({"epoch": 2, "loss": 7.0, "knn/top1": 50.0}, step=29)
-    resumed.log_metrics({"epoch": 3, "loss": 8.0}, step=39)
+        log.write(epoch, 10 * (epoch + 1), {"loss": 1.0 / (epoch + 1)})
+    resumed = MetricsCSV(path, KNNMonitor())
+    resumed.write(2, 30, {"loss": 7.0, "knn/top1": 50.0})
+    resumed.write(3, 40, {"loss": 8.0})
     rows = read_metrics(path)
     assert [r["epoch"] for r in rows] == ["0", "1", "2", "3"]
     assert [r["loss"] for r in rows] == ["1", "0.5", "7", "8"]
     assert [r["knn/top1"] for r in rows] == ["", "", "50", ""]
     assert rows[0]["step"] == "10"
+
+
+def test_a_moved_run_keeps_its_best(tmp_path):
+    before = RunCheckpoint(tmp_path / "old", "best", monitor="knn/top1", mode="max")
+    path = str(tmp_path / "old" / "best.ckpt")
+    before.best_model_path, before.best_model_score = path, torch.tensor(80.0)
+    before.best_k_models, before.kth_best_model_path = {path: torch.tensor(80.0)}, path
+    after = RunCheckpoint(tmp_path / "new", "best", monitor="knn/top1", mode="max")
+    after.load_state_dict(before.state_dict())
+    assert float(after.best_model_score) == 80.0
+    assert list(after.best_k_models) == [str(tmp_path / "new" / "best.ckpt")]
+    with pytest.raises(ConfigError, match="every_n_epochs"):
+        RunCheckpoint(tmp_path, "last", 0)

@@ -57,8 +57,9 @@ def test_separable_is_perfect_and_random_labels_are_chance():
 def test_a_k_beyond_the_bank_is_left_out():
     features, labels = torch.randn(30, 4), torch.arange(30) % 3
     assert list(knn_accuracy(features, labels, features, labels, 3, [5, 200])) == [5]
+    assert list(knn_accuracy(features, labels, features, labels, 3, [200])) == [30]
     with pytest.raises(DataError, match="at least 200 images, got 30"):
-        knn_accuracy(features, labels, features, labels, 3, [200])
+        neighbours(features, features, 200)
 
 
 def test_a_diverged_encoder_is_named():

@@ -71,3 +71,21 @@ def test_cosine_regression_is_the_squared_distance():
     query, positives = unit(5, 7), unit(5, 3, 7)
     expected = (query[:, None] - positives).square().sum(-1).float()
     torch.testing.assert_close(cosine_regression(query, positives), expected)
+
+
+def test_autocast_does_not_touch_the_losses():
+    """Products inside a loss stay float32: the value is that of the same rows in float32."""
+    rows = [unit(6, 16).bfloat16() for _ in range(2)]
+    queue, parents = unit(20, 16).float(), torch.arange(6)[:, None]
+    calls = (
+        lambda a, b: info_nce(a, b[:, None], queue, 0.1),
+        lambda a, b: info_nce_in_batch(a, b, parents, None, 0.1),
+        lambda a, b: nt_xent(a, b, a, b, 0, 0.1),
+        lambda a, b: cosine_regression(a, b[:, None]),
+    )
+    for loss in calls:
+        expected = loss(*[r.float() for r in rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            measured = loss(*rows)
+        assert measured.dtype == torch.float32
+        torch.testing.assert_close(measured, expected)
