@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ssl_samix.files import write_atomically
 
 PACKAGES = (
     "ssl_samix", "torch", "torchvision", "lightly", "pytorch_lightning", "timm", "faiss-cpu",
@@ -15,12 +19,20 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def describe_environment(command: list[str]) -> dict[str, Any]:
+def record_start(path: Path) -> None:
+    """Append what a run is started, or resumed, with to the list in a JSON file."""
+    starts = json.loads(path.read_text("utf-8")) if path.exists() else []
+    text = json.dumps([*starts, describe_environment()], indent=2)
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def describe_environment() -> dict[str, Any]:
     """Return package versions, git revision of the package's checkout, system and command."""
     import torch
 
     return {
-        "command": command,
+        "command": sys.orig_argv,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_revision": git_revision(),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": sys.version.split()[0],

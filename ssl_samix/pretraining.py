@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import sys
 from typing import Any
 
 import pytorch_lightning as pl
@@ -35,10 +33,9 @@ from ssl_samix.config import (
 )
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.engine import memory_format
-from ssl_samix.environment import describe_environment
+from ssl_samix.environment import record_start
 from ssl_samix.errors import ConfigError, Interrupted, check_range
 from ssl_samix.evaluation.checkpoint import save_encoder
-from ssl_samix.files import write_atomically
 from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.run_folder import RunFolder, default_out, resumed_config
@@ -107,8 +104,7 @@ def run(config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     trainer = _trainer(config, folder, module, data, meta)
     if is_main_process():
         folder.create(config, choices)
-        text = json.dumps(describe_environment(sys.argv), indent=2)
-        write_atomically(folder.environment, lambda temporary: temporary.write_text(text, "utf-8"))
+        record_start(folder.environment)
     announce(trainer, config, choices, folder, module, data)
     _fit(trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:

@@ -121,6 +121,9 @@ def test_a_run_is_resumed_and_prolonged_from_python(run, tmp_path):
     longer = ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 3})
     assert longer.out == copy
     assert longer.metrics["epoch"] == 2
+    starts = json.loads((copy / "environment.json").read_text())
+    assert len(starts) == 2, "the first start and the resume"
+    assert {"torch", "lightly", "ssl_samix"} <= starts[0]["packages"].keys()
     again = ssl_samix.pretrain(resume=copy)
     assert again.metrics == longer.metrics, "a finished run is left alone"
     with pytest.raises(ssl_samix.UserError, match="max_epochs"):

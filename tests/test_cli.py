@@ -68,7 +68,7 @@ def test_pretrain_help_shows_groups_and_choices(tmp_path):
     assert shown.returncode == 0
     assert "method: byol, moco, simclr" in shown.stdout
     assert "mixup: none" in shown.stdout
-    assert "max_epochs: 100" in shown.stdout
+    assert "max_epochs: 30" in shown.stdout
     assert "hydra:" not in shown.stdout
 
 

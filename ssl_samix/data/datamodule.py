@@ -33,6 +33,7 @@ class DataModule(pl.LightningDataModule):
         limit: Train on a class-balanced subset of at most this many images.
         batch_size: Images per step, over all devices.
         flip: Whether a mirrored image still shows the same thing.
+        crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
         labels: ``auto``, true or false: whether sub-folders of a folder are classes.
         download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
@@ -53,6 +54,7 @@ class DataModule(pl.LightningDataModule):
         limit: int | None,
         batch_size: int,
         flip: bool,
+        crop_min: float,
         labels: bool | Literal["auto"],
         download: bool,
         workers: int | Literal["auto"],
@@ -70,7 +72,7 @@ class DataModule(pl.LightningDataModule):
         )
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
-        specs = views.specs(size, flip)
+        specs = views.specs(size, flip, crop_min)
         self.batched_views = BatchedViews(specs, size, mean, std)
         self.worker_views = None if size <= BATCHED_UP_TO else WorkerViews(specs, size)
 

@@ -58,16 +58,21 @@ class ViewSpec:
             )
 
 
-def scaled(spec: ViewSpec, image_size: int, flip: bool) -> ViewSpec:
+def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float = 0.0) -> ViewSpec:
     """Return ``spec`` fitted to the data.
 
     Args:
         spec: A recipe, written for 224 px photographs.
         image_size: Side of the views, in pixels; below `SMALLEST_BLURRED` nothing is blurred.
         flip: False where a mirrored image is another thing, such as a digit.
+        crop_min: Smallest area of a crop that still shows the thing, where the data need more than
+            photographs do: a quarter of a digit is another sign.
     """
+    check_range("data.crop_min", crop_min, 0.0, 1.0)
     return replace(
         spec,
+        crop_min=max(spec.crop_min, crop_min),
+        crop_max=max(spec.crop_max, crop_min),
         blur=spec.blur if image_size >= SMALLEST_BLURRED else 0.0,
         flip=spec.flip if flip else 0.0,
     )
@@ -89,9 +94,12 @@ class Views:
         self.a = a if isinstance(a, ViewSpec) else _spec(a)
         self.b = b if isinstance(b, ViewSpec) else _spec(b)
 
-    def specs(self, image_size: int, flip: bool) -> tuple[ViewSpec, ViewSpec]:
-        """Return both recipes, `scaled` to ``image_size`` pixels and to data that may ``flip``."""
-        return scaled(self.a, image_size, flip), scaled(self.b, image_size, flip)
+    def specs(
+        self, image_size: int, flip: bool = True, crop_min: float = 0.0
+    ) -> tuple[ViewSpec, ViewSpec]:
+        """Return both recipes, `scaled` to ``image_size`` pixels and to what the data bear."""
+        first, second = (scaled(spec, image_size, flip, crop_min) for spec in (self.a, self.b))
+        return first, second
 
 
 def _spec(settings: Mapping[str, Any]) -> ViewSpec:

@@ -46,7 +46,7 @@ class MoCo(BaseMethod):
         hidden_dim: int | None = None,
         output_dim: int = 128,
         temperature: float = 0.2,
-        queue_size: int = 4096,
+        queue_size: int = 1024,
         momentum: float = 0.999,
         symmetric: bool = False,
         bn_groups: int = 1,

@@ -247,3 +247,15 @@ def test_configs_state_the_papers_views(method, blur, solarize, hue):
     assert tuple(spec.blur for spec in specs) == blur
     assert tuple(spec.solarize for spec in specs) == solarize
     assert {spec.hue for spec in specs} == {hue}
+
+
+def test_data_can_ask_for_larger_crops():
+    spec = ViewSpec(
+        crop_min=0.2, crop_max=0.4, jitter=0, brightness=0, contrast=0, saturation=0, hue=0,
+        grayscale=0, blur=0, solarize=0,
+    )  # fmt: skip
+    assert (scaled(spec, 32, True, 0.0).crop_min, scaled(spec, 32, True).crop_max) == (0.2, 0.4)
+    larger = scaled(spec, 32, True, 0.5)
+    assert (larger.crop_min, larger.crop_max) == (0.5, 0.5)
+    with pytest.raises(ConfigError, match="crop_min"):
+        scaled(spec, 32, True, 1.5)
