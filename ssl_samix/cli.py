@@ -58,14 +58,18 @@ def _help() -> str:
 def _pretrain(words: list[str]) -> None:
     import hydra
 
-    from ssl_samix.config import CONFIG_DIR, quote_paths
+    from ssl_samix.config import CONFIG_DIR, parse, quote_paths, quoted
     from ssl_samix.launch import COMMAND
 
     flags = [word for word in words if word.startswith("-")]
     sweeping = "--multirun" in flags or "-m" in flags
     words = quote_paths(words, sweeping)
     if all(flag in ("--multirun", "-m") for flag in flags):  # others ask for help or information
-        early_checks([word for word in words if word not in flags], sweeping)
+        settings = [word for word in words if word not in flags]
+        early_checks(settings, sweeping)
+        out = [o.value() for o in parse(settings) if o.key_or_group == "out"]
+        if sweeping and out and out[-1] is not None:
+            words.append(f"hydra.sweep.dir={quoted(out[-1])}")
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name="pretrain", version_base="1.3")
     def app(_config: object) -> None:
