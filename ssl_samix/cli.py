@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 from ssl_samix.errors import ConfigError, UserError, nearest
 
+LONGEST_NAME = 180  # characters of a job's folder; file systems allow 255 bytes
 SUBCOMMANDS = {
     "pretrain": "learn an encoder from images without labels",
 }
@@ -145,7 +147,9 @@ def _run_job() -> None:
 
 def job_name(words: list[str]) -> str:
     """Name a sweep's job by its settings, in characters that need no quotes anywhere."""
-    return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
+    name = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{digest}"
 
 
 def _on_sigterm(_signal: int, _frame: object) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_samix.cli import main
+from ssl_samix.cli import job_name, main
 
 TINY = [
     "data.limit=96", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1",
@@ -102,6 +102,14 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
     assert all((run / "encoder.safetensors").exists() for run in runs)
     assert len({(run / "encoder.safetensors").read_bytes() for run in runs}) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", run.name) for run in runs)
+
+
+def test_names_of_jobs_need_no_quotes_and_stay_short():
+    assert job_name(["method=moco", "seed=0"]) == "method-moco_seed-0"
+    long = [f"data.root='/{'deep/' * 60}{end}'" for end in "ab"]
+    names = [job_name([word]) for word in long]
+    assert names[0] != names[1]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) for name in names)
 
 
 def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
