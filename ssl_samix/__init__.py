@@ -8,31 +8,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssl_samix.errors import UserError
     from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
+    from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
     from ssl_samix.methods.moco import MoCo
+    from ssl_samix.methods.mocov3 import MoCoV3
     from ssl_samix.methods.simclr import SimCLR
+    from ssl_samix.methods.simsiam import SimSiam
+    from ssl_samix.mixup.samix import SAMix
     from ssl_samix.pretraining import Run, pretrain
+    from ssl_samix.standalone import TrainedMixer, load_mixer
 
 __all__ = [
     "BYOL",
+    "BarlowTwins",
     "Encoder",
     "MoCo",
+    "MoCoV3",
     "Run",
+    "SAMix",
     "SimCLR",
+    "SimSiam",
+    "TrainedMixer",
     "UserError",
     "load_encoder",
+    "load_mixer",
     "pretrain",
 ]
 
 # Loaded at first use, so that the command line answers before torch is imported.
 _HOMES = {
     "BYOL": "ssl_samix.methods.byol",
+    "BarlowTwins": "ssl_samix.methods.barlow_twins",
     "Encoder": "ssl_samix.evaluation.checkpoint",
     "MoCo": "ssl_samix.methods.moco",
+    "MoCoV3": "ssl_samix.methods.mocov3",
     "Run": "ssl_samix.pretraining",
+    "SAMix": "ssl_samix.mixup.samix",
     "SimCLR": "ssl_samix.methods.simclr",
+    "SimSiam": "ssl_samix.methods.simsiam",
+    "TrainedMixer": "ssl_samix.standalone",
     "UserError": "ssl_samix.errors",
     "load_encoder": "ssl_samix.evaluation.checkpoint",
+    "load_mixer": "ssl_samix.standalone",
     "pretrain": "ssl_samix.pretraining",
 }
 

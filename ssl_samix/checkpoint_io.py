@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ssl_samix.errors import CheckpointError
 from ssl_samix.files import write_atomically
@@ -86,12 +88,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def meta_from_text(text: str | None, path: Path) -> dict[str, Any]:
-    """Read the description in a safetensors file's metadata.
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the description and the tensors of one of our safetensors files.
 
     Raises:
-        CheckpointError: If the file was not written by ssl_samix.
+        CheckpointError: If it is damaged, or was not written by ssl_samix.
     """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(META)
+            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file") from error
     if text is None:
-        raise CheckpointError(f"{path} is no encoder of ssl_samix: it does not describe itself")
-    return json.loads(text)
+        raise CheckpointError(f"{path} is no file of ssl_samix: it does not describe itself")
+    return json.loads(text), tensors

@@ -27,13 +27,24 @@ from ssl_samix.errors import ConfigError, UserError, nearest
 _PACKAGE = Path(__file__).resolve().parent
 # Installed, the configurations are inside the package; in a checkout they stand beside it.
 CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
-PATH_KEYS = ("out", "resume", "data.root")
+PATH_KEYS = ("out", "resume", "data.root", "mixup.mixer", "run", "images")
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
-def groups() -> dict[str, list[str]]:
-    """Return each config group and the names that it offers."""
+def groups(config_name: str | None = None) -> dict[str, list[str]]:
+    """Return each config group and the names that it offers.
+
+    Args:
+        config_name: Only the groups of this configuration's defaults list.
+    """
     folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
+    if config_name is not None:
+        defaults = OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults
+        # An entry is _self_ or {"method": choice}, with words such as "optional" before the group.
+        own = {
+            str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
+        }
+        folders = [d for d in folders if d.name in own]
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
 
 
@@ -146,7 +157,7 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             type than the default's.
     """
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
-    known = groups()
+    known = groups(config_name)
     chosen = [o for o in overrides if o.key_or_group in known]
     for override in chosen:
         name = str(override.value())
@@ -155,8 +166,13 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
     base, _ = _compose(config_name, [str(o.input_line) for o in chosen])
     for override in overrides:
+        key = override.key_or_group
+        group = key.partition(".")[0]
+        if group in groups() and group not in known and group not in base:
+            command, keys = config_name.replace("_", "-"), ", ".join(sorted(map(str, base)))
+            raise ConfigError(f"{command} takes no {key}: choose from {keys}")
         if override not in chosen:
-            check_value(base, override.key_or_group, override.value(), known)
+            check_value(base, key, override.value(), known)
     return _compose(config_name, [str(o.input_line) for o in overrides])
 
 
@@ -207,9 +223,11 @@ def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[s
 
 
 def absolute(config: DictConfig) -> DictConfig:
-    """Make the data's folder absolute, so that a run finds it from anywhere."""
-    if config.data.root is not None:
-        config.data.root = os.path.abspath(os.path.expanduser(str(config.data.root)))
+    """Make the paths that a run reads absolute, so that it finds them from anywhere."""
+    for key in ("data.root", "mixup.mixer"):
+        path = OmegaConf.select(config, key)
+        if path is not None:
+            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(str(path))))
     return config
 
 

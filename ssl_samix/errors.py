@@ -58,3 +58,13 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
     if close:
         return f"unknown {kind} '{name}': did you mean '{close[0]}'?"
     return f"unknown {kind} '{name}': choose from {', '.join(names)}"
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a ``value`` that is none of the ``known`` names.
+
+    Raises:
+        ConfigError: With the nearest known name.
+    """
+    if value not in (names := list(known)):
+        raise ConfigError(nearest(str(value), names, name))

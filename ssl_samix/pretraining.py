@@ -17,8 +17,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ssl_samix.callbacks.checkpoints import RunCheckpoint
 from ssl_samix.callbacks.finite_loss import FiniteLoss
 from ssl_samix.callbacks.metrics_csv import MetricsCSV
+from ssl_samix.callbacks.mixer_health import MixerHealth
 from ssl_samix.callbacks.pace import Pace
 from ssl_samix.callbacks.progress import RunProgress
+from ssl_samix.callbacks.recluster import Recluster
 from ssl_samix.callbacks.run_summary import Run, announce, finish
 from ssl_samix.checkpoint_io import AtomicCheckpointIO
 from ssl_samix.config import (
@@ -38,7 +40,9 @@ from ssl_samix.errors import ConfigError, Interrupted, check_range
 from ssl_samix.evaluation.checkpoint import save_encoder
 from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
 from ssl_samix.methods.base import BaseMethod
+from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.run_folder import RunFolder, default_out, resumed_config
+from ssl_samix.standalone import save_mixer
 
 
 def pretrain(
@@ -95,12 +99,12 @@ def run(config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data: DataModule = build(config.data, views=build(config.views), seed=config.seed)
     backbone = build(config.backbone, image_size=data.splits.image_size)
-    mixing = build(config.mixup) if config.mixup else None
+    mixing = build(config.mixup, backbone=backbone) if config.mixup else None
     module: BaseMethod = build(
         config.method, backbone=backbone, optimizer=build(config.optimizer), mixing=mixing
     )
     module.to(memory_format=memory_format(module))
-    meta = _meta(choices, backbone, data)
+    meta = _meta(choices, backbone, data, mixing)
     trainer = _trainer(config, folder, module, data, meta)
     if is_main_process():
         folder.create(config, choices)
@@ -111,6 +115,8 @@ def run(config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
         trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
     if trainer.is_global_zero:
         save_encoder(folder.encoder, backbone, meta)
+        if mixing is not None and mixing.learns:
+            save_mixer(folder.mixer, module.teacher_backbone, mixing.policy, meta)
     return finish(trainer, folder)
 
 
@@ -126,8 +132,12 @@ def _fit(trainer: pl.Trainer, module: BaseMethod, data: DataModule, folder: RunF
             raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
-def _meta(choices: dict[str, str], backbone: Any, data: DataModule) -> dict[str, Any]:
+def _meta(
+    choices: dict[str, str], backbone: Any, data: DataModule, mixing: MixObjective | None
+) -> dict[str, Any]:
+    learned = {} if mixing is None or not mixing.learns else {"mixer": mixing.description}
     return {
+        **learned,
         "method": choices["method"],
         "mixup": choices["mixup"],
         "data": choices["data"],
@@ -155,10 +165,14 @@ def _trainer(
         RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
     )
     metrics = MetricsCSV(folder.metrics, monitor)
+    watchers = [FiniteLoss(), Pace(), Recluster(), monitor, metrics, RunProgress(), MixerHealth()]
+    pictures = config.callbacks.get("pictures")  # a run from before they existed has no such key
+    if pictures is not None:
+        watchers.append(build(pictures, folder=folder.pictures))
     trainer: pl.Trainer = build(
         config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
-        callbacks=[FiniteLoss(), Pace(), monitor, metrics, RunProgress(), *checkpoints],
+        callbacks=[*watchers, *checkpoints],
         logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO(meta)],
         default_root_dir=folder.path,

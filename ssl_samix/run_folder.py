@@ -36,6 +36,8 @@ class RunFolder:
         self.last = self.path / "last.ckpt"
         self.best = self.path / "best.ckpt"
         self.encoder = self.path / "encoder.safetensors"
+        self.mixer = self.path / "mixer.safetensors"
+        self.pictures = self.path / "mixing"
 
     def check_mine(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.

@@ -1,15 +1,29 @@
-"""Fixtures that many tests share: small networks, seeded."""
+"""What many tests share: small networks, seeded, and the command."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.cli import main
+from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
+from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
+from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.mixup.classic import Mixup
+from ssl_samix.mixup.clusters import ClusterObjective
+from ssl_samix.mixup.learned import SAMixObjective
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.mixup.samix import SAMix
 from ssl_samix.optim.recipe import OptimizerRecipe
+from ssl_samix.standalone import Frozen, TrainedMixer
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +35,53 @@ def recipe(**settings):
     return OptimizerRecipe(torch.optim.SGD, **{"lr": 0.1, "warmup_epochs": 0, **settings})
 
 
+BASE = {"optimizer": recipe()}
+SMALL_HEADS = {"hidden_dim": 32, "output_dim": 16}
 METHODS = {
-    "moco": lambda backbone, **kw: MoCo(backbone, optimizer=recipe(), queue_size=32, **kw),
-    "simclr": lambda backbone, **kw: SimCLR(backbone, optimizer=recipe(), **kw),
-    "byol": lambda backbone, **kw: BYOL(backbone, optimizer=recipe(), hidden_dim=32, **kw),
+    "moco": lambda backbone, **kw: MoCo(backbone, **{**BASE, "queue_size": 32, **kw}),
+    "simclr": lambda backbone, **kw: SimCLR(backbone, **{**BASE, **kw}),
+    "byol": lambda backbone, **kw: BYOL(backbone, **{**BASE, "hidden_dim": 32, **kw}),
+    "simsiam": lambda backbone, **kw: SimSiam(
+        backbone, **{**BASE, **SMALL_HEADS, "bottleneck_dim": 8, **kw}
+    ),
+    "barlow_twins": lambda backbone, **kw: BarlowTwins(backbone, **{**BASE, **SMALL_HEADS, **kw}),
+    "mocov3": lambda backbone, **kw: MoCoV3(backbone, **{**BASE, **SMALL_HEADS, **kw}),
 }
+
+
+def frozen_mixer():
+    backbone = Backbone("resnet18", image_size=16, width=4)
+    settings = {"channels": 16, "lam": "drawn"}
+    described = {"mixer": {"stage": 3, "settings": settings}}
+    meta = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, **described}
+    return TrainedMixer(backbone, SAMix(**settings), meta)
+
+
+def clustered(backbone, **kw):
+    objective = ClusterObjective(backbone=backbone, embedding_dim=kw.pop("dim"), clusters=3, **kw)
+    objective.assign(torch.arange(64) % 3, torch.randn(3, 4))  # 0 1 2 0 1 2 ...
+    return objective
+
+
+def without(kw, *names):
+    return {name: value for name, value in kw.items() if name not in names}
+
+
+# name -> objective for a backbone; ``dim`` is the width of the method's embeddings
+MIXINGS = {
+    "mixup": lambda backbone, **kw: MixObjective(Mixup(), **without(kw, "dim")),
+    "samix": lambda backbone, **kw: SAMixObjective(backbone=backbone, **without(kw, "dim")),
+    "samix_c": clustered,
+    "samix_p": lambda backbone, **kw: MixObjective(Frozen(frozen_mixer()), **without(kw, "dim")),
+}
+DIMS = {"moco": 128, "simclr": 128, "byol": 256}  # others: SMALL_HEADS
+
+
+def mixed_method(name, mixing, **settings):
+    """A method that mixes."""
+    backbone = Backbone("resnet18", image_size=16, width=4)
+    objective = MIXINGS[mixing](backbone, dim=DIMS.get(name, 16), **settings)
+    return METHODS[name](backbone, mixing=objective)
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -36,3 +92,29 @@ def method(request):
 @pytest.fixture
 def views():
     return torch.randn(6, 3, 16, 16), torch.randn(6, 3, 16, 16)
+
+
+def samix(*words, cwd, check=False, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    command = [sys.executable, "-m", "ssl_samix", *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=check, **options
+    )
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command in this process and return its one sentence."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["samix", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        error = capsys.readouterr().err
+        assert caught.value.code == 2, error
+        lines = [line for line in error.splitlines() if line.startswith("samix: ")]
+        assert len(lines) == 1, error
+        assert "Traceback" not in error
+        return lines[0]
+
+    return run

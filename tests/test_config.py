@@ -34,7 +34,7 @@ def _flat(node):
 def test_the_defaults():
     config, choices = compose("pretrain", [])
     assert choices["method"] == "moco"
-    assert (choices["data"], choices["mixup"]) == ("digits", "none")
+    assert (choices["data"], choices["mixup"]) == ("digits", "samix")
     assert config.backbone.width == 16
     assert OmegaConf.is_struct(config)
 

@@ -4,32 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.mixup.objective import MixObjective, encoder_loss
-from ssl_samix.mixup.plan import draw_plan
-from ssl_samix.types import Mixed
 from tests.conftest import METHODS
-
-
-class LearnedShare(nn.Module):
-    """A mixer with one weight: enough to see where gradients go."""
-
-    needs_maps = False
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, images, partners, plan, maps):
-        mask = (1 - plan.lam)[:, None, None, None] * self.weight.sigmoid()
-        mask = mask.expand(-1, 1, *images.shape[-2:])
-        mixed = (1 - mask) * images + mask * partners[plan.partner]
-        return Mixed(mixed, mask, plan.lam)
-
-    def regularizer(self, mixed, plan):
-        return mixed.mask.mean() * 0
 
 
 def gradients(module):
@@ -39,8 +16,9 @@ def gradients(module):
 def test_embeddings_are_unit_rows_of_one_width(method, views):
     query, target = method.query(views[0]), method.targets(views[1])
     assert query.shape == target.shape == (6, query.shape[1])
-    torch.testing.assert_close(query.norm(dim=1), torch.ones(6))
-    torch.testing.assert_close(target.norm(dim=1), torch.ones(6))
+    if type(method).__name__ != "BarlowTwins":  # its criterion reads lengths
+        torch.testing.assert_close(query.norm(dim=1), torch.ones(6))
+        torch.testing.assert_close(target.norm(dim=1), torch.ones(6))
     assert query.requires_grad
     assert not target.requires_grad
 
@@ -55,7 +33,7 @@ def test_own_loss_trains_every_weight_of_the_online_branch(method, views):
 
 
 def test_the_twin_takes_no_gradient_and_starts_equal(method, views):
-    if method.teacher is method.online or not hasattr(method, "momentum"):
+    if method.twin is None:
         pytest.skip("this method has no twin")
     assert not any(p.requires_grad for p in method.teacher.parameters())
     online = dict(method.online.named_parameters())
@@ -89,6 +67,8 @@ def test_pair_loss_is_the_own_criterion_column_by_column(method, views):
 
 def test_no_parent_is_a_negative(method, views):
     """Moving one parent's target must not change the loss towards the other."""
+    if type(method).__name__ == "BarlowTwins":
+        pytest.skip("its loss has no negatives and is one of the whole batch")
     query, target = method.query(views[0]).detach(), method.targets(views[1]).clone()
     parents = torch.tensor([[i, (i + 1) % 6] for i in range(6)])
     before = method.pair_loss(query, target, parents)
@@ -96,26 +76,6 @@ def test_no_parent_is_a_negative(method, views):
     after = method.pair_loss(query, target, parents)
     torch.testing.assert_close(after[0, 0], before[0, 0], rtol=0, atol=0)
     assert after[0, 1] != before[0, 1]
-
-
-def test_mixed_loss_of_the_encoder_leaves_the_mixer_without_gradient(method, views):
-    mixer = LearnedShare()
-    terms = MixObjective(mixer)(method, views)
-    terms["mix"].backward()
-    assert mixer.weight.grad is None
-    assert gradients(method.backbone)
-
-
-def test_unmixed_images_cost_what_plain_views_cost(method, views):
-    """lam = 1 and a mask of zero: the mixed loss is the pair loss with oneself."""
-    method.eval()  # the same statistics for both
-    plan = draw_plan(6, 2.0, torch.device("cpu"))
-    plan = type(plan)(lam=torch.ones(6), partner=plan.partner)
-    targets = method.targets(views[1])
-    mixed = Mixed(views[0], torch.zeros(6, 1, 16, 16), plan.lam)
-    parents = torch.stack([torch.arange(6), plan.partner], dim=1)
-    expected = method.pair_loss(method.query(views[0]), targets, parents)[:, 0]
-    torch.testing.assert_close(encoder_loss(method, mixed, plan, targets), expected)
 
 
 def test_shuffled_batch_gives_shuffled_losses(method, views):

@@ -14,8 +14,13 @@ import torch
 
 WORDS = [
     "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",
-    "method.queue_size=64", "callbacks.knn.every_n_epochs=4",
+    "callbacks.knn.every_n_epochs=4",
 ]  # fmt: skip
+RUNS = {
+    "moco": ["method.queue_size=64", "mixup=samix", "mixup.update_every=2"],
+    "byol": ["mixup=none"],
+    "simclr": ["mixup=samix_c", "mixup.clusters=10", "mixup.cluster_every=4"],
+}
 TIMING = {"seconds", "images_per_second", "knn/seconds"}
 
 
@@ -49,12 +54,19 @@ def interrupt_after(process, run, epochs, how):
     return process.returncode, err
 
 
-@pytest.fixture(scope="module", params=["moco", "byol"])
+def same(ours, theirs, name):
+    if isinstance(ours, dict):  # extra state: the clusters
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            same(value, theirs[key], f"{name}.{key}")
+    else:
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.fixture(scope="module", params=sorted(RUNS))
 def uninterrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    words = [f"method={request.param}", *WORDS]
-    if request.param != "moco":
-        words.remove("method.queue_size=64")
+    words = [f"method={request.param}", *WORDS, *RUNS[request.param]]
     finish(start(folder, *words, "out=whole"))
     return words, folder / "whole"
 
@@ -76,8 +88,8 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, how, tmp_path):
     assert rows(run) == rows(whole)
     ours, theirs = (torch.load(r / "last.ckpt", weights_only=True) for r in (run, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
-    for name, tensor in ours["state_dict"].items():
-        assert torch.equal(tensor, theirs["state_dict"][name]), name
+    for name, value in ours["state_dict"].items():
+        same(value, theirs["state_dict"][name], name)
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):

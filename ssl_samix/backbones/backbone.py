@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -115,6 +116,12 @@ class Backbone(nn.Module):
             return maps, self.trunk.pool(maps[-1])
         return self.trunk.forward_both(images)  # type: ignore[operator]
 
+    def freeze_patches(self) -> None:
+        """Train a transformer's patch projection no further; nothing for other networks."""
+        patches = getattr(getattr(self.trunk, "model", None), "patch_embed", None)
+        if patches is not None:
+            patches.requires_grad_(False)
+
     def map_spec(self, stage: int) -> MapSpec:
         """State channels and stride of a stage's feature map.
 
@@ -126,9 +133,34 @@ class Backbone(nn.Module):
             raise ConfigError(f"backbone {self.name} has no stage {stage}; its stages: {known}")
         return self._map_specs[stage]
 
+    def names_read(self, stage: int) -> set[str]:
+        """Name the entries of the state that a stage's map depends on, and no others.
+
+        Raises:
+            ConfigError: If the backbone has no such stage.
+        """
+        self.map_spec(stage)
+        copied = copy.deepcopy(self).eval().requires_grad_(True)
+        weights = dict(copied.named_parameters())
+        image = next(iter(weights.values())).new_zeros(1, 3, self.image_size, self.image_size)
+        with torch.enable_grad():
+            given = copied.stage_map(image, stage)
+        slopes = torch.autograd.grad(given.sum(), list(weights.values()), allow_unused=True)
+        read = {n for n, slope in zip(weights, slopes, strict=True) if slope is not None}
+        owners = {name.rpartition(".")[0] for name in read}
+        without = {n for n, m in self.named_modules() if not list(m.parameters(recurse=False))}
+        state = self.state_dict()
+        buffers = {name for name in state if name not in weights}
+        return read | {n for n in buffers if n.rpartition(".")[0] in owners | without}
+
     def stage_map(self, images: Tensor, stage: int) -> Tensor:
         """Return one stage's map (B, C, h, w), computing no further than that stage."""
         return self.trunk.stage_maps(images, stage)[stage - 1]  # type: ignore[operator]
+
+    def map_and_features(self, images: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """Return one stage's map and the pooled features of one pass."""
+        maps, pooled = self._both(images)
+        return maps[stage - 1], pooled
 
     def features(self, images: Tensor) -> Features:
         """Return the maps of all stages and the pooled features of one pass."""

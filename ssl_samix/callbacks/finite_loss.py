@@ -18,8 +18,12 @@ class FiniteLoss(pl.Callback):
         """Refuse to go on.
 
         Raises:
-            UserError: If the epoch's mean loss is NaN or infinite.
+            UserError: If a mask or the epoch's mean loss was NaN or infinite.
         """
+        mixing = getattr(pl_module, "mixing", None)
+        complaint = None if mixing is None else mixing.complaint()
+        if complaint is not None:
+            raise UserError(f"{complaint} (last.ckpt holds the epoch before)")
         loss = trainer.callback_metrics["loss"]
         if not torch.isfinite(loss):
             rate = trainer.optimizers[0].param_groups[0]["lr"]

@@ -15,9 +15,10 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.errors import ConfigError, check_range
-from ssl_samix.evaluation.features import evaluating, extract
+from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
 from ssl_samix.evaluation.measures import alignment, rankme, uniformity
+from ssl_samix.modules.ema import evaluating
 
 RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
 VIEW_SAMPLE = 250  # images for alignment, embedded twice

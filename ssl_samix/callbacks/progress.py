@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 MOST_LINES = 12  # of a run whose output is no terminal, more or less
 QUALITY = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
@@ -22,6 +24,7 @@ class RunProgress(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[Any] | None = None
+        self._above = ExitStack()  # while it is open, warnings are printed above the bar
         self._begin, self._first_step, self._line = 0.0, 0, 0
         self._quality: dict[str, float] = {}
 
@@ -31,6 +34,7 @@ class RunProgress(pl.Callback):
         if trainer.is_global_zero and sys.stderr.isatty():
             steps = int(trainer.estimated_stepping_batches)
             self._bar = tqdm(total=steps, initial=trainer.global_step, unit="step", leave=False)
+            self._above.enter_context(logging_redirect_tqdm())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -68,6 +72,7 @@ class RunProgress(pl.Callback):
 
     def _close(self) -> None:
         if self._bar is not None:
+            self._above.close()
             self._bar.close()
             self._bar = None
 

@@ -42,12 +42,15 @@ class FolderIndex:
     classes: tuple[str, ...]  # sorted; empty when unlabelled
 
 
-def scan(root: str | os.PathLike[str], labels: bool | str = "auto") -> FolderIndex:
+def scan(
+    root: str | os.PathLike[str], labels: bool | str = "auto", key: str = "data.root"
+) -> FolderIndex:
     """List the images under ``root``; the module's docstring says what counts as a class.
 
     Args:
         root: The folder.
         labels: ``"auto"``, or whether folders are classes.
+        key: What the folder was given as, for the sentence about one without images.
 
     Raises:
         DataError: No image; classes of train and val differ; ``labels=True`` and no class folders
@@ -60,7 +63,7 @@ def scan(root: str | os.PathLike[str], labels: bool | str = "auto") -> FolderInd
     is_split = "train" in folders and (val_names or (len(folders) == 1 and not top.images))
     tree = _tree(_list(folders["train"])) if is_split else _tree(top)
     if not tree.loose and not tree.classes:
-        raise no_images(root)
+        raise no_images(root, key)
     if not _is_labelled(tree, wanted):
         paths = [*tree.loose, *(path for files in tree.classes.values() for path in files)]
         return FolderIndex(Files(paths, [-1] * len(paths)), None, ())

@@ -106,10 +106,10 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def no_images(root: str | os.PathLike[str]) -> DataError:
-    """Return the error for a folder in which no file looks like an image."""
+def no_images(root: str | os.PathLike[str], key: str = "data.root") -> DataError:
+    """Return the error for a folder, given as ``key``, in which no file looks like an image."""
     return DataError(
-        f"no image found under data.root={root}: give a folder that holds files ending in "
+        f"no image found under {key}={root}: give a folder that holds files ending in "
         f"{', '.join(IMAGE_SUFFIXES)}"
     )
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, meta_from_text, read_checkpoint
+from ssl_samix.checkpoint_io import META, read_checkpoint, read_safetensors
 from ssl_samix.data.images import fit, to_rgb
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import CheckpointError
@@ -82,7 +81,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
         path = run.encoder if run.encoder.exists() else run.last
         if not path.exists():
             raise CheckpointError(f"{run.path} holds no encoder.safetensors and no last.ckpt")
-    meta, weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
+    meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
     backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
     try:
         backbone.load_state_dict(weights, strict=True)
@@ -99,13 +98,3 @@ def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state: dict[str, Tensor] = checkpoint["state_dict"]
     weights = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
     return checkpoint[META], weights
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = meta_from_text((file.metadata() or {}).get(META), path)
-            weights: dict[str, torch.Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file") from error
-    return meta, weights

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from lightly.utils.dist import rank, world_size
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.worker_views import normalize
+from ssl_samix.modules.ema import evaluating
 
 
 class _Chunks(Dataset[Tensor]):
@@ -26,18 +26,6 @@ class _Chunks(Dataset[Tensor]):
 
     def __getitem__(self, chunk: int) -> Tensor:
         return self.images.load(self.chunks[chunk])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold ``module`` in eval mode, then give each sub-module its own mode back."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 @torch.no_grad()

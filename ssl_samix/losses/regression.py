@@ -20,3 +20,17 @@ def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
         (B, P) losses in [0, 4].
     """
     return 2 - 2 * torch.einsum("bd,bpd->bp", query, positives)
+
+
+@full_precision
+def negative_cosine(query: Tensor, positives: Tensor) -> Tensor:
+    """Negative cosine of unit vectors (SimSiam, arXiv 2011.10566, eq. 1).
+
+    Args:
+        query: (B, D), L2-normalised.
+        positives: (B, P, D), L2-normalised.
+
+    Returns:
+        (B, P) losses in [-1, 1].
+    """
+    return -torch.einsum("bd,bpd->bp", query, positives)

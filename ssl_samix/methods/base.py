@@ -7,22 +7,28 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.losses.contrastive import info_nce_in_batch
 from ssl_samix.mixup.objective import MixObjective
-from ssl_samix.modules.ema import frozen_forward
+from ssl_samix.modules.ema import EMATwin, evaluating, frozen_forward
+from ssl_samix.modules.gathering import gathered, offset
+from ssl_samix.modules.passes import Passed, StepMemory
 from ssl_samix.optim.recipe import OptimizerRecipe
-from ssl_samix.types import Batch
+from ssl_samix.types import Batch, Terms
 
 SMALLEST = 1e-4  # temperature: below it, similarities of unit vectors overflow float16
+CONTRAST_TEMPERATURE = 0.2  # of methods that have no negatives, and so no temperature, of their own
 
 
 class BaseMethod(pl.LightningModule, ABC):
     """What all methods share.
 
-    A method gives ``own_loss`` for the plain views and the contract of ``ssl_samix.types.Method``
-    for whoever mixes images. Embeddings are L2-normalised wherever they leave a method.
+    A method has a ``projector``, ``targets`` and a ``pair_loss``, and so fulfils the contract of
+    ``ssl_samix.types.Method`` for whoever mixes images. Embeddings are L2-normalised wherever they
+    leave a method whose criterion does not read their lengths.
 
     Args:
         backbone: The encoder that is trained.
@@ -31,6 +37,8 @@ class BaseMethod(pl.LightningModule, ABC):
     """
 
     wants_sync_batchnorm = True  # statistics over all devices, as SimCLR's and BYOL's papers have
+    directions: tuple[tuple[int, int], ...] = ((0, 1),)
+    projector: nn.Module
 
     def __init__(
         self, backbone: Backbone, optimizer: OptimizerRecipe, mixing: MixObjective | None = None
@@ -39,20 +47,41 @@ class BaseMethod(pl.LightningModule, ABC):
         self.backbone = backbone
         self.mixing = mixing
         self.recipe = optimizer
+        self.predictor: nn.Module | None = None
+        self.twin: EMATwin | None = None
+        self.memory = StepMemory()
 
     @property
-    @abstractmethod
-    def online(self) -> nn.Module:
-        """The branch that learns, images (B, 3, S, S) to unnormalised embeddings (B, D)."""
+    def embedder(self) -> nn.Sequential:
+        """Backbone and projector, images (B, 3, S, S) to unnormalised embeddings (B, D)."""
+        return nn.Sequential(self.backbone, self.projector)
 
     @property
-    def teacher(self) -> nn.Module:
-        """The branch that ``frozen_query`` reads; the online one where there is no other."""
-        return self.online
+    def online(self) -> nn.Sequential:
+        """The branch that learns: the embedder and, where there is one, the predictor."""
+        heads = [] if self.predictor is None else [self.predictor]
+        return nn.Sequential(*self.embedder, *heads)
 
-    @abstractmethod
+    @property
+    def teacher(self) -> nn.Sequential:
+        """The embedder that ``frozen_query`` reads; the online one where there is no twin."""
+        return self.embedder if self.twin is None else self.twin.module  # type: ignore[return-value]
+
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return the method's loss of the plain views, (B,)."""
+        """Return the method's loss of the plain views, the mean over its directions, (B,)."""
+        parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
+        # Queries first: a method without a twin has its targets from the same passes.
+        queries = [self.query(views[query]) for query, _ in self.directions]
+        losses = [
+            self.pair_loss(query, self.keys(views[key]), parents)[:, 0]
+            for query, (_, key) in zip(queries, self.directions, strict=True)
+        ]
+        return torch.stack(losses).mean(dim=0)
+
+    @property
+    def teacher_backbone(self) -> Backbone:
+        """The teacher's backbone, whose maps the mixer reads."""
+        return self.teacher[0]  # type: ignore[return-value]
 
     @abstractmethod
     def targets(self, images: Tensor) -> Tensor:
@@ -60,37 +89,114 @@ class BaseMethod(pl.LightningModule, ABC):
 
     @abstractmethod
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Compare (B, D) queries with their parents (B, P) among the targets: (B, P)."""
+        """Compare (K, D) queries with their parents (K, P) among the targets: (K, P)."""
+
+    def keys(self, images: Tensor) -> Tensor:
+        """Embed what the own loss compares queries with; ``targets`` where it has no gradient."""
+        return self.targets(images)
+
+    def contrast(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
+        """InfoNCE among the targets of all ranks, for methods without negatives, (K, P)."""
+        query, others = F.normalize(query, dim=1), F.normalize(gathered(target), dim=1)
+        rows = parents + offset(target)
+        return info_nce_in_batch(query, others, rows, None, CONTRAST_TEMPERATURE)
 
     def after_step(self) -> None:
-        """Update what follows the encoder (EMA twin); called after each optimizer step."""
+        """Let the twin follow; called after each optimizer step."""
+        if self.twin is not None and self.mixing is not None:
+            self.twin.update(self.embedder, self.mixing.momentum, statistics=True)
 
     def after_batch(self) -> None:
         """Store what the next batch compares with (queue); called when all losses are done."""
 
+    def add_teacher(self) -> None:
+        """Give a method without a momentum encoder the one that a learning mixer reads."""
+        if self.mixing is not None and self.mixing.learns:
+            self.twin = EMATwin(self.embedder)
+
+    @torch.no_grad()
+    def online_targets(self, images: Tensor) -> Tensor:
+        """Embed with the online embedder, no gradient: ``targets`` of methods without a twin."""
+        passed = self.memory.find("online", images) or self._online(images)
+        return passed.embedding.detach()
+
     def query(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) with the online branch to (B, D), with gradient."""
-        return nn.functional.normalize(self.online(images).float(), dim=1)
+        query = self.pass_online(images).query
+        assert query is not None
+        return query
 
     def frozen_query(self, images: Tensor) -> Tensor:
-        """Embed with frozen weights to (B, D); gradient reaches the images only."""
-        return nn.functional.normalize(frozen_forward(self.teacher, images).float(), dim=1)
+        """Embed with the frozen teacher to (B, D); gradient reaches the images only."""
+        return self.unit(frozen_forward(self.teacher, images))
+
+    def maps(self, images: Tensor, stage: int, source: str) -> Tensor:
+        """Return a stage's maps (B, C, h, w), of a pass that has been made if there is one."""
+        for branch in ("teacher",) if source == "teacher" else ("online", "teacher"):
+            passed = self.memory.find(branch, images)
+            if passed is not None and passed.maps is not None:
+                return passed.maps
+        maps = self.memory.once("maps", images, lambda: self._only_maps(images, stage)).maps
+        assert maps is not None
+        return maps
+
+    @torch.no_grad()
+    def _only_maps(self, images: Tensor, stage: int) -> Passed:
+        with evaluating(self.teacher):
+            maps: Tensor = self.teacher_backbone.stage_map(images, stage)
+        return Passed(embedding=images.new_empty(0), maps=maps)
+
+    def unit(self, embedding: Tensor) -> Tensor:
+        """Bring embeddings to the form in which they leave the method: unit rows, float32."""
+        return F.normalize(embedding.float(), dim=1)
+
+    def read(self, branch: nn.Sequential, images: Tensor) -> tuple[Tensor, ...]:
+        """Embed with backbone and projector: (B, D), and the maps that mixing reads, if any."""
+        if self.mixing is None or self.mixing.stage is None:
+            return (branch(images),)
+        backbone, projector = branch
+        maps, pooled = backbone.map_and_features(images, self.mixing.stage)  # type: ignore[operator]
+        return projector(pooled), maps.detach()
+
+    def embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make the pass of the online embedder."""
+        return self.read(self.embedder, images)
+
+    def pass_online(self, images: Tensor) -> Passed:
+        """Make the online pass, or take what it gave in this step."""
+        return self.memory.once("online", images, lambda: self._online(images))
+
+    def _online(self, images: Tensor) -> Passed:
+        embedding, *maps = self.embed(images)
+        unit = self.unit(embedding)
+        query = unit if self.predictor is None else self.unit(self.predictor(embedding))
+        return Passed(unit, query, *maps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum the named loss terms of one batch and log each."""
-        terms = {"own": self.own_loss(batch.views).mean()}
-        if self.mixing is not None:
-            terms.update(self.mixing(self, batch.views))
-        loss = torch.stack(list(terms.values())).sum()
-        self._log_terms(loss.detach(), terms)
-        return loss
+        with self.memory.step():
+            if self.mixing is None:
+                terms = Terms({"own": self.own_loss(batch.views).mean()}, {})
+            else:
+                terms = self.mixing(self, batch, self.global_step, self.total_steps)
+        self._log_terms(terms)
+        return torch.stack(list(terms.losses.values())).sum()
 
-    def _log_terms(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        values = {"loss": loss}
-        if len(terms) > 1:
-            values.update({f"loss/{name}": value.detach() for name, value in terms.items()})
+    def _log_terms(self, terms: Terms) -> None:
+        losses = {name: value.detach() for name, value in terms.losses.items()}
+        learner = losses.pop("mixer", None)  # a loss of its own, with weights of its own
+        values = {"loss": torch.stack(list(losses.values())).sum(), **terms.logs}
+        if len(losses) > 1:
+            values |= {f"loss/{name}": value for name, value in losses.items()}
+        if learner is not None and terms.logs:
+            values["loss/mixer"] = learner
         # Means over the epoch only: a value per step would make the device wait for the host.
         self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Let the mixing objective do what has to be done before a step."""
+        if self.mixing is not None:
+            self.mixing.before_step(self.global_step)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the twin follow."""
@@ -115,4 +221,5 @@ class BaseMethod(pl.LightningModule, ABC):
             batch_size=global_batch * self.trainer.accumulate_grad_batches,
             total_steps=self.total_steps,
             steps_per_epoch=max(1, self.total_steps // epochs),
+            mixer_lr=1.0 if self.mixing is None else self.mixing.lr,
         )

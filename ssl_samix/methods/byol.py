@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.regression import cosine_regression
-from ssl_samix.methods.base import BaseMethod
-from ssl_samix.modules.ema import EMATwin, momentum_at
+from ssl_samix.methods.momentum import MomentumMethod
+from ssl_samix.modules.ema import momentum_at
 
 
-class BYOL(BaseMethod):
+class BYOL(MomentumMethod):
     """BYOL with the symmetric loss and the cosine momentum schedule.
 
     Args:
@@ -23,6 +22,8 @@ class BYOL(BaseMethod):
         momentum: Of the target encoder at the first step; it rises to 1 by a cosine.
         **base: Arguments of ``BaseMethod``.
     """
+
+    directions = ((0, 1), (1, 0))
 
     def __init__(
         self,
@@ -39,36 +40,13 @@ class BYOL(BaseMethod):
         check_range("method.output_dim", output_dim, 1)
         self.projector = BYOLProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
-        self.target_encoder = EMATwin(nn.Sequential(backbone, self.projector))
+        self.add_twin()
         self.momentum = momentum
 
-    @property
-    def online(self) -> nn.Module:
-        """Backbone, projector and predictor."""
-        return nn.Sequential(self.backbone, self.projector, self.predictor)
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The target encoder."""
-        return self.target_encoder.module
-
-    @torch.no_grad()
-    def targets(self, images: Tensor) -> Tensor:
-        """Embed with the target encoder to (B, D)."""
-        return nn.functional.normalize(self.target_encoder(images).float(), dim=1)
-
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Regression onto each parent's target: (B, P)."""
+        """Regression onto each parent's target: (K, P)."""
         return cosine_regression(query, target[parents])
 
-    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Regression of each view's prediction onto the other's target, their mean, (B,)."""
-        parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
-        forward = self.pair_loss(self.query(views[0]), self.targets(views[1]), parents)
-        backward = self.pair_loss(self.query(views[1]), self.targets(views[0]), parents)
-        return (forward + backward)[:, 0] / 2
-
-    def after_step(self) -> None:
-        """Move the target encoder."""
-        momentum = momentum_at(self.global_step, self.total_steps, self.momentum, 1.0)
-        self.target_encoder.update(nn.Sequential(self.backbone, self.projector), momentum)
+    def momentum_now(self) -> float:
+        """Return the target encoder's momentum of this step."""
+        return momentum_at(self.global_step, self.total_steps, self.momentum, 1.0)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle
 from lightly.utils.dist import world_size
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce
-from ssl_samix.methods.base import SMALLEST, BaseMethod
-from ssl_samix.modules.ema import EMATwin
+from ssl_samix.methods.base import SMALLEST
+from ssl_samix.methods.momentum import MomentumMethod
 from ssl_samix.modules.grouped import in_groups
 from ssl_samix.modules.queue import Queue
 
 
-class MoCo(BaseMethod):
+class MoCo(MomentumMethod):
     """MoCo v2, on any number of devices.
 
     BatchNorm lets a query recognise the batch that its key was normalised with. As published, keys
@@ -60,55 +59,40 @@ class MoCo(BaseMethod):
         check_range("method.momentum", momentum, 0, 1)
         width = backbone.feature_dim
         self.projector = MoCoProjectionHead(width, hidden_dim or width, output_dim)
-        self.key_encoder = EMATwin(nn.Sequential(backbone, self.projector))
+        self.add_twin()
         self.queue = Queue(queue_size, output_dim)
-        self.temperature, self.momentum = temperature, momentum
-        self.symmetric, self.bn_groups = symmetric, bn_groups
+        self.temperature, self.momentum, self.bn_groups = temperature, momentum, bn_groups
+        self.directions = ((0, 1), (1, 0)) if symmetric else ((0, 1),)
         self._new_keys: list[Tensor] = []
 
-    @property
-    def online(self) -> nn.Module:
-        """Backbone and projector."""
-        return nn.Sequential(self.backbone, self.projector)
+    def embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make the pass of the query encoder."""
+        return in_groups(lambda part: self.read(self.embedder, part), images, self.bn_groups)
 
-    @property
-    def teacher(self) -> nn.Module:
-        """The key encoder."""
-        return self.key_encoder.module
-
-    def query(self, images: Tensor) -> Tensor:
-        """Embed with the query encoder to (B, D)."""
-        embedding = in_groups(self.online, images, self.bn_groups)
-        return nn.functional.normalize(embedding.float(), dim=1)
-
-    @torch.no_grad()
-    def targets(self, images: Tensor) -> Tensor:
-        """Embed with the key encoder, its batches shuffled, to (B, D)."""
+    def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make the pass of the key encoder, its batches shuffled."""
         distributed = world_size() > 1
         if not distributed and self.bn_groups == 1:
-            return nn.functional.normalize(self.key_encoder(images).float(), dim=1)
+            return self.read(self.teacher, images)
         shuffled, order = batch_shuffle(images, distributed)
-        keys = in_groups(self.key_encoder, shuffled, self.bn_groups).float()
-        return nn.functional.normalize(batch_unshuffle(keys, order, distributed), dim=1)
+        given = in_groups(lambda part: self.read(self.teacher, part), shuffled, self.bn_groups)
+        return tuple(batch_unshuffle(rows, order, distributed) for rows in given)
+
+    def keys(self, images: Tensor) -> Tensor:
+        """Embed with the key encoder; the queue takes the keys when all losses are done."""
+        keys = self.targets(images)
+        self._new_keys.append(keys)
+        return keys
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the queue, which never holds a key of the batch at hand: (B, P)."""
+        """InfoNCE against the queue, which never holds a key of the batch at hand: (K, P)."""
         return info_nce(query, target[parents], self.queue.keys, self.temperature)
 
-    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """InfoNCE of one view's queries against the other view's keys, (B,)."""
-        parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
-        pairs = [(views[0], views[1]), (views[1], views[0])][: 2 if self.symmetric else 1]
-        losses = []
-        for query_view, key_view in pairs:
-            keys = self.targets(key_view)
-            losses.append(self.pair_loss(self.query(query_view), keys, parents)[:, 0])
-            self._new_keys.append(keys)
-        return torch.stack(losses).mean(dim=0)
+    contrast = pair_loss
 
-    def after_step(self) -> None:
-        """Move the key encoder."""
-        self.key_encoder.update(self.online, self.momentum)
+    def momentum_now(self) -> float:
+        """Return the key encoder's momentum, the same at all times."""
+        return self.momentum
 
     def after_batch(self) -> None:
         """Push the batch's keys, now that every loss has read the queue."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from lightly.models.modules import SimCLRProjectionHead
-from lightly.utils.dist import gather, rank, world_size
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce_in_batch, nt_xent
 from ssl_samix.methods.base import SMALLEST, BaseMethod
+from ssl_samix.modules.gathering import gathered, offset
 
 
 class SimCLR(BaseMethod):
@@ -39,30 +38,27 @@ class SimCLR(BaseMethod):
         check_range("method.output_dim", output_dim, 1)
         width = backbone.feature_dim
         self.projector = SimCLRProjectionHead(width, hidden_dim or width, output_dim)
+        self.add_teacher()
         self.temperature = temperature
 
-    @property
-    def online(self) -> nn.Module:
-        """Backbone and projector."""
-        return nn.Sequential(self.backbone, self.projector)
-
-    @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:
         """Embed with the online branch, without gradient, to (B, D)."""
+        return self.online_targets(images)
+
+    def keys(self, images: Tensor) -> Tensor:
+        """Embed with the online branch, with gradient, to (B, D)."""
         return self.query(images)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the targets of all ranks but the query's parents: (B, P)."""
-        offset = rank() * len(target)
-        return info_nce_in_batch(query, gathered(target), parents + offset, None, self.temperature)
+        """InfoNCE against the targets of all ranks but the query's parents: (K, P)."""
+        others, rows = gathered(target), parents + offset(target)
+        return info_nce_in_batch(query, others, rows, None, self.temperature)
+
+    contrast = pair_loss
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """NT-Xent of the two views, (B,)."""
         first, second = self.query(views[0]), self.query(views[1])
-        offset = rank() * len(first)
-        return nt_xent(first, second, gathered(first), gathered(second), offset, self.temperature)
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """Join the rows (B, D) of all ranks in rank order, (N, D), with gradient to each of them."""
-    return torch.cat(gather(rows), dim=0) if world_size() > 1 else rows
+        return nt_xent(
+            first, second, gathered(first), gathered(second), offset(first), self.temperature
+        )

@@ -2,49 +2,149 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
-from ssl_samix.mixup.plan import draw_plan
-from ssl_samix.types import Method, Mixed, Mixer, MixPlan
+from ssl_samix.errors import check_choice, check_range
+from ssl_samix.mixup.plan import SMALLEST, draw_plan
+from ssl_samix.types import (
+    Batch,
+    Method,
+    Mixed,
+    MixingPolicy,
+    MixPlan,
+    StagedBackbone,
+    Terms,
+)
 
 
 class MixObjective(nn.Module):
-    """The mixed loss of the encoder, on top of the method's own loss.
+    """The loss of the encoder on plain and mixed images.
 
     Args:
-        mixer: The policy that makes the mixed images.
-        alpha: Ratios are drawn from Beta(alpha, alpha), one per sample.
-        weight: Factor of the mixed loss in the sum.
+        policy: Makes the mixed images.
+        alpha: Ratios are drawn from Beta(alpha, alpha), one per mixture.
+        weight: Factor of the mixed loss.
+        placement: ``add``: mixtures come beside the plain views, whose own loss stays (as in the
+            paper). ``replace``: mixtures are the query views and the own loss is the mixed one, at
+            no extra pass of the encoder.
+        fraction: Share of the batch that is mixed.
+        pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
+        stage: Of the backbone, whose maps the policy reads; None if it reads none.
+        features: ``teacher``: maps are the teacher's. ``online``: those of a pass of either branch
+            that happens anyway, so that no pass is made for them.
+        backbone: States the maps of its stages; may be None if ``stage`` is.
+
+    Raises:
+        ConfigError: For a setting outside its range, or a stage that the backbone does not have.
     """
 
-    def __init__(self, mixer: Mixer, alpha: float = 2.0, weight: float = 1.0) -> None:
+    learns = False  # whether the policy is trained, and a teacher is wanted
+    lr = 1.0  # factor on the encoder's learning rate, for a policy that is trained
+    description: dict[str, Any]  # what rebuilds a policy that is trained
+    momentum = 0.99  # of the teacher that a method gets if it has none of its own
+
+    def __init__(  # noqa: PLR0913 - the keys of the configuration, by name
+        self,
+        policy: MixingPolicy,
+        *,
+        alpha: float = 2.0,
+        weight: float = 1.0,
+        placement: Literal["add", "replace"] = "add",
+        fraction: float = 1.0,
+        pairs: Literal["cross", "same"] = "cross",
+        stage: int | None = None,
+        features: Literal["teacher", "online"] = "teacher",
+        backbone: StagedBackbone | None = None,
+    ) -> None:
         super().__init__()
-        self.mixer = mixer
-        self.alpha = alpha
-        self.weight = weight
+        check_range("mixup.alpha", alpha, SMALLEST)
+        check_range("mixup.weight", weight, 0)
+        check_range("mixup.fraction", fraction, SMALLEST, 1)
+        check_choice("mixup.placement", placement, ("add", "replace"))
+        check_choice("mixup.pairs", pairs, ("cross", "same"))
+        check_choice("mixup.features", features, ("teacher", "online"))
+        if stage is not None and backbone is not None:
+            backbone.map_spec(stage)
+        self.policy = policy
+        self.alpha, self.weight, self.fraction = alpha, weight, fraction
+        self.placement, self.pairs = placement, pairs
+        self.stage, self.features = stage, features
 
-    def forward(self, method: Method, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Mix view a with partners from view b and return the named loss terms, each a scalar."""
-        plan = draw_plan(len(views[0]), self.alpha, views[0].device)
-        mixed = self.mixer(views[0], views[1], plan, None)
-        targets = method.targets(views[1])
-        return {"mix": self.weight * encoder_loss(method, mixed, plan, targets).mean()}
+    def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
+        """Return the named losses of a batch and what is logged of it.
+
+        Args:
+            method: Embeds and compares.
+            batch: Views of B images.
+            step: Optimizer steps done so far.
+            total_steps: Of the whole run.
+        """
+        if self.placement == "replace":
+            directions = method.directions
+            parts = [self._in_place(method, batch, *pair).mean() for pair in directions]
+            return Terms({"mix": self.weight * torch.stack(parts).mean()}, {})
+        own = method.own_loss(batch.views).mean()  # first: what its passes give is used again
+        mix = self._beside(method, batch).mean()
+        return Terms({"own": own, "mix": self.weight * mix}, {})
+
+    def _beside(self, method: Method, batch: Batch) -> Tensor:
+        plan = self.draw(batch.views[0])
+        mixed = self.mixtures(method, batch, plan, 0, 1)
+        query = method.query(mixed.images.detach())
+        losses = method.pair_loss(query, method.targets(batch.views[1]), plan.parents)
+        return weighted(losses, mixed.lam)
+
+    def _in_place(self, method: Method, batch: Batch, first: int, second: int) -> Tensor:
+        """View ``first`` is the mixture; what is not mixed is a mixture with lam = 1, (B,)."""
+        images = batch.views[first]
+        keys = method.keys(batch.views[second])
+        plan = self.draw(images)
+        mixed = self.mixtures(method, batch, plan, first, second)
+        own = torch.arange(len(images), device=images.device)[:, None]
+        parents = own.repeat(1, 2).index_copy(0, plan.rows, plan.parents)
+        lam = torch.ones(len(images), device=images.device, dtype=mixed.lam.dtype)
+        lam = lam.index_copy(0, plan.rows, mixed.lam.detach())
+        query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
+        return weighted(method.pair_loss(query, keys, parents), lam)
+
+    def draw(self, images: Tensor) -> MixPlan:
+        """Draw who is mixed with whom, and how much."""
+        return draw_plan(len(images), self.alpha, images.device, self.fraction)
+
+    def mixtures(
+        self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
+    ) -> Mixed:
+        """Mix view ``first`` with partners from view ``second``, or from itself."""
+        images, partners = self.sources(batch, first, second)
+        return self.policy(images, partners, plan, self.maps(method, images, partners))
+
+    def sources(self, batch: Batch, first: int, second: int) -> tuple[Tensor, Tensor]:
+        """Return the images and those that their partners are taken from."""
+        images = batch.views[first]
+        return images, batch.views[second] if self.pairs == "cross" else images
+
+    def maps(
+        self, method: Method, images: Tensor, partners: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the feature maps of both, if the policy reads them."""
+        if self.stage is None or not self.policy.needs_maps:
+            return None
+        own = method.maps(images, self.stage, self.features)
+        if partners is images:
+            return own, own
+        return own, method.maps(partners, self.stage, self.features)
+
+    def before_step(self, step: int) -> None:
+        """Do what has to be done between backward pass and optimizer step; nothing here."""
+
+    def complaint(self) -> str | None:
+        """Say what went wrong in the steps so far; None if nothing did."""
+        return None
 
 
-def encoder_loss(method: Method, mixed: Mixed, plan: MixPlan, targets: Tensor) -> Tensor:
-    """The method's loss of mixed images against both parents, weighted by lam.
-
-    Args:
-        method: Embeds and compares.
-        mixed: The mixtures; only pixels reach the encoder, the mask is detached.
-        plan: Who was mixed with whom.
-        targets: (B, D) embeddings of the un-mixed images, in the batch's order.
-
-    Returns:
-        (B,) losses.
-    """
-    own = torch.arange(len(plan.partner), device=plan.partner.device)
-    parents = torch.stack([own, plan.partner], dim=1)  # (B, 2)
-    losses = method.pair_loss(method.query(mixed.images.detach()), targets, parents)
-    return mixed.lam * losses[:, 0] + (1 - mixed.lam) * losses[:, 1]
+def weighted(losses: Tensor, lam: Tensor) -> Tensor:
+    """Weight the losses (K, 2) of both parents by lam and 1 - lam, (K,)."""
+    return lam * losses[:, 0] + (1 - lam) * losses[:, 1]

@@ -25,13 +25,23 @@ def derangement(size: int, device: torch.device) -> Tensor:
     return partner
 
 
-def draw_plan(size: int, alpha: float, device: torch.device) -> MixPlan:
-    """Draw ratios from Beta(alpha, alpha), one per sample, and a derangement of partners.
+def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1.0) -> MixPlan:
+    """Draw ratios from Beta(alpha, alpha), one per mixture, and partners by a derangement.
+
+    Args:
+        size: B, images of the batch.
+        alpha: Of the Beta distribution.
+        device: Where the plan lives.
+        fraction: Share of the images that are mixed, at least one; evenly over the batch, which is
+            in random order. Any image may be a partner.
 
     Raises:
         ConfigError: If ``alpha`` is not positive or ``size`` is below 2.
     """
     check_range("mixup.alpha", alpha, SMALLEST)
+    partner = derangement(size, device)
+    count = max(1, round(fraction * size))
+    rows = torch.arange(count, device=device) * size // count
     concentration = torch.tensor(float(alpha), device=device)
-    lam = torch.distributions.Beta(concentration, concentration).sample((size,))
-    return MixPlan(lam=lam, partner=derangement(size, device))
+    lam = torch.distributions.Beta(concentration, concentration).sample((count,))
+    return MixPlan(lam=lam, partner=partner[rows], rows=rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -28,14 +30,36 @@ class EMATwin(nn.Module):
         return self.module(images)
 
     @torch.no_grad()
-    def update(self, online: nn.Module, momentum: float) -> None:
-        """Move every weight by ``1 - momentum`` of its distance to ``online``."""
+    def update(self, online: nn.Module, momentum: float, statistics: bool = False) -> None:
+        """Move every weight by ``1 - momentum`` of its distance to ``online``.
+
+        Args:
+            online: What the twin follows.
+            momentum: Share of the old weights.
+            statistics: Move the normalisation statistics too: of a twin that sees no batch itself.
+        """
         update_momentum(online, self.module, m=momentum)
+        if statistics:
+            for own, other in zip(self.module.buffers(), online.buffers(), strict=True):
+                if own.is_floating_point():
+                    own.lerp_(other, 1 - momentum)
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
     """Cosine increase from ``start`` to ``end`` (BYOL, arXiv 2006.07733, section 3.3)."""
     return cosine_schedule(min(step, total_steps), total_steps, start, end)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold ``module`` in eval mode, then give each sub-module its own mode back."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def frozen_forward(module: nn.Module, images: Tensor) -> Tensor:
@@ -44,10 +68,5 @@ def frozen_forward(module: nn.Module, images: Tensor) -> Tensor:
     Neither the ``requires_grad`` flags nor the normalisation statistics of ``module`` change.
     """
     frozen = {name: tensor.detach() for name, tensor in module.named_parameters()}
-    was_training = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
+    with evaluating(module):
         return torch.func.functional_call(module, frozen, (images,))
-    finally:
-        for m, training in was_training.items():
-            m.training = training

@@ -58,12 +58,28 @@ class OptimizerRecipe:
         return self.lr * {"linear": factor, "sqrt": factor**0.5, "none": 1.0}[self.scaling]
 
     def build(
-        self, module: nn.Module, batch_size: int, total_steps: int, steps_per_epoch: int
+        self,
+        module: nn.Module,
+        batch_size: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        mixer_lr: float = 1.0,
     ) -> dict[str, Any]:
-        """Return Lightning's dict of the optimizer and its schedule over ``total_steps``."""
+        """Return Lightning's dict of the optimizer and its schedule over ``total_steps``.
+
+        Args:
+            module: Whose parameters are optimised.
+            batch_size: Images per optimizer step, over all devices.
+            total_steps: Optimizer steps of the whole run.
+            steps_per_epoch: Optimizer steps of an epoch.
+            mixer_lr: Factor on the learning rate of the mixer's parameters.
+        """
+        lr = self.scaled_lr(batch_size)
         groups = parameter_groups(module, self.weight_decay)
+        for group in groups:
+            group["lr"] = lr * (mixer_lr if group["name"] == "mixer" else 1.0)
         try:
-            optimizer = self.optimizer(groups, lr=self.scaled_lr(batch_size))
+            optimizer = self.optimizer(groups, lr=lr)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"the optimizer refuses its settings: {error}") from error
         warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)

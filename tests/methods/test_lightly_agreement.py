@@ -6,13 +6,16 @@ import copy
 
 import pytest
 import torch
-from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss
 from torch import nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
+from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
+from ssl_samix.methods.simsiam import SimSiam
 from tests.conftest import recipe
 
 
@@ -23,12 +26,16 @@ class Example(nn.Module):
         super().__init__()
         self.backbone = copy.deepcopy(method.backbone)
         self.projection_head = copy.deepcopy(method.projector)
-        self.prediction_head = copy.deepcopy(getattr(method, "predictor", nn.Identity()))
+        self.prediction_head = copy.deepcopy(method.predictor or nn.Identity())
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
 
     def forward(self, x):
         return self.prediction_head(self.projection_head(self.backbone(x).flatten(start_dim=1)))
+
+    def both(self, x):
+        z = self.projection_head(self.backbone(x).flatten(start_dim=1))
+        return z, self.prediction_head(z)
 
     def forward_momentum(self, x):
         return self.projection_head_momentum(self.backbone_momentum(x).flatten(1)).detach()
@@ -70,7 +77,7 @@ def test_moco_symmetric_is_the_mean_of_both_directions(backbone, views):
     method = MoCo(backbone, optimizer=recipe(), queue_size=64, symmetric=True)
     method.eval()
     both = method.own_loss(views)
-    method.symmetric = False
+    method.directions = ((0, 1),)
     forward, backward = method.own_loss(views), method.own_loss(views[::-1])
     torch.testing.assert_close(both, (forward + backward) / 2)
 
@@ -98,6 +105,63 @@ def test_byol(backbone, views):
     torch.testing.assert_close(ours, 2 + 2 * theirs, rtol=1e-5, atol=1e-5)
     ours.backward()
     (2 * theirs).backward()
+    same_gradients(method, example)
+
+
+def test_simsiam(backbone, views):
+    method = SimSiam(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, bottleneck_dim=16)
+    example = Example(method)
+    criterion = NegativeCosineSimilarity()
+    (z0, p0), (z1, p1) = (example.both(view) for view in views)
+    theirs = 0.5 * (criterion(z0.detach(), p1) + criterion(z1.detach(), p0))
+    with method.memory.step():
+        ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_barlow_twins(backbone, views):
+    method = BarlowTwins(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32)
+    example = Example(method)
+    theirs = BarlowTwinsLoss()(example(views[0]), example(views[1]))
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_barlow_twins_sample_by_sample(backbone, views):
+    """The mean of what each sample adds has the loss's value and gradient."""
+    method = BarlowTwins(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32)
+    example = Example(method)
+    theirs = BarlowTwinsLoss()(example(views[0]), example(views[1]))
+    own = torch.arange(16)[:, None]
+    parts = method.pair_loss(method.query(views[0]), method.keys(views[1]), own)
+    torch.testing.assert_close(parts.mean(), theirs, rtol=1e-5, atol=1e-5)
+    parts.mean().backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_mocov3_is_the_papers_algorithm(backbone, views):
+    method = MoCoV3(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, temperature=0.3)
+    example = Example(method)
+
+    def contrastive(query, key):  # arXiv 2104.02057, algorithm 1
+        query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+        logits = query @ key.T / 0.3
+        return 2 * 0.3 * torch.nn.functional.cross_entropy(logits, torch.arange(16))
+
+    q0, q1 = example(views[0]), example(views[1])
+    k0, k1 = example.forward_momentum(views[0]), example.forward_momentum(views[1])
+    theirs = contrastive(q0, k1) + contrastive(q1, k0)
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
     same_gradients(method, example)
 
 

@@ -1,0 +1,215 @@
+"""Pictures of what mixing makes of images; the only file that paints.
+
+Legend: K mixtures, S image side in px.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.data.worker_views import normalize
+from ssl_samix.errors import check_range
+from ssl_samix.files import write_atomically
+from ssl_samix.modules.ema import evaluating
+from ssl_samix.types import Mixed, MixPlan
+
+Channels = tuple[float, float, float]
+LARGEST = 128  # px, up to which a small image is enlarged
+GAP, MARGIN = 4, 12  # px between tiles, and around all of them
+FONT, LINE = 14, 18  # px, size of the text and height of a line
+PAPER, INK = (236, 232, 222), (40, 40, 40)  # a paper on which black, grey and white stand out
+PER_RUN = 5  # pictures, if the interval is chosen automatically
+
+
+def paint(
+    header: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()
+) -> Image.Image:
+    """Paint rows of tiles under a header, small ones enlarged by a whole factor.
+
+    Args:
+        header: A name for each column; it may have several lines.
+        rows: As many tiles per row as there are columns, uint8, colour (3, S, S) or grey (1, S, S).
+        captions: A text to the left of each row; none if it is empty.
+    """
+    font = ImageFont.load_default(FONT)
+    factor = max(1, LARGEST // rows[0][0].shape[-1])
+    side = factor * rows[0][0].shape[-1]
+    lines = [line for caption in captions for line in caption.splitlines()]
+    left = MARGIN + math.ceil(max((font.getlength(line) + MARGIN for line in lines), default=0))
+    top = MARGIN + LINE * max(name.count("\n") + 1 for name in header)
+    width, height = (len(tiles) * (side + GAP) - GAP + MARGIN for tiles in (header, rows))
+    picture = Image.new("RGB", (left + width, top + height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    text: dict[str, Any] = {"font": font, "fill": INK, "spacing": LINE - FONT}
+    for column, name in enumerate(header):
+        x = left + column * (side + GAP) + side / 2
+        draw.text((x, top - GAP), name, anchor="md", align="center", **text)
+    for row, tiles in enumerate(rows):
+        y = top + row * (side + GAP)
+        if captions:
+            draw.text((MARGIN, y + side / 2), captions[row], anchor="lm", **text)
+        for column, tile in enumerate(tiles):
+            shown = Image.fromarray(tile.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+            shown = shown.resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(shown, (left + column * (side + GAP), y))
+    return picture
+
+
+def colours(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """Turn normalised images (K, 3, S, S) back into pixels, uint8 on the CPU."""
+    images = images.float().cpu()
+    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return _bytes(images * scale + shift)
+
+
+def greys(masks: Tensor) -> Tensor:
+    """Turn masks (K, 1, S, S) into pixels, uint8 on the CPU: white is the partner."""
+    return _bytes(masks.float().cpu())
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def paint_mixed(
+    own: Tensor, other: Tensor, mixed: Mixed, lam: Tensor, mean: Channels, std: Channels
+) -> Image.Image:
+    """Paint a row of image, partner, mask and mixture for each of K mixtures.
+
+    Args:
+        own: (K, 3, S, S) normalised images.
+        other: (K, 3, S, S), the partner of each.
+        mixed: What mixing made of them.
+        lam: (K,) the ratios asked for; they stand above what the masks leave of the images.
+        mean: Per channel, of the normalisation.
+        std: Likewise.
+    """
+    tiles = [*(colours(i, mean, std) for i in (own, other)), greys(mixed.mask)]
+    tiles.append(colours(mixed.images, mean, std))
+    left = 1 - mixed.mask.float().cpu().mean(dim=(1, 2, 3))
+    captions = [
+        f"lam {asked:.2f}\nmask {given:.2f}"
+        for asked, given in zip(lam.tolist(), left.tolist(), strict=True)
+    ]
+    return paint(("image", "partner", "mask", "mixture"), list(zip(*tiles, strict=True)), captions)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, whole or not at all, and make its folder if there is none.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(temporary, format="PNG")
+
+    write_atomically(path, write)
+
+
+class MixedPictures(pl.Callback):
+    """Shows the same images, mixed by the run's policy as it is now, while the run goes on.
+
+    Un-augmented training images, always the same pairs with the same ratios from 0.1 to 0.9; in
+    ``<folder>/epoch-0010.png`` after the tenth epoch, and in TensorBoard. Nothing without mixing.
+
+    Args:
+        folder: Where the pictures go.
+        every_n_epochs: The interval; ``auto`` gives about five pictures. The last epoch has one.
+        rows: Mixtures per picture.
+
+    Raises:
+        ConfigError: For an interval or a number of rows below 1.
+    """
+
+    def __init__(
+        self, folder: Path, every_n_epochs: int | Literal["auto"] = "auto", rows: int = 8
+    ) -> None:
+        if every_n_epochs != "auto":
+            check_range("callbacks.pictures.every_n_epochs", every_n_epochs, 1)
+        check_range("callbacks.pictures.rows", rows, 1)
+        self.folder, self.every_n_epochs, self.rows = folder, every_n_epochs, rows
+
+    def interval(self, epochs: int) -> int:
+        """Return the epochs between two pictures of a run of so many epochs."""
+        if self.every_n_epochs != "auto":
+            return int(self.every_n_epochs)
+        return math.ceil(epochs / PER_RUN)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Paint, if it is time; one process does, and no other waits for it."""
+        if getattr(pl_module, "mixing", None) is None or not trainer.is_global_zero:
+            return
+        done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
+        if done % self.interval(epochs) and done != epochs:
+            return
+        with trainer.precision_plugin.forward_context():
+            picture = self.picture(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        write_png(self.folder / f"epoch-{done:04d}.png", picture)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image(
+                "mixing", np.asarray(picture), trainer.global_step, dataformats="HWC"
+            )
+
+    @torch.no_grad()
+    def picture(self, module: Any, data: DataModule) -> Image.Image:
+        """Paint what the module's policy makes of the fixed pairs, and disturb nothing."""
+        mean, std, device = data.splits.mean, data.splits.std, module.device
+        pixels = fixed_images(data.splits.train, 2 * self.rows).to(device)
+        channels = [torch.tensor(values, device=device) for values in (mean, std)]
+        own, other = paired(normalize(pixels, *channels), self.rows)
+        every = torch.arange(len(own), device=device)
+        plan = MixPlan(torch.linspace(0.1, 0.9, len(own), device=device), every, every)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            evaluating(module.mixing),
+        ):
+            torch.manual_seed(0)  # a policy that draws its masks draws the same ones each time
+            maps = module.mixing.maps(module, own, other)
+            mixed = module.mixing.policy(own, other, plan, maps)
+        return paint_mixed(own, other, mixed, plan.lam, mean, std)
+
+
+def fixed_images(images: ImageSet, most: int, seed: int = 0) -> Tensor:
+    """Load un-augmented images of all classes, in a drawn order.
+
+    Args:
+        images: The data set.
+        most: How many at most.
+        seed: Fixes the choice and the order.
+
+    Returns:
+        (N, 3, S, S) uint8.
+    """
+    picks = stratified(images.labels, most, seed)
+    order = torch.randperm(len(picks), generator=torch.Generator().manual_seed(seed))
+    return images.load(picks[order])
+
+
+def paired(images: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Give each of the first images a partner: one that is in no other row, if there are enough.
+
+    Args:
+        images: (N, 3, S, S), at least two.
+        rows: How many pairs are wanted.
+
+    Returns:
+        Images and partners, (min(rows, N), 3, S, S) each.
+    """
+    own = torch.arange(min(rows, len(images)))
+    other = (own + min(rows, len(images) // 2)) % len(images)
+    return images[own], images[other]

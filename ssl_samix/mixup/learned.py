@@ -1,0 +1,208 @@
+"""Training the Mixer beside the encoder: the eta-balanced loss and the mask loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_samix.errors import check_range
+from ssl_samix.losses.precision import full_precision
+from ssl_samix.mixup.blend import share
+from ssl_samix.mixup.objective import MixObjective, weighted
+from ssl_samix.mixup.samix import SAMix
+from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
+
+ONE_SIDED = 0.05  # share of a parent in a mixture, below which the mixture is the other parent
+
+
+class SAMixObjective(MixObjective):
+    """SAMix-I: the Mixer learns from the embeddings of its mixtures (arXiv 2111.15454, eq. 6-9).
+
+    A step has three parts: the method's own loss and the loss of the mixtures, both for the encoder
+    alone, and the Mixer's loss of other mixtures (own ratios and partners) through the frozen
+    teacher, for the Mixer alone.
+
+    Args:
+        backbone: States the maps of its stages.
+        stage: Whose maps the Mixer reads.
+        mask: Form of the mask, ``paper`` or ``anchored`` (see ``MixBlock``).
+        width: Of the Mixer's attention.
+        upsampling: Of the mask.
+        lam: ``drawn`` or ``mask`` (see ``SAMix``).
+        lam_margin: A ratio this near to 0 or 1 gets a flat mask.
+        eta: Weight of the global term.
+        temperature: Of the local term.
+        mask_weight: Weight of the mask loss at the start; it falls to 0 by a cosine.
+        mask_margin: How far a mask may be from its ratio, free of cost.
+        variance_weight: Reward for the masks' spatial standard deviation.
+        update_every: The Mixer learns in every n-th step.
+        lr: Factor on the encoder's learning rate.
+        momentum: Of the Mixer's teacher, for a method that has no momentum encoder of its own.
+        **mixing: Further arguments of ``MixObjective``.
+
+    Raises:
+        ConfigError: For a setting outside its range, or a stage that the backbone does not have.
+    """
+
+    learns = True
+    policy: SAMix
+    bad_step: Tensor
+
+    def __init__(  # noqa: PLR0913 - the keys of the configuration, by name
+        self,
+        *,
+        backbone: StagedBackbone,
+        stage: int = 3,
+        mask: Literal["paper", "anchored"] = "paper",
+        width: int = 128,
+        upsampling: Literal["bilinear", "nearest"] = "bilinear",
+        lam: Literal["drawn", "mask"] = "drawn",
+        lam_margin: float = 0.0,
+        eta: float = 0.5,
+        temperature: float = 0.2,
+        mask_weight: float = 0.1,
+        mask_margin: float = 0.1,
+        variance_weight: float = 0.0,
+        update_every: int = 1,
+        lr: float = 1.0,
+        momentum: float = 0.99,
+        **mixing: Any,
+    ) -> None:
+        check_range("mixup.eta", eta, 0)
+        check_range("mixup.temperature", temperature, 1e-3)
+        check_range("mixup.mask_weight", mask_weight, 0)
+        check_range("mixup.mask_margin", mask_margin, 0, 1)
+        check_range("mixup.variance_weight", variance_weight, 0)
+        check_range("mixup.update_every", update_every, 1)
+        check_range("mixup.lr", lr, 1e-6)
+        check_range("mixup.momentum", momentum, 0, 1)
+        settings: dict[str, Any] = {
+            "channels": backbone.map_spec(stage).channels,
+            "lam": lam,
+            "lam_margin": lam_margin,
+            "form": mask,
+            "width": width,
+            "upsampling": upsampling,
+        }
+        super().__init__(SAMix(**settings), stage=stage, backbone=backbone, **mixing)
+        self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
+        self.eta, self.temperature, self.update_every = eta, temperature, update_every
+        self.mask_weight, self.mask_margin = mask_weight, mask_margin
+        self.variance_weight, self.lr, self.momentum = variance_weight, lr, momentum
+        self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
+        self._step = 0
+
+    def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
+        """Return the encoder's losses and, when its turn has come, the Mixer's."""
+        self._step = step
+        terms = super().forward(method, batch, step, total_steps)
+        if step % self.update_every:
+            # Zero, but a loss of every weight: processes wait for each other's gradients of it.
+            idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0
+            return Terms({**terms.losses, "mixer": idle}, terms.logs)
+        learning = self.learn(method, batch, step / max(1, total_steps))
+        return Terms(
+            {**terms.losses, "mixer": learning.losses["mixer"]}, {**terms.logs, **learning.logs}
+        )
+
+    def learn(self, method: Method, batch: Batch, progress: float) -> Terms:
+        """Return the Mixer's loss of mixtures of its own, through the frozen teacher.
+
+        Args:
+            method: Embeds and compares.
+            batch: Views of B images.
+            progress: Share of the run that is done, in [0, 1].
+        """
+        images, partners = self.sources(batch, 0, 1)
+        target = method.targets(batch.views[1])
+        maps = self.maps(method, images, partners)
+        assert maps is not None
+        plan = self.draw(images)
+        mixed = self.policy.attached(images, partners, plan, maps)
+        query = method.frozen_query(mixed.images)
+        local = local_loss(query, target[plan.parents], plan.lam, self.temperature).mean()
+        global_ = self.global_loss(method, query, target, plan, batch).mean()
+        masks = self.mask_loss(mixed, progress)
+        loss = local + self.eta * global_ + masks
+        logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
+        return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
+
+    def global_loss(
+        self, method: Method, query: Tensor, target: Tensor, plan: MixPlan, batch: Batch
+    ) -> Tensor:
+        """Tell a mixture's parents from all other images, by the method's criterion, (K,)."""
+        return weighted(method.contrast(query, target, plan.parents), plan.lam)
+
+    def mask_loss(self, mixed: Mixed, progress: float) -> Tensor:
+        """Hold each mask's share near its ratio, ever less so; and, if wanted, away from flat."""
+        gap = (share(mixed.mask) - mixed.lam).abs() - self.mask_margin
+        weight = self.mask_weight * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return weight * gap.relu().mean() - self.variance_weight * spread(mixed.mask).mean()
+
+    def mixtures(
+        self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
+    ) -> Mixed:
+        """Mix for the encoder, by the masks that the Mixer predicts now."""
+        images, partners = self.sources(batch, first, second)
+        maps = self.maps(method, images, partners)
+        mixed = self.policy(images, partners, plan, maps, self.plain(plan, batch))
+        # On the device, without a look: the host asks at the end of the epoch.
+        broken = ~torch.isfinite(mixed.mask).all() & (self.bad_step < 0)
+        self.bad_step = torch.where(broken, self._step, self.bad_step)
+        return mixed
+
+    def plain(self, plan: MixPlan, batch: Batch) -> Tensor | None:
+        """Say which mixtures get a flat mask (K,); none."""
+        return None
+
+    @torch.no_grad()
+    def _diagnostics(self, mixed: Mixed) -> dict[str, Tensor]:
+        own = share(mixed.mask)
+        drawn = torch.minimum(mixed.lam, 1 - mixed.lam) > ONE_SIDED
+        copied = (torch.minimum(own, 1 - own) < ONE_SIDED) & drawn
+        return {
+            "mixer/gamma": self.policy.block.bounded_gamma,
+            "mixer/mask_mean_error": (own - mixed.lam).abs().mean(),
+            "mixer/mask_std": spread(mixed.mask).mean(),
+            "mixer/one_sided": copied.float().mean(),
+        }
+
+    def before_step(self, step: int) -> None:
+        """Leave the Mixer alone where it has not learnt: momentum would move it on."""
+        if step % self.update_every:
+            for parameter in self.parameters():
+                parameter.grad = None
+
+    def complaint(self) -> str | None:
+        """Name the first step whose masks were no numbers."""
+        step = int(self.bad_step)
+        if step < 0:
+            return None
+        return f"the Mixer's mask became NaN in step {step}: lower mixup.lr or optimizer.lr"
+
+
+@full_precision
+def local_loss(query: Tensor, parents: Tensor, lam: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the two parents against (lam, 1 - lam) (arXiv 2111.15454, section 3.2).
+
+    Args:
+        query: (K, D) embeddings of the mixtures.
+        parents: (K, 2, D) embeddings of their parents.
+        lam: (K,) share of the first parent.
+        temperature: Divides the cosines.
+
+    Returns:
+        (K,) losses.
+    """
+    cosines = torch.einsum("kd,kpd->kp", F.normalize(query, dim=1), F.normalize(parents, dim=2))
+    return weighted(-(cosines / temperature).log_softmax(dim=1), lam)
+
+
+def spread(mask: Tensor) -> Tensor:
+    """Return the spatial standard deviation of each mask, (K,)."""
+    # The square root's slope is infinite where a mask is flat.
+    return (mask.flatten(1).var(dim=1, unbiased=False) + 1e-12).sqrt()

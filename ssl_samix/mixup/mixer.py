@@ -1,0 +1,133 @@
+"""The Mixer: a small attention network that says, position by position, which image to take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_samix.errors import check_choice, check_range
+
+MOST_POSITIONS = 784  # 28 x 28: from there on attention is computed for so many queries at a time
+FORMS = ("paper", "anchored")
+UPSAMPLING = ("bilinear", "nearest")
+SMALL_WEIGHTS = 1e-3  # standard deviation of the anchored form's last layer, near zero
+EDGE = 1e-4  # lam is kept this far from 0 and 1 where its logit is taken
+
+
+class MixBlock(nn.Module):
+    """Predicts a mask from two feature maps and a ratio (arXiv 2111.15454, section 3.3).
+
+    The ratio scales the maps (adaptive lambda encoding), queries and keys of an attention over all
+    positions come from both maps together, its values from the partner's map alone.
+
+    Args:
+        channels: C of the feature maps.
+        width: Channels of query, key and value; C / 2 in the paper, at most this many here (wide
+            backbones would pay for it, not gain).
+        form: ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
+            is added to the logit of the ratio; at its start this is plain mixup.
+        upsampling: From positions to pixels, ``bilinear`` or ``nearest``.
+
+    Raises:
+        ConfigError: For an unknown form or up-sampling, or a width below 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 128,
+        form: Literal["paper", "anchored"] = "paper",
+        upsampling: Literal["bilinear", "nearest"] = "bilinear",
+    ) -> None:
+        super().__init__()
+        check_range("mixup.width", width, 1)
+        check_choice("mixup.mask", form, FORMS)
+        check_choice("mixup.upsampling", upsampling, UPSAMPLING)
+        inner = max(1, min(channels // 2, width))
+        self.channels, self.form, self.upsampling = channels, form, upsampling
+        self.gamma = nn.Parameter(torch.tensor(0.5))
+        self.query = nn.Conv2d(2 * channels, inner, 1)
+        self.key = nn.Conv2d(2 * channels, inner, 1)
+        self.value = nn.Sequential(
+            nn.Conv2d(channels, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, 1, 1),
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for conv in (self.query, self.key, self.value[0]):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")  # type: ignore[arg-type]
+        last: nn.Conv2d = self.value[3]  # type: ignore[assignment]
+        deviation = SMALL_WEIGHTS if self.form == "anchored" else 0.1
+        nn.init.normal_(last.weight, std=deviation)
+        for conv in (self.query, self.key, last):
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    @property
+    def bounded_gamma(self) -> Tensor:
+        """gamma in [0, 1]; its gradient passes the bound, so that it can come back."""
+        return self.gamma + (self.gamma.clamp(0, 1) - self.gamma).detach()
+
+    def forward(self, own: Tensor, partner: Tensor, lam: Tensor, size: int) -> Tensor:
+        """Predict the share of the partner in each pixel.
+
+        Args:
+            own: (K, C, h, w) feature maps of the images.
+            partner: (K, C, h, w) feature maps of their partners.
+            lam: (K,) share of the image itself, in [0, 1].
+            size: S, side of the mask in pixels.
+
+        Returns:
+            (K, 1, S, S) float32 in [0, 1].
+        """
+        ratio = lam.to(own.dtype)[:, None, None, None]
+        gamma = self.bounded_gamma.to(own.dtype)
+        own = own * (1 + gamma * ratio)
+        partner = partner * (1 + gamma * (1 - ratio))
+        both = torch.cat([own, partner], dim=1)  # (K, 2C, h, w)
+        query, key = self.query(both).flatten(2), self.key(both).flatten(2)  # (K, d, hw)
+        value = self.value(partner).flatten(2)  # (K, 1, hw)
+        output = attend(query, key, value).view(-1, 1, *own.shape[-2:])
+        output = self._upsample(output, size)
+        if self.form == "anchored":
+            anchor = torch.logit(1 - lam, eps=EDGE).to(output.dtype)
+            output = output + anchor[:, None, None, None]
+        return output.sigmoid()
+
+    def _upsample(self, output: Tensor, size: int) -> Tensor:
+        smooth = {"align_corners": False} if self.upsampling == "bilinear" else {}
+        return F.interpolate(output, size=(size, size), mode=self.upsampling, **smooth)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention with a value of one channel.
+
+    The explicit matrix is the fastest form for few positions; for many it is computed in chunks of
+    queries, since (h w)^2 numbers per image would fill the memory.
+
+    Args:
+        query: (K, d, N), N positions.
+        key: (K, d, N).
+        value: (K, 1, N).
+
+    Returns:
+        (K, N) float32.
+    """
+    scale = query.shape[1] ** -0.5
+    parts = []
+    for chunk in query.split(MOST_POSITIONS, dim=2):
+        # The product may be bfloat16 under autocast; the exponential is not.
+        weights = wide(chunk.transpose(1, 2) @ key).mul(scale).softmax(dim=2)  # (K, n, N)
+        with torch.autocast(query.device.type, enabled=False):
+            parts.append((weights @ wide(value).transpose(1, 2))[..., 0])
+    return torch.cat(parts, dim=1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor of at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

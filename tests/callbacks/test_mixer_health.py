@@ -1,0 +1,129 @@
+"""A Mixer that does nothing useful is told of: once, in words, not too early."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ssl_samix
+from ssl_samix.callbacks.mixer_health import MixerHealth
+from ssl_samix.callbacks.progress import RunProgress
+
+HEALTHY = {"mixer/mask_std": 0.2, "mixer/one_sided": 0.1}
+
+
+def module(update_every=1, form="paper"):
+    policy = SimpleNamespace(block=SimpleNamespace(form=form))
+    return SimpleNamespace(mixing=SimpleNamespace(update_every=update_every, policy=policy))
+
+
+def trainer(epoch=5, epochs=20, zero=True, **metrics):
+    values = {f"mixer/{name}": torch.tensor(value) for name, value in metrics.items()}
+    return SimpleNamespace(
+        callback_metrics=values, current_epoch=epoch, max_epochs=epochs, is_global_zero=zero
+    )
+
+
+@pytest.fixture
+def said(caplog):
+    def after(health, *trainers, of=None):
+        caplog.clear()
+        for one in trainers:
+            health.on_train_epoch_end(one, of or module())
+        return caplog.messages
+
+    return after
+
+
+def test_flat_masks_are_told_of_once(said):
+    flat = [trainer(epoch, mask_std=0.019, one_sided=0.0) for epoch in (4, 5, 6)]
+    (sentence,) = said(MixerHealth(), *flat, of=module(update_every=4))
+    assert sentence == (
+        "epoch 5: the Mixer's masks are flat (spatial deviation 0.019): it has fallen back to "
+        "plain mixup; what may help in a new run: mixup.update_every=1, mixup.mask=anchored, "
+        "a higher mixup.lr, mixup.variance_weight above 0"
+    )
+
+
+def test_copies_of_one_parent_are_told_of_once(said):
+    copying = [trainer(epoch, mask_std=0.02, one_sided=0.95) for epoch in (0, 1)]
+    (sentence,) = said(MixerHealth(), *copying)
+    assert sentence.startswith("epoch 1: 95% of the mixtures are a copy of one parent")
+    assert "a lower mixup.lr, a higher mixup.mask_weight" in sentence
+
+
+def test_both_faults_are_told_of(said):
+    assert len(said(MixerHealth(), trainer(mask_std=0.001, one_sided=0.99))) == 2
+
+
+def test_advice_leaves_out_what_is_set_already(said):
+    flat = trainer(mask_std=0.0, one_sided=0.0)
+    (sentence,) = said(MixerHealth(), flat, of=module(update_every=1, form="anchored"))
+    assert "update_every" not in sentence
+    assert "anchored" not in sentence
+
+
+def test_the_first_tenth_of_a_run_may_be_flat(said):
+    early = [trainer(epoch, epochs=30, mask_std=0.0, one_sided=0.0) for epoch in (0, 1, 2)]
+    assert said(MixerHealth(), *early) == []
+    assert said(MixerHealth(), trainer(3, epochs=30, mask_std=0.0, one_sided=0.0))
+
+
+@pytest.mark.parametrize(
+    "quiet",
+    [
+        trainer(mask_std=0.02, one_sided=0.9),
+        trainer(mask_std=0.3, one_sided=0.0),
+        trainer(mask_std=float("nan"), one_sided=float("nan")),
+        trainer(),  # nobody trains a Mixer
+        trainer(zero=False, mask_std=0.0, one_sided=1.0),  # another process speaks
+    ],
+)
+def test_nothing_to_say(quiet, said):
+    assert said(MixerHealth(), quiet) == []
+
+
+def test_a_resumed_run_repeats_nothing(said):
+    before, after = MixerHealth(), MixerHealth()
+    flat = trainer(mask_std=0.0, one_sided=0.0)
+    assert len(said(before, flat)) == 1
+    after.load_state_dict(before.state_dict())
+    assert said(after, flat) == []
+    assert len(said(after, trainer(mask_std=0.0, one_sided=1.0))) == 1
+
+
+def test_a_real_run_says_it_and_remembers(tmp_path, caplog):
+    settings = {
+        "data.limit": 64, "data.batch_size": 32, "backbone.width": 8, "method.queue_size": 64,
+        "trainer.max_epochs": 2, "trainer.accelerator": "cpu", "callbacks.knn.val_limit": 20,
+        "mixup": "samix", "mixup.pairs": "same", "mixup.upsampling": "nearest",
+        "mixup.alpha": 1000, "mixup.mask": "anchored", "mixup.lr": 1e-6,
+    }  # fmt: skip
+    run = ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
+    (said,) = [m for m in caplog.messages if "Mixer" in m]
+    assert "epoch 2: the Mixer's masks are flat" in said
+    checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
+    assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["flat"]}
+    caplog.clear()
+    ssl_samix.pretrain(resume=run.out, trainer={"max_epochs": 3})
+    assert not [m for m in caplog.messages if "Mixer" in m]
+
+
+def test_a_warning_stands_above_the_bar(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    handlers = logging.root.handlers
+    progress = RunProgress()
+    progress.on_train_start(
+        SimpleNamespace(global_step=0, is_global_zero=True, estimated_stepping_batches=10), None
+    )
+    logging.getLogger("ssl_samix.somewhere").warning("look here")
+    progress.on_train_end(None, None)
+    assert any(part.rstrip("\n") == "look here" for part in screen.getvalue().split("\r"))
+    assert logging.root.handlers is handlers

@@ -1,0 +1,172 @@
+"""A trained Mixer on its own: what its file holds, and what it does in another loop."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import ssl_samix
+from ssl_samix.checkpoint_io import META
+from ssl_samix.errors import CheckpointError, ConfigError
+from tests.conftest import mixed_method
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "data.limit": 128, "data.batch_size": 64, "backbone.width": 8, "trainer.max_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standalone")
+    ssl_samix.pretrain(method="simclr", mixup="samix", out=folder / "runs" / "samix", **SMALL)
+    return folder / "runs" / "samix"
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, 16, 16)
+
+
+def test_it_mixes(run, images):
+    mixer = ssl_samix.load_mixer(run)
+    mixed = mixer(images)
+    assert mixed.images.shape == images.shape
+    assert mixed.mask.shape == (6, 1, 16, 16)
+    assert not (mixed.partner == torch.arange(6)).any()
+    expected = images + mixed.mask * (images[mixed.partner] - images)
+    torch.testing.assert_close(mixed.images, expected, rtol=1e-5, atol=1e-6)
+    assert mixed.lam.unique().numel() == 6
+    assert not mixed.images.requires_grad
+
+
+def test_ratios_and_partners_can_be_given(run, images):
+    mixer = ssl_samix.load_mixer(run)
+    partner = torch.arange(6).roll(1)
+    mixed = mixer(images, lam=0.3, partner=partner)
+    assert torch.equal(mixed.partner, partner)
+    assert torch.equal(mixed.lam, torch.full((6,), 0.3))
+    assert torch.equal(mixer(images, lam=mixed.lam, partner=partner).images, mixed.images)
+
+
+def test_file_and_checkpoint_hold_the_same_mixer(run, images):
+    partner, lam = torch.arange(6).roll(1), torch.linspace(0.1, 0.9, 6)
+    first, *others = [
+        ssl_samix.load_mixer(path)(images, lam, partner).mask
+        for path in (run, run / "mixer.safetensors", run / "last.ckpt")
+    ]
+    for mask in others:
+        assert torch.equal(mask, first)
+
+
+def test_the_file_holds_what_the_mixer_reads_and_nothing_more(run):
+    names = set(load_file(run / "mixer.safetensors"))
+    assert any(name.startswith("policy.block.") for name in names)
+    stages = {name.split(".")[2] for name in names if name.startswith("backbone.")}
+    assert stages == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+
+
+def test_it_stays_frozen_inside_another_model(run, images):
+    mixer = ssl_samix.load_mixer(run)
+    before = {k: v.clone() for k, v in mixer.state_dict().items()}
+    model = torch.nn.ModuleDict({"mixer": mixer}).train()
+    model["mixer"](images)
+    assert not any(m.training for m in mixer.modules())
+    assert not any(p.requires_grad for p in mixer.parameters())
+    for key, tensor in mixer.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_it_mixes_as_the_run_would(run, images):
+    """The teacher's maps of the whole backbone and of the part in the file are the same."""
+    mixer, encoder = ssl_samix.load_mixer(run), torch.load(run / "last.ckpt", weights_only=True)
+    method = mixed_method("simclr", "samix")
+    assert mixer.stage == method.mixing.stage
+    weights = {
+        k.removeprefix("twin.module.0."): v
+        for k, v in encoder["state_dict"].items() if k.startswith("twin.module.0.")
+    }  # fmt: skip
+    whole = ssl_samix.load_encoder(run).backbone
+    whole.load_state_dict(weights)
+    torch.testing.assert_close(whole.stage_map(images, 3), mixer.backbone.stage_map(images, 3))
+
+
+def test_another_image_size_works_with_a_warning(run, caplog):
+    mixer = ssl_samix.load_mixer(run)
+    for _ in range(2):
+        assert mixer(torch.randn(4, 3, 32, 32)).mask.shape == (4, 1, 32, 32)
+    assert [r.message for r in caplog.records] == [
+        "the Mixer was trained on images of 16 px and mixes images of 32 px"
+    ]
+
+
+def test_samix_p_trains_with_it_and_leaves_it_alone(run, tmp_path):
+    before = load_file(run / "mixer.safetensors")
+    out = tmp_path / "p"
+    ssl_samix.pretrain(method="byol", mixup="samix_p", out=out, **SMALL, **{"mixup.mixer": run})
+    state = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    kept = {k.removeprefix("mixing.policy.mixer."): v for k, v in state.items()}
+    for key, tensor in before.items():
+        assert torch.equal(kept[key], tensor), key
+
+
+def test_a_run_without_a_mixer_says_so(tmp_path):
+    ssl_samix.pretrain(mixup="cutmix", out=tmp_path / "cut", **{**SMALL, "method.queue_size": 64})
+    with pytest.raises(CheckpointError, match="holds no Mixer: it is of a run with mixup=cutmix"):
+        ssl_samix.load_mixer(tmp_path / "cut")
+
+
+def test_samix_p_needs_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="needs a trained Mixer"):
+        ssl_samix.pretrain(mixup="samix_p", out=tmp_path / "p", **SMALL)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        ssl_samix.pretrain(
+            mixup="samix_p", out=tmp_path / "p", **SMALL, **{"mixup.mixer": tmp_path / "no.ckpt"}
+        )
+
+
+def changed(source, target, change):
+    with safe_open(source, framework="pt") as file:
+        meta = json.loads(file.metadata()[META])
+    tensors = load_file(source)
+    change(meta, tensors)
+    save_file(tensors, target, metadata={META: json.dumps(meta)})
+
+
+def test_a_mixer_of_another_channel_count_is_refused(run, tmp_path):
+    path = tmp_path / "mixer.safetensors"
+
+    def wider(meta, _tensors):
+        meta["mixer"]["settings"]["channels"] = 64
+
+    changed(run / "mixer.safetensors", path, wider)
+    with pytest.raises(CheckpointError, match=r"reads maps of 64 channels, stage 3 .* gives 32"):
+        ssl_samix.load_mixer(path)
+
+
+def test_a_file_with_a_hole_is_refused(run, tmp_path):
+    path = tmp_path / "mixer.safetensors"
+    changed(run / "mixer.safetensors", path, lambda _meta, t: t.pop("policy.block.gamma"))
+    with pytest.raises(CheckpointError, match=r"no block\.gamma in it"):
+        ssl_samix.load_mixer(path)
+
+
+def test_the_documented_loop_learns(run):
+    text = (ROOT / "docs" / "samix.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 36
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.manual_seed(0)\n{code}"],
+        cwd=run.parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1])
+    assert accuracy > 80
