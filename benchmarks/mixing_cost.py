@@ -3,7 +3,7 @@
 python benchmarks/mixing_cost.py [--methods moco simclr byol] [--batch 128] [--size 32] [--width 16]
 
 Steps of all settings are interleaved in one process of one thread and timed in process CPU seconds,
-so that other work on the machine weighs on all alike; the ratio is the median of the rounds' ratios.
+so that other work on the machine weighs on all alike; the ratio is the median over the rounds.
 Peak memory is the largest resident size of a process of its own, libraries included.
 """
 
