@@ -28,16 +28,13 @@ SETTINGS = {
     "none": (["mixup=none"], (4, 6, 8)),
     "mixup": (["mixup=mixup"], (7, 9, 11)),
     "mixup, replace": (["mixup=mixup", "mixup.placement=replace"], (4, 6, 8)),
-    "samix": (["mixup=samix"], (9.7, 12.4, 13)),
-    "samix, online": (["mixup=samix", "mixup.features=online"], (9, 11, 13)),
-    "samix, online, every 4th": (
-        ["mixup=samix", "mixup.features=online", "mixup.update_every=4"],
-        (7.5, 9.5, 11.5),
+    "samix as published": (
+        ["mixup=samix", "mixup.features=teacher", "mixup.update_every=1"],
+        (9.7, 12.4, 13),
     ),
-    "samix, online, every 4th, replace": (
-        ["mixup=samix", "mixup.features=online", "mixup.update_every=4", "mixup.placement=replace"],
-        (5.2, 7.2, 9.9),
-    ),
+    "samix, online maps": (["mixup=samix", "mixup.update_every=1"], (9, 11, 13)),
+    "samix (default)": (["mixup=samix"], (7.5, 9.5, 11.5)),
+    "samix, replace": (["mixup=samix", "mixup.placement=replace"], (5.2, 7.2, 9.9)),
 }
 METHODS = ("moco", "simclr", "byol")
 STEPS = 4  # a period of update_every=4

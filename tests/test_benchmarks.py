@@ -99,6 +99,6 @@ def test_mixing_cost():
     sizes = ["--batch", "8", "--size", "16", "--width", "4", "--rounds", "1", "--methods", "byol"]
     lines = benchmark("mixing_cost.py", *sizes).stdout.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[1] for row in rows][:4] == ["none", "mixup", "mixup, replace", "samix"]
+    assert [row[1] for row in rows][:4] == ["none", "mixup", "mixup, replace", "samix as published"]
     assert rows[0][2:4] == ["1.00", "1.00"]
     assert all(float(row[2]) > 0 and float(row[4]) > 100 for row in rows)
