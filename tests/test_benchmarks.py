@@ -97,8 +97,9 @@ def test_views():
 
 def test_mixing_cost():
     sizes = ["--batch", "8", "--size", "16", "--width", "4", "--rounds", "1", "--methods", "byol"]
-    lines = benchmark("mixing_cost.py", *sizes).stdout.splitlines()
+    lines = benchmark("mixing_cost.py", *sizes, "--no-memory").stdout.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[1] for row in rows][:4] == ["none", "mixup", "mixup, replace", "samix as published"]
     assert rows[0][2:4] == ["1.00", "1.00"]
-    assert all(float(row[2]) > 0 and float(row[4]) > 100 for row in rows)
+    assert all(float(row[2]) > 0 for row in rows)
+    assert float(benchmark("mixing_cost.py", *sizes, "--memory-of", "byol", "samix").stdout) > 100

@@ -61,7 +61,8 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+# Barlow Twins standardises embeddings over each rank's own batch, like lightly's.
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"barlow_twins"}))
 def test_two_processes_equal_one_with_the_whole_batch(name, tmp_path):
     whole, whole_gradients, whole_queue = losses_and_gradients(build(name), tuple(batch()))
     mp.spawn(worker, args=(name, free_port(), str(tmp_path)), nprocs=2)

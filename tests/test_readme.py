@@ -59,6 +59,19 @@ def test_commands(command, folder):
     run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
 
 
+def test_commands_of_the_page_on_mixing(folder):
+    text = (ROOT / "docs" / "samix.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", text, re.S)
+    for line in block.strip().splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[0] == "samix"
+        small = SMALL if words[1] == "pretrain" else []
+        if words[1] == "pretrain" and "data=folder" not in words:
+            small = [*small, "data.limit=64"]
+        run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
+    assert (folder / "runs" / "photos" / "mixing.png").exists()
+
+
 def test_the_code(folder):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     out = run([sys.executable, "-c", code], folder)
