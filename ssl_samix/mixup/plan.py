@@ -42,6 +42,8 @@ def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1
     partner = derangement(size, device)
     count = max(1, round(fraction * size))
     rows = torch.arange(count, device=device) * size // count
-    concentration = torch.tensor(float(alpha), device=device)
+    # Apple's GPUs cannot draw from a Beta distribution.
+    place = torch.device("cpu") if device.type == "mps" else device
+    concentration = torch.tensor(float(alpha), device=place)
     lam = torch.distributions.Beta(concentration, concentration).sample((count,))
-    return MixPlan(lam=lam, partner=partner[rows], rows=rows)
+    return MixPlan(lam=lam.to(device), partner=partner[rows], rows=rows)

@@ -44,3 +44,12 @@ def test_one_image_has_no_partner():
 def test_alpha_is_positive(alpha):
     with pytest.raises(ConfigError, match="alpha"):
         draw_plan(4, alpha, CPU)
+
+
+def test_a_fraction_of_the_batch_is_mixed_evenly():
+    plan = draw_plan(8, 2.0, CPU, fraction=0.5)
+    assert plan.rows.tolist() == [0, 2, 4, 6]
+    assert plan.lam.shape == plan.partner.shape == (4,)
+    assert (plan.partner != plan.rows).all()
+    assert torch.equal(plan.parents, torch.stack([plan.rows, plan.partner], dim=1))
+    assert draw_plan(8, 2.0, CPU, fraction=0.01).rows.tolist() == [0]

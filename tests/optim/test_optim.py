@@ -10,7 +10,7 @@ from torch import nn
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.optim.groups import parameter_groups
-from tests.conftest import recipe
+from tests.conftest import mixed_method, recipe
 
 
 def net():
@@ -91,3 +91,17 @@ def test_lars_leaves_biases_unscaled():
     optimizer.step()
     torch.testing.assert_close(module.bias, before[0] - 1)
     assert (module.weight - before[1]).abs().max() < 0.01  # trust coefficient 0.001
+
+
+def test_the_mixer_has_a_learning_rate_of_its_own_and_no_decay():
+    method = mixed_method("simclr", "samix")
+    built = recipe(lr=0.4, scaling="none", weight_decay=0.1).build(method, 256, 100, 10, 0.5)
+    groups = {group["name"]: group for group in built["optimizer"].param_groups}
+    assert {name: group["initial_lr"] for name, group in groups.items()} == {
+        "encoder": 0.4, "no_decay": 0.4, "mixer": 0.2,
+    }  # fmt: skip
+    assert groups["mixer"]["weight_decay"] == 0
+    mixer = {id(p) for p in method.mixing.parameters()}
+    assert {id(p) for p in groups["mixer"]["params"]} == mixer
+    twin = {id(p) for p in method.twin.parameters()}
+    assert not any(id(p) in twin for group in groups.values() for p in group["params"])
