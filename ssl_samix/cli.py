@@ -29,6 +29,9 @@ class Subcommand:
 
 def main() -> None:
     """Run the command line."""
+    # torch's CPU threads otherwise wait for each other in busy loops: as soon as anything else runs
+    # on the machine, a step takes many times as long. Read when torch is imported, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _dispatch(sys.argv[1:])
     except UserError as error:

@@ -258,3 +258,14 @@ def test_a_damaged_image_is_named_counted_and_skipped(photos, tmp_path):
     assert "119 images at 32 px, no labels" in done.stdout
     assert "RankMe" in done.stdout
     assert not (tmp_path / "run" / "best.ckpt").exists()
+
+
+def test_threads_do_not_wait_in_busy_loops(tmp_path, monkeypatch):
+    """On a busy machine a step would otherwise take many times as long."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")  # libgomp prints what it runs with
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    words = ["pretrain", "data.limit=64", "data.batch_size=32", "backbone.width=4"]
+    done = samix(*words, "trainer.max_epochs=1", "out=run", cwd=tmp_path)
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("torch's threads here are not libgomp's")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
