@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ssl_samix.errors import ConfigError, UserError, nearest
 
+SPINS = "10000"  # of libgomp; its own 300,000 last about a millisecond
 LONGEST_NAME = 180  # characters of a job's folder; file systems allow 255 bytes
 
 
@@ -29,9 +30,10 @@ class Subcommand:
 
 def main() -> None:
     """Run the command line."""
-    # torch's CPU threads otherwise wait for each other in busy loops: as soon as anything else runs
-    # on the machine, a step takes many times as long. Read when torch is imported, later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's CPU threads wait for each other in busy loops: as soon as anything else runs on the
+    # machine, a step takes many times as long. Shorter loops; none at all would be slower where
+    # the machine is free. Read when torch is imported, later.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         _dispatch(sys.argv[1:])
     except UserError as error:
