@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unmixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unmixed") / "run"
-    return ssl_samix.pretrain("digits", "moco", folder, **TINY).out
+    return ssl_samix.pretrain("digits", "moco", folder, mixup="none", **TINY).out
 
 
 @pytest.fixture
