@@ -95,7 +95,8 @@ def memory_of(method: str, setting: str, options: argparse.Namespace) -> None:
     trainee = Trainee(method, SETTINGS[setting][0], options)
     for _ in range(2):
         seconds(trainee)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def main() -> None:
@@ -112,6 +113,10 @@ def main() -> None:
     if options.memory_of:
         memory_of(*options.memory_of, options)
         return
+    sizes = [f"--{key}={getattr(options, key)}" for key in ("batch", "size", "width")]
+    # Before this process grows: another begins with the largest size of the one that starts it.
+    every = [(m, s) for m in options.methods for s in SETTINGS] if options.memory else []
+    memory = {key: f"{peak(*key, sizes):.0f}" for key in every}
     print("| method | setting | step / plain step | passes / plain passes | peak MiB |")
     print("|---|---|---|---|---|", flush=True)
     for method in options.methods:
@@ -124,12 +129,11 @@ def main() -> None:
             for _ in range(options.rounds)
         ]
         column = METHODS.index(method)
-        sizes = [f"--{key}={getattr(options, key)}" for key in ("batch", "size", "width")]
         for name, (_, passes) in SETTINGS.items():
             ratio = statistics.median(r[name] / r["none"] for r in rounds)
             expected = passes[column] / SETTINGS["none"][1][column]
-            memory = f"{peak(method, name, sizes):.0f}" if options.memory else ""
-            print(f"| {method} | {name} | {ratio:.2f} | {expected:.2f} | {memory} |", flush=True)
+            held = memory.get((method, name), "")
+            print(f"| {method} | {name} | {ratio:.2f} | {expected:.2f} | {held} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from ssl_samix.backbones.layout import breaks_in_channels_last
 from ssl_samix.errors import ConfigError, check_range, nearest
 
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")  # weights are always float32
@@ -30,16 +31,8 @@ def choose_precision(accelerator: str = "auto") -> str:
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Return the faster layout that is safe for the module: channels_last, or contiguous.
-
-    oneDNN's backward pass of a 1x1 convolution of stride 2 writes past its memory in channels_last
-    when it reads fewer than 8 channels (seen with torch 2.15 on a CPU without AVX-512).
-    """
-    narrow = any(
-        isinstance(conv, nn.Conv2d) and conv.in_channels < 8 and conv.kernel_size == (1, 1)
-        for conv in module.modules()
-    )
-    return torch.contiguous_format if narrow else torch.channels_last
+    """Return the faster layout that is safe for the module: channels_last, or contiguous."""
+    return torch.contiguous_format if breaks_in_channels_last(module) else torch.channels_last
 
 
 def build_trainer(

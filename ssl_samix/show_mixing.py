@@ -100,7 +100,7 @@ def show(request: Request) -> Path:
     Raises:
         UserError: If there is no Mixer, fewer than 2 images, or no way to write the picture.
     """
-    from ssl_samix.callbacks.mixed_pictures import write_png
+    from ssl_samix.painting import write_png
     from ssl_samix.standalone import load_mixer
 
     mixer = load_mixer(request.run)
@@ -155,8 +155,9 @@ def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
 def _painted(mixer: TrainedMixer, pixels: Tensor, request: Request) -> Image.Image:
     import torch
 
-    from ssl_samix.callbacks.mixed_pictures import colours, greys, paint, paired
+    from ssl_samix.callbacks.mixed_pictures import paired
     from ssl_samix.data.worker_views import normalize
+    from ssl_samix.painting import colours, greys, paint
     from ssl_samix.types import MixPlan
 
     mean, std = mixer.mean, mixer.std

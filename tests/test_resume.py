@@ -27,9 +27,13 @@ TIMING = {"seconds", "images_per_second", "knn/seconds"}
 def start(cwd, *words):
     command = [sys.executable, "-m", "ssl_samix", "pretrain", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell lets its background jobs ignore Ctrl-C, and so would everything that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_samix.backbones.layout import breaks_in_channels_last
 from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk
 from ssl_samix.errors import ConfigError, nearest
 from ssl_samix.types import Features, MapSpec
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
             "options": dict(options or {}),
         }
         self.trunk = self._build(name, width, options)
+        self._contiguous = breaks_in_channels_last(self.trunk)
         maps, pooled = self._try_one_image()
         self.feature_dim = pooled.shape[1]
         self._map_specs = {
@@ -110,7 +112,12 @@ class Backbone(nn.Module):
         self.trunk.train()
         return maps, pooled
 
+    def _laid_out(self, images: Tensor) -> Tensor:
+        # A convolution follows the layout of its images, whatever that of its weights.
+        return images.contiguous() if self._contiguous else images
+
     def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        images = self._laid_out(images)
         if isinstance(self.trunk, ResNetTrunk):
             maps = self.trunk.stage_maps(images)
             return maps, self.trunk.pool(maps[-1])
@@ -155,7 +162,7 @@ class Backbone(nn.Module):
 
     def stage_map(self, images: Tensor, stage: int) -> Tensor:
         """Return one stage's map (B, C, h, w), computing no further than that stage."""
-        return self.trunk.stage_maps(images, stage)[stage - 1]  # type: ignore[operator]
+        return self.trunk.stage_maps(self._laid_out(images), stage)[stage - 1]  # type: ignore[operator]
 
     def map_and_features(self, images: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Return one stage's map and the pooled features of one pass."""
@@ -169,7 +176,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to the pooled features (B, feature_dim)."""
-        return self.trunk(images)
+        return self.trunk(self._laid_out(images))
 
 
 def _library(name: str) -> str:

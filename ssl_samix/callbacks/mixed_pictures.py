@@ -1,4 +1,4 @@
-"""Pictures of what mixing makes of images; the only file that paints.
+"""Pictures of what mixing makes of images.
 
 Legend: K mixtures, S image side in px.
 """
@@ -6,14 +6,13 @@ Legend: K mixtures, S image side in px.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -22,66 +21,11 @@ from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import check_range
-from ssl_samix.files import write_atomically
 from ssl_samix.modules.ema import evaluating
+from ssl_samix.painting import Channels, colours, greys, paint, write_png
 from ssl_samix.types import Mixed, MixPlan
 
-Channels = tuple[float, float, float]
-LARGEST = 128  # px, up to which a small image is enlarged
-GAP, MARGIN = 4, 12  # px between tiles, and around all of them
-FONT, LINE = 14, 18  # px, size of the text and height of a line
-PAPER, INK = (236, 232, 222), (40, 40, 40)  # a paper on which black, grey and white stand out
 PER_RUN = 5  # pictures, if the interval is chosen automatically
-
-
-def paint(
-    header: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()
-) -> Image.Image:
-    """Paint rows of tiles under a header, small ones enlarged by a whole factor.
-
-    Args:
-        header: A name for each column; it may have several lines.
-        rows: As many tiles per row as there are columns, uint8, colour (3, S, S) or grey (1, S, S).
-        captions: A text to the left of each row; none if it is empty.
-    """
-    font = ImageFont.load_default(FONT)
-    factor = max(1, LARGEST // rows[0][0].shape[-1])
-    side = factor * rows[0][0].shape[-1]
-    lines = [line for caption in captions for line in caption.splitlines()]
-    left = MARGIN + math.ceil(max((font.getlength(line) + MARGIN for line in lines), default=0))
-    top = MARGIN + LINE * max(name.count("\n") + 1 for name in header)
-    width, height = (len(tiles) * (side + GAP) - GAP + MARGIN for tiles in (header, rows))
-    picture = Image.new("RGB", (left + width, top + height), PAPER)
-    draw = ImageDraw.Draw(picture)
-    text: dict[str, Any] = {"font": font, "fill": INK, "spacing": LINE - FONT}
-    for column, name in enumerate(header):
-        x = left + column * (side + GAP) + side / 2
-        draw.text((x, top - GAP), name, anchor="md", align="center", **text)
-    for row, tiles in enumerate(rows):
-        y = top + row * (side + GAP)
-        if captions:
-            draw.text((MARGIN, y + side / 2), captions[row], anchor="lm", **text)
-        for column, tile in enumerate(tiles):
-            shown = Image.fromarray(tile.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-            shown = shown.resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(shown, (left + column * (side + GAP), y))
-    return picture
-
-
-def colours(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """Turn normalised images (K, 3, S, S) back into pixels, uint8 on the CPU."""
-    images = images.float().cpu()
-    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
-    return _bytes(images * scale + shift)
-
-
-def greys(masks: Tensor) -> Tensor:
-    """Turn masks (K, 1, S, S) into pixels, uint8 on the CPU: white is the partner."""
-    return _bytes(masks.float().cpu())
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return (values.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def paint_mixed(
@@ -105,20 +49,6 @@ def paint_mixed(
         for asked, given in zip(lam.tolist(), left.tolist(), strict=True)
     ]
     return paint(("image", "partner", "mask", "mixture"), list(zip(*tiles, strict=True)), captions)
-
-
-def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture, whole or not at all, and make its folder if there is none.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-
-    def write(temporary: Path) -> None:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
-
-    write_atomically(path, write)
 
 
 class MixedPictures(pl.Callback):

@@ -120,3 +120,20 @@ def test_a_missing_stage_is_named():
         backbone.map_spec(5)
     with pytest.raises(ConfigError, match="its stages: none"):
         Backbone("shufflenet_v2_x0_5", image_size=64).map_spec(3)
+
+
+@pytest.mark.parametrize(("width", "contiguous"), [(4, True), (8, False)])
+def test_a_very_narrow_network_computes_in_its_own_layout(width, contiguous):
+    """oneDNN's strided 1x1 convolution of fewer than 8 channels_last channels corrupts memory."""
+    backbone = Backbone("resnet18", image_size=16, width=width)
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    maps = [
+        backbone.stage_map(images, 1),
+        backbone.map_and_features(images, 1)[0],
+        backbone.features(images).maps[1],
+    ]
+    assert [m.is_contiguous() for m in maps] == [contiguous] * 3
+    seen = []
+    backbone.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    backbone(images)
+    assert seen[0].is_contiguous() == contiguous

@@ -14,17 +14,14 @@ import ssl_samix
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.callbacks.mixed_pictures import (
     MixedPictures,
-    colours,
     fixed_images,
-    greys,
-    paint,
     paint_mixed,
     paired,
-    write_png,
 )
 from ssl_samix.config import build, compose, groups
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import ConfigError, UserError
+from ssl_samix.painting import colours, greys, paint, write_png
 from ssl_samix.types import Mixed
 from tests.conftest import METHODS
 

@@ -1,0 +1,19 @@
+"""Which layout of images a network bears."""
+
+from __future__ import annotations
+
+from torch import nn
+
+NARROW = 8  # channels
+
+
+def breaks_in_channels_last(module: nn.Module) -> bool:
+    """Say whether the module may not be given images or weights in channels_last.
+
+    oneDNN's backward pass of a 1x1 convolution of stride 2 writes past its memory in channels_last
+    when it reads fewer than 8 channels (seen with torch 2.15 on a CPU without AVX-512).
+    """
+    return any(
+        isinstance(conv, nn.Conv2d) and conv.in_channels < NARROW and conv.kernel_size == (1, 1)
+        for conv in module.modules()
+    )

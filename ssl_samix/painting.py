@@ -1,0 +1,124 @@
+"""Rows of image tiles as one picture, and how it is written.
+
+Legend: K images, S image side in px.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ssl_samix.files import write_atomically
+
+Channels = tuple[float, float, float]
+LARGEST = 128  # px, up to which a small image is enlarged
+GAP, MARGIN = 4, 12  # px between tiles, and around all of them
+FONT, LINE = 14, 18  # px, size of the text and height of a line
+PAPER, INK = (236, 232, 222), (40, 40, 40)  # a paper on which black, grey and white stand out
+
+
+def paint(
+    header: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()
+) -> Image.Image:
+    """Paint rows of tiles under a header, small ones enlarged by a whole factor.
+
+    Args:
+        header: A name for each column; it may have several lines.
+        rows: As many tiles per row as there are columns, uint8, colour (3, S, S) or grey (1, S, S).
+        captions: A text to the left of each row; none if it is empty.
+    """
+    font = ImageFont.load_default(FONT)
+    factor = max(1, LARGEST // rows[0][0].shape[-1])
+    side = factor * rows[0][0].shape[-1]
+    lines = [line for caption in captions for line in caption.splitlines()]
+    left = MARGIN + math.ceil(max((font.getlength(line) + MARGIN for line in lines), default=0))
+    top = MARGIN + LINE * max(name.count("\n") + 1 for name in header)
+    width, height = (len(tiles) * (side + GAP) - GAP + MARGIN for tiles in (header, rows))
+    picture = Image.new("RGB", (left + width, top + height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    text: dict[str, Any] = {"font": font, "fill": INK, "spacing": LINE - FONT}
+    for column, name in enumerate(header):
+        x = left + column * (side + GAP) + side / 2
+        draw.text((x, top - GAP), name, anchor="md", align="center", **text)
+    for row, tiles in enumerate(rows):
+        y = top + row * (side + GAP)
+        if captions:
+            draw.text((MARGIN, y + side / 2), captions[row], anchor="lm", **text)
+        for column, tile in enumerate(tiles):
+            shown = Image.fromarray(tile.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+            shown = shown.resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(shown, (left + column * (side + GAP), y))
+    return picture
+
+
+def colours(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """Turn normalised images (K, 3, S, S) back into pixels, uint8 on the CPU."""
+    images = images.float().cpu()
+    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return _bytes(images * scale + shift)
+
+
+def greys(masks: Tensor) -> Tensor:
+    """Turn masks (K, 1, S, S) into pixels, uint8 on the CPU: white is the partner."""
+    return _bytes(masks.float().cpu())
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, whole or not at all, and make its folder if there is none.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(temporary, format="PNG")
+
+    write_atomically(path, write)
+
+
+def paint_confusion(counts: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Paint a confusion matrix: a row per true class, darker where more of it went.
+
+    Args:
+        counts: (C, C) int64, row the true class, column the answer.
+        classes: Their names; written beside the cells where there is room for them.
+    """
+    font = ImageFont.load_default(FONT)
+    total = len(classes)
+    side = max(3, min(44, 1000 // total))
+    named = side >= LINE
+    left = MARGIN + (math.ceil(max(map(font.getlength, classes))) + MARGIN if named else 0)
+    top = MARGIN + (LINE if named else 0)
+    picture = Image.new("RGB", (left + total * side + MARGIN, top + total * side + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
+    share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    for i in range(total):
+        if named:
+            draw.text(
+                (MARGIN, top + (i + 0.5) * side), classes[i], font=font, fill=INK, anchor="lm"
+            )
+            short = classes[i][: max(1, side // 8)]
+            draw.text((left + (i + 0.5) * side, top - 4), short, font=font, fill=INK, anchor="mb")
+        for j in range(total):
+            dark = float(share[i, j])
+            # The diagonal is green, so that mistakes are what is red.
+            full = (30, 110, 60) if i == j else (170, 30, 30)
+            colour = tuple(round(255 + (f - 255) * dark**0.5) for f in full)
+            x, y = left + j * side, top + i * side
+            draw.rectangle((x, y, x + side - 2, y + side - 2), fill=colour)
+            if side >= 36 and counts[i, j]:
+                ink = "white" if dark > 0.3 else INK
+                spot = (x + side / 2 - 1, y + side / 2 - 1)
+                draw.text(spot, str(int(counts[i, j])), font=font, fill=ink, anchor="mm")
+    return picture
