@@ -73,19 +73,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):  # what torch.save writes; nothing else is even opened
         raise CheckpointError(f"{path} is damaged or no checkpoint")
+    checkpoint = load_plain(path)
+    if not isinstance(checkpoint, dict) or META not in checkpoint:
+        raise CheckpointError(f"{path} is no checkpoint of ssl_samix")
+    return checkpoint
+
+
+def load_plain(path: Path) -> Any:
+    """Read what ``torch.save`` wrote, of any origin, if it is tensors and plain values only.
+
+    Raises:
+        CheckpointError: If it is damaged, or a pickle that runs code.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             raise CheckpointError(
                 f"{path} is refused: loading it would run code, which weights never need"
             ) from error
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or META not in checkpoint:
-        raise CheckpointError(f"{path} is no checkpoint of ssl_samix")
-    return checkpoint
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,39 +7,35 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NoReturn
 
 from ssl_samix.errors import ConfigError, UserError, nearest
+from ssl_samix.subcommands import SUBCOMMANDS, PlainSubcommand, Subcommand
 
 SPINS = "10000"  # of libgomp; its own 300,000 last about a millisecond
+FORCED = "++"  # Hydra's mark of a key that may be new
 LONGEST_NAME = 180  # characters of a job's folder; file systems allow 255 bytes
 
 
-@dataclass(frozen=True)
-class Subcommand:
-    """What ``samix <name>`` does; both functions import what they need when they are called."""
+def main(words: list[str] | None = None) -> None:
+    """Run the command line.
 
-    text: str  # its line in the help
-    config: str  # name of its configuration
-    check: Callable[[list[str], bool], None]  # finds mistakes early: words, sweeping
-    job: Callable[[list[str]], None]  # does what ``key=value`` words say
-    sweeps: bool = True  # whether it takes --multirun; its ``out`` is then the folder of all jobs
-
-
-def main() -> None:
-    """Run the command line."""
+    Args:
+        words: Subcommand and its words; those of the process if None.
+    """
     # torch's CPU threads wait for each other in busy loops: as soon as anything else runs on the
     # machine, a step takes many times as long. Shorter loops; none at all would be slower where
     # the machine is free. Read when torch is imported, later.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
-        _dispatch(sys.argv[1:])
+        _dispatch(sys.argv[1:] if words is None else words)
     except UserError as error:
         _stop(f"samix: {error}", 2)
     except PermissionError as error:
         _stop(f"samix: no permission for {error.filename}", 2)
+    except BrokenPipeError:  # whoever read the output has seen enough, as in: samix ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         _stop(f"samix: {interrupt or 'interrupted'}", 130)
 
@@ -56,10 +52,14 @@ def _dispatch(words: list[str]) -> None:
         from importlib.metadata import version
 
         print(version("ssl_samix"))
-    elif words[0] in SUBCOMMANDS:
-        _run(words[0], words[1:])
-    else:
+    elif words[0] not in SUBCOMMANDS:
         raise ConfigError(nearest(words[0], SUBCOMMANDS, "subcommand"))
+    else:
+        command = SUBCOMMANDS[words[0]]
+        if isinstance(command, PlainSubcommand):
+            print(command.main(words[1:]))
+        else:
+            _run(words[0], command, words[1:])
 
 
 def _help() -> str:
@@ -72,13 +72,13 @@ def _help() -> str:
     )
 
 
-def _run(name: str, words: list[str]) -> None:
+def _run(name: str, command: Subcommand, words: list[str]) -> None:
     import hydra
+    from omegaconf import OmegaConf
 
-    from ssl_samix.config import CONFIG_DIR, quote_paths
+    from ssl_samix.config import CONFIG_DIR, describe_groups, quote_paths
     from ssl_samix.launch import COMMAND
 
-    command = SUBCOMMANDS[name]
     flags = [word for word in words if word.startswith("-")]
     sweeping = "--multirun" in flags or "-m" in flags
     if sweeping and not command.sweeps:
@@ -91,6 +91,9 @@ def _run(name: str, words: list[str]) -> None:
         else:
             _refuse_several(settings, command.sweeps)
         command.check(settings, sweeping)
+    # Hydra knows no data set until the run says which, and would refuse its keys: what has been
+    # checked is forced on it.
+    words = [f"{FORCED}{word}" if word.startswith(command.late_keys) else word for word in words]
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name=command.config, version_base="1.3")
     def app(_config: object) -> None:
@@ -100,6 +103,7 @@ def _run(name: str, words: list[str]) -> None:
         except (UserError, KeyboardInterrupt) as error:
             raise _Stopped(error) from error
 
+    OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
     before = sys.argv
     os.environ[COMMAND] = str(os.getpid())
     sys.argv = [before[0], *words]
@@ -145,7 +149,7 @@ def _run_job(command: Subcommand) -> None:
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = HydraConfig.get()
-    words = list(job.overrides.task)
+    words = [word.removeprefix(FORCED) for word in job.overrides.task]
     if job.mode == RunMode.MULTIRUN:
         given = [o.value() for o in parse(words) if o.key_or_group == "out"]
         words = [word for word in words if not word.startswith("out=")]
@@ -164,61 +168,3 @@ def job_name(words: list[str]) -> str:
 
 def _on_sigterm(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _check_pretrain(words: list[str], sweeping: bool) -> None:
-    """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
-
-    Args:
-        words: ``key=value`` words.
-        sweeping: Whether lists of values are sweeps; each job then has a folder of its own.
-
-    Raises:
-        UserError: For the first mistake.
-    """
-    from ssl_samix.config import absolute, check, parse
-    from ssl_samix.data.layout import check_layout
-    from ssl_samix.launch import is_main_process
-    from ssl_samix.run_folder import RunFolder, resumed_config
-
-    resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
-    if resume and resume[-1] is not None:
-        configs = [resumed_config(resume[-1], words)[0]]
-    else:
-        configs = check("pretrain", words)
-    for config in configs:
-        check_layout(config.data.name, config.data.root, config.data.download)
-        if config.out is not None and not (sweeping or resume) and is_main_process():
-            RunFolder(config.out).check_mine(absolute(config))
-
-
-def _pretrain(words: list[str]) -> None:
-    from ssl_samix.pretraining import configured, run
-
-    run(*configured(words))
-
-
-def _check_show_mixing(words: list[str], _sweeping: bool) -> None:
-    from ssl_samix.show_mixing import configured
-
-    configured(words)
-
-
-def _show_mixing(words: list[str]) -> None:
-    from ssl_samix.show_mixing import configured, show
-
-    print(show(configured(words)))
-
-
-SUBCOMMANDS = {
-    "pretrain": Subcommand(
-        "learn an encoder from images without labels", "pretrain", _check_pretrain, _pretrain
-    ),
-    "show-mixing": Subcommand(
-        "paint what a trained Mixer makes of images",
-        "show_mixing",
-        _check_show_mixing,
-        _show_mixing,
-        sweeps=False,
-    ),
-}

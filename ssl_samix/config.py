@@ -48,32 +48,16 @@ def groups(config_name: str | None = None) -> dict[str, list[str]]:
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
 
 
+def describe_groups(config_name: str) -> str:
+    """Return the lines of a configuration's help that name its groups and their choices."""
+    return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
+
+
 def quoted(text: str) -> str:
     """Write any text as a value of Hydra's grammar that is read back as that text."""
     # A backslash is literal but before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
-
-
-def in_hydras_grammar(value: Any) -> str:
-    """Write a Python value in Hydra's grammar.
-
-    Raises:
-        ConfigError: For a value that a configuration cannot hold.
-    """
-    if isinstance(value, (str, os.PathLike)):
-        return quoted(os.fspath(value))
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{in_hydras_grammar(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(in_hydras_grammar, value)) + "]"
-    value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's numbers
-    words: dict[Any, str] = {None: "null", True: "true", False: "false"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    if isinstance(value, (int, float)):
-        return repr(value)
-    raise ConfigError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
 
 
 def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -130,10 +114,14 @@ def check(config_name: str, arguments: Sequence[str]) -> list[DictConfig]:
     Raises:
         ConfigError: With the nearest valid name for an unknown group choice or key.
     """
+    return [compose(config_name, words)[0] for words in combinations(arguments)]
+
+
+def combinations(arguments: Sequence[str]) -> Iterable[list[str]]:
+    """Give the ``key=value`` words of each job of a sweep, up to a number of jobs."""
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
-    variants = [list(_variants(o)) for o in overrides]
-    combinations = itertools.islice(itertools.product(*variants), MOST_COMBINATIONS)
-    return [compose(config_name, words)[0] for words in combinations]
+    every = itertools.product(*(list(_variants(o)) for o in overrides))
+    return map(list, itertools.islice(every, MOST_COMBINATIONS))
 
 
 def _variants(override: Override) -> Iterable[str]:

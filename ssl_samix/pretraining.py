@@ -29,7 +29,6 @@ from ssl_samix.config import (
     compose,
     dotted,
     groups,
-    in_hydras_grammar,
     parse,
     quoted,
 )
@@ -41,6 +40,7 @@ from ssl_samix.evaluation.checkpoint import save_encoder
 from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.python_values import in_hydras_grammar
 from ssl_samix.run_folder import RunFolder, default_out, resumed_config
 from ssl_samix.standalone import save_mixer
 

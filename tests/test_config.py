@@ -6,10 +6,12 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ssl_samix.config import check, compose, groups, in_hydras_grammar, parse, quote_paths
+from ssl_samix.config import check, compose, groups, parse, quote_paths
 from ssl_samix.errors import ConfigError
+from ssl_samix.python_values import in_hydras_grammar
 
-CHOICES = [(group, name) for group, names in groups().items() for name in names]
+PRETRAIN = groups("pretrain")
+CHOICES = [(group, name) for group, names in PRETRAIN.items() for name in names]
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)

@@ -15,8 +15,19 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-            for line in block.strip().splitlines()]  # fmt: skip
+
+
+def commands(text):
+    """The lines of all blocks of commands."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+COMMANDS = commands(README)
+PRETRAINING = [line for line in COMMANDS[2:] if line.startswith("samix pretrain")]
+MEASURING = [line for line in COMMANDS[2:] if line not in PRETRAINING]
+# fewer digits, and a single try, of what would take minutes
+LESS = {"semi": ["data.limit=300", "finetune=barlow_1", "finetune.epochs=1"]}
 SMALL = ["trainer.max_epochs=1", "backbone.width=8", "data.batch_size=32"]
 
 
@@ -47,7 +58,7 @@ def test_the_set_up_commands_are_those_that_ci_runs():
         assert part in script
 
 
-@pytest.mark.parametrize("command", COMMANDS[2:])
+@pytest.mark.parametrize("command", PRETRAINING)
 def test_commands(command, folder):
     words = shlex.split(command)
     assert words[:2] == ["samix", "pretrain"]
@@ -57,6 +68,22 @@ def test_commands(command, folder):
     if "backbone=resnet18" in words:
         small.append("data.image_size=8")  # full width, small images
     run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
+
+
+def test_commands_that_measure(folder):
+    """The README's and those of the page on protocols, in their order, on one run."""
+    pretrain = ["pretrain", "data=folder", "data.root=photos", "out=runs/photos", *SMALL]
+    run([sys.executable, "-m", "ssl_samix", *pretrain], folder)
+    page = commands((ROOT / "docs" / "protocols.md").read_text())
+    for command in dict.fromkeys([*MEASURING, *page]):
+        words = shlex.split(command)
+        assert words[0] == "samix"
+        out = run([sys.executable, "-m", "ssl_samix", *words[1:], *LESS.get(words[1], [])], folder)
+        assert out.strip(), command
+    home = folder / "runs" / "photos"
+    protocols = {path.name.split("-")[0] for path in (home / "results").iterdir()}
+    assert protocols == {"linear", "knn", "semi", "measures"}
+    assert {"encoder.pt2", "encoder.onnx"} <= {path.name for path in home.iterdir()}
 
 
 def test_commands_of_the_page_on_mixing(folder):

@@ -18,7 +18,7 @@ from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
 from ssl_samix.evaluation.measures import alignment, rankme, uniformity
-from ssl_samix.modules.ema import evaluating
+from ssl_samix.evaluation.two_views import embed_two_views
 
 RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
 VIEW_SAMPLE = 250  # images for alignment, embedded twice
@@ -161,22 +161,9 @@ class KNNMonitor(pl.Callback):
         )
         return features, images.labels[picks]
 
-    @torch.no_grad()
     def _two_views(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Embed two views of the sample, the same views at every call and on every rank."""
         images = data.splits.train
-        count = min(VIEW_SAMPLE, len(images))
-        picks = stratified(images.labels, count, seed=0).tolist()
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            evaluating(encoder),
-        ):
-            torch.manual_seed(0)
-            if data.worker_views is None:
-                pixels = images.load(picks)
-            else:
-                pixels = torch.stack([data.worker_views(images.original(i)) for i in picks])
-            first, second = (encoder(v) for v in data.make_views(pixels.to(device))[:2])
-        return first.float().cpu(), second.float().cpu()
+        picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
+        return embed_two_views(encoder, images, picks.tolist(), data, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from lightly.utils.dist import rank, world_size
@@ -29,7 +29,7 @@ class _Chunks(Dataset[Tensor]):
 
 
 @torch.no_grad()
-def extract(
+def extract(  # noqa: PLR0913 - what is embedded, and how it is prepared
     encoder: nn.Module,
     images: ImageSet,
     picks: Sequence[int],
@@ -39,6 +39,7 @@ def extract(
     device: torch.device,
     workers: int = 0,
     chunk: int = 512,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Embed images with the un-augmented transform, in eval mode.
 
@@ -53,6 +54,7 @@ def extract(
         device: Where the encoder is.
         workers: Processes that decode images.
         chunk: Images per forward pass.
+        progress: Told how many images were done, after each pass.
 
     Returns:
         (len(picks), D) float32 on the CPU.
@@ -71,6 +73,8 @@ def extract(
     with evaluating(encoder):
         for pixels in loader:
             rows.append(encoder(normalize(pixels.to(device), *channels)).float())
+            if progress is not None:
+                progress(len(pixels))
     features = torch.cat(rows) if rows else None
     return _joined(features, share, len(picks), device) if ranks > 1 else _checked(features)
 

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from ssl_samix.errors import DataError
-from ssl_samix.evaluation.knn import knn_accuracy, neighbours, vote
+from ssl_samix.evaluation.knn import (
+    knn_accuracy,
+    leave_one_out,
+    neighbours,
+    vote,
+    vote_grid,
+)
 
 
 def test_neighbours_are_exact():
@@ -67,3 +73,55 @@ def test_a_diverged_encoder_is_named():
     features[3, 2] = float("nan")
     with pytest.raises(DataError, match="diverged"):
         neighbours(features, torch.randn(2, 4), 5)
+
+
+def plainly(bank, labels, query, classes, k, temperature):
+    """kNN as in InstDisc's published test function: a matrix, topk, scatter."""
+    near = (F.normalize(query) @ F.normalize(bank).T).topk(k)
+    one_hot = F.one_hot(labels[near.indices], classes).double()
+    return ((near.values.double() / temperature).exp()[..., None] * one_hot).sum(dim=1)
+
+
+@pytest.mark.parametrize("chunk", [7, 8192])
+def test_a_grid_is_what_plain_torch_gives_for_each_setting(chunk):
+    centres = torch.randn(6, 12)
+    labels, answers = torch.randint(6, (300,)), torch.randint(6, (90,))
+    bank, query = (centres[x] + 1.5 * torch.randn(len(x), 12) for x in (labels, answers))
+    near, rows = neighbours(bank, query, 50)
+    votes = vote_grid(near, labels[rows], answers, 6, [1, 20, 50], [0.07, 0.5], chunk)
+    assert [(v.k, v.temperature) for v in votes] == [
+        (k, t) for k in (1, 20, 50) for t in (0.07, 0.5)
+    ]
+    for v in votes:
+        scores = plainly(bank, labels, query, 6, v.k, v.temperature)
+        assert v.predictions.tolist() == scores.argmax(dim=1).tolist()
+        assert v.top1 == pytest.approx(100 * (scores.argmax(1) == answers).double().mean().item())
+        if v.k > 1:  # with one neighbour four of the five best have no vote at all
+            best = scores.topk(5, dim=1).indices
+            assert v.top5 == pytest.approx(100 * (best == answers[:, None]).double().sum(1).mean())
+    assert len({v.top1 for v in votes}) > 2
+
+
+def test_leave_one_out_is_the_search_without_the_row():
+    bank = torch.randn(40, 6)
+    bank[11] = bank[3]  # a copy, and a third, longer one: any of them may be found first
+    bank[12] = 2 * bank[3]
+    asked = torch.tensor([0, 3, 11, 12, 39])
+    similarity, rows = leave_one_out(bank, asked, 5)
+    assert rows.shape == (5, 5)
+    for i, row in enumerate(asked.tolist()):
+        others = torch.tensor([j for j in range(40) if j != row])
+        expected = (F.normalize(bank[others]) @ F.normalize(bank[row], dim=0)).sort(descending=True)
+        assert row not in rows[i].tolist()
+        torch.testing.assert_close(similarity[i], expected.values[:5], rtol=1e-5, atol=1e-5)
+        if row not in (3, 11, 12):
+            assert rows[i].tolist() == others[expected.indices[:5]].tolist()
+
+
+def test_leave_one_out_of_copies_only():
+    """Every row is found for every row: which k + 1 of them, nobody knows."""
+    bank = torch.ones(30, 4)
+    asked = torch.arange(30)
+    similarity, rows = leave_one_out(bank, asked, 3)
+    assert (rows != asked[:, None]).all()
+    assert rows.shape == similarity.shape == (30, 3)

@@ -1,0 +1,136 @@
+"""kNN: the features as they are, no training at all.
+
+Cosine similarity, votes weighted by exp(similarity / T) (InstDisc, arXiv 1805.01978, section 3.4).
+A grid of k and T is read off one exact search. The setting is chosen by leave-one-out among the
+training images; the test labels are read once, for the numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor
+
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.errors import ConfigError, DataError, check_range
+from ssl_samix.evaluation.knn import Vote, leave_one_out, neighbours, vote_grid
+from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.results import Report, Row, table
+from ssl_samix.evaluation.task import Task, open_task
+from ssl_samix.painting import paint, paint_confusion, write_png
+
+ASKED = 5000  # training images whose leave-one-out votes choose the setting, at most
+SHOWN = 8  # neighbours in the picture
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings that no data could serve."""
+    for key in ("k", "temperature"):
+        if not config[key]:
+            raise ConfigError(f"{key} needs at least one value")
+    for k in config.k:
+        check_range("k", k, 1)
+    for temperature in config.temperature:
+        check_range("temperature", temperature, 1e-3)
+    if config.show is not None and not isinstance(config.show, ListConfig):
+        raise ConfigError("show needs a list of positions, as show=[0,17]")
+
+
+def run(request: Request) -> Path:
+    """Measure, print, and return the folder of the results."""
+    config, task = request.config, open_task(request)
+    train, test = task.labelled
+    ks, temperatures = list(config.k), list(config.temperature)
+    if max(ks) >= len(train):
+        raise DataError(f"k={max(ks)} needs more than {max(ks)} training images, got {len(train)}")
+    shown, report = _shown(config, len(test)), Report(request)
+    with report.timed("features"):
+        bank, query = task.embed(train, "training"), task.embed(test, "test")
+    with report.timed("neighbours"):
+        near, rows = neighbours(bank, query, max(*ks, min(SHOWN, len(train))))
+        votes = vote_grid(
+            near, train.labels[rows], test.labels, len(task.splits.classes), ks, temperatures
+        )
+        chosen = votes[_choose(config, bank, train.labels, len(task.splits.classes))]
+    results = [_row("chosen", chosen, {"k": chosen.k, "temperature": chosen.temperature})]
+    results += [_row(f"k{v.k}-T{v.temperature:g}", v, {}) for v in votes]
+    confusion = _confusion(test.labels, chosen.predictions, task.splits.classes, report.folder)
+    if shown:
+        picture = _neighbours(task, (train, test), shown, (near, rows), chosen.predictions)
+        write_png(report.folder / "neighbours.png", picture)
+    report.write(task, results, {"confusion": confusion})
+    print(table(results))
+    return report.folder
+
+
+def _row(variant: str, vote: Vote, settings: dict[str, Any]) -> Row:
+    return Row(variant, {"top1": vote.top1, "top5": vote.top5}, settings)
+
+
+def _choose(config: DictConfig, bank: Tensor, labels: Tensor, classes: int) -> int:
+    """Return the position in the grid of the setting that is best within the training images."""
+    asked = stratified(labels, ASKED, config.seed)
+    near, rows = leave_one_out(bank, asked, max(config.k))
+    votes = vote_grid(
+        near, labels[rows], labels[asked], classes, list(config.k), list(config.temperature)
+    )
+    return max(range(len(votes)), key=lambda i: votes[i].top1)
+
+
+def _shown(config: DictConfig, tests: int) -> list[int]:
+    """Return the test images whose neighbours are painted."""
+    if config.show is not None:
+        for i in config.show:
+            check_range("show", i, 0, tests - 1)
+        return list(config.show)
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(tests, generator=generator)[:SHOWN].tolist()
+
+
+def _confusion(
+    labels: Tensor, predictions: Tensor, classes: tuple[str, ...], folder: Path
+) -> list[list[int]]:
+    """Write the confusion matrix as confusion.csv and confusion.png, and return it."""
+    total = len(classes)
+    counts = torch.bincount(labels * total + predictions, minlength=total**2).view(total, total)
+    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true class", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+    write_png(folder / "confusion.png", paint_confusion(counts, classes))
+    return counts.tolist()
+
+
+def _neighbours(
+    task: Task,
+    sets: tuple[ImageSet, ImageSet],
+    shown: list[int],
+    found: tuple[Tensor, Tensor],
+    predictions: Tensor,
+) -> Any:
+    """Paint each of the test images with its nearest training images."""
+    (train, test), (near, rows), names = sets, found, task.splits.classes
+    count = min(SHOWN, rows.shape[1])
+    tiles, captions = [], []
+    for i in shown:
+        tiles.append([test.load([i])[0], *train.load(rows[i, :count])])
+        right = "right" if predictions[i] == test.labels[i] else f"voted {names[predictions[i]]}"
+        same = int((train.labels[rows[i, :count]] == test.labels[i]).sum())
+        captions.append(
+            f"#{i}: {names[test.labels[i]]}\n{right}\n{same} of {count} alike\n"
+            f"cos {near[i, 0]:.2f} to {near[i, count - 1]:.2f}"
+        )
+    return paint(["test image", *(str(n + 1) for n in range(count))], tiles, captions)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from ssl_samix.cli import main
+
+    main(["knn", *sys.argv[1:]])

@@ -1,0 +1,90 @@
+"""Linear probe: how well a linear classifier reads the frozen features.
+
+``protocol=cached`` computes the features once, trains a grid of heads together, and fits
+scikit-learn's logistic regression as an independent check. ``protocol=augmented`` is the papers'
+way: stochastic gradient descent on random crops and flips through the frozen backbone. Both choose
+their setting on a held-out part of the training labels and look at the test images once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from ssl_samix.evaluation.linear import logistic_regression, probe
+
+from ssl_samix.callbacks.progress import RunProgress
+from ssl_samix.config import plain
+from ssl_samix.errors import ConfigError, check_choice, check_range
+from ssl_samix.evaluation.augmented import augmented_probe
+from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.results import Report, Row, table
+from ssl_samix.evaluation.task import Task, open_task
+from ssl_samix.evaluation.training import Recipe
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings that no data could serve."""
+    check_choice("protocol", config.protocol, ("cached", "augmented"))
+    check_range("held_out", config.held_out, 0.01, 0.5)
+    if config.protocol == "augmented":
+        recipe(config)
+    elif config.get("preset") is not None:
+        raise ConfigError("a preset says how protocol=augmented trains: give that too")
+
+
+def recipe(config: DictConfig) -> Recipe:
+    """Return the preset."""
+    if config.get("preset") is None:
+        raise ConfigError("protocol=augmented trains as a paper does: give preset=moco or another")
+    settings: dict[str, Any] = plain(config.preset)
+    settings["lr"], settings["milestones"] = tuple(settings["lr"]), tuple(settings["milestones"])
+    return Recipe(**settings)
+
+
+def run(request: Request) -> Path:
+    """Measure, print, and return the folder of the results."""
+    task = open_task(request)
+    task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
+    report = Report(request)
+    measure = cached if request.config.protocol == "cached" else augmented
+    rows, details = measure(request, task, report)
+    report.write(task, rows, details)
+    print(table(rows))
+    return report.folder
+
+
+def cached(request: Request, task: Task, report: Report) -> tuple[list[Row], dict[str, Any]]:
+    """Train a grid of heads on features that are computed once, and logistic regression."""
+    (train, test), config = task.labelled, request.config
+    with report.timed("features"):
+        features = task.embed(train, "training"), task.embed(test, "test")
+    given = (features[0], train.labels, features[1], test.labels, len(task.splits.classes))
+    with report.timed("heads"):
+        heads = probe(*given, seed=config.seed, held_out_share=config.held_out)
+    with report.timed("lbfgs"):
+        lbfgs = logistic_regression(*given, seed=config.seed, held_out_share=config.held_out)
+    found = {"heads": heads, "lbfgs": lbfgs}
+    rows = [Row(n, {"top1": f.top1, "top5": f.top5}, f.setting) for n, f in found.items()]
+    return rows, {name: asdict(f) for name, f in found.items()}
+
+
+def augmented(request: Request, task: Task, report: Report) -> tuple[list[Row], dict[str, Any]]:
+    """Train as the preset's paper does."""
+    config = request.config
+    bars = [RunProgress()]
+    with report.timed("training"):
+        top1, top5, settings = augmented_probe(
+            task, recipe(config), config.data, config.seed, callbacks=bars
+        )
+    details = {"held_out": settings.pop("held_out", {})}
+    return [Row("augmented", {"top1": top1, "top5": top5}, settings)], details
+
+
+if __name__ == "__main__":
+    from ssl_samix.cli import main
+
+    main(["linear", *sys.argv[1:]])

@@ -1,0 +1,161 @@
+"""Measures that need no labels, and k-means where there are some.
+
+On training images: RankMe, and alignment and uniformity on the unit sphere. On the test images,
+where there are labels: k-means with as many clusters as classes, several times from different
+starts. Nothing is trained and nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from ssl_samix.config import CONFIG_DIR, build, groups, plain
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.errors import ConfigError, DataError, check_range
+from ssl_samix.evaluation.clustering import ari, cluster_accuracy, kmeans, nmi
+from ssl_samix.evaluation.measures import alignment, rankme, uniformity
+from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.results import Report, Row, table
+from ssl_samix.evaluation.task import Task, open_task
+from ssl_samix.evaluation.two_views import ViewDrawer, embed_two_views
+
+MOST_SAMPLED = 25_600  # as in the paper of RankMe; uniformity looks at every pair of them
+MOST_PAIRS = 1000  # images of which two views are drawn, in this process
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings that no data could serve."""
+    check_range("sample", config.sample, 2, MOST_SAMPLED)
+    check_range("starts", config.starts, 1, 100)
+    if config.clusters != "auto":
+        if not isinstance(config.clusters, int):
+            raise ConfigError(f"clusters needs a whole number or auto, got '{config.clusters}'")
+        check_range("clusters", config.clusters, 2)
+
+
+def run(request: Request) -> Path:
+    """Measure, print, and return the folder of the results."""
+    config, task = request.config, open_task(request)
+    train, clusters = task.splits.train, clusters_of(task, config.clusters)
+    if len(train) < 2:
+        raise DataError("these measures compare images with each other and need at least 2")
+    name, drawer = view_drawer(request, task)
+    report = Report(request)
+    with report.timed("features"):
+        rows = [features_row(task, train, config)]
+    with report.timed("views"):
+        rows.append(views_row(task, train, config, name, drawer))
+    details: dict[str, Any] = {"views": [asdict(spec) for spec in drawer.specs]}
+    if clusters is None:
+        print("no labels, hence no k-means")
+    else:
+        with report.timed("k-means"):
+            row, details["k-means"] = kmeans_row(task, clusters, config)
+        rows.append(row)
+    report.write(task, rows, details)
+    print(table(rows))
+    return report.folder
+
+
+def clusters_of(task: Task, wanted: int | str) -> int | None:
+    """Return the number of clusters; None if there are no labels to compare clusters with.
+
+    Raises:
+        DataError: If a number is given all the same, or there are fewer test images than that.
+    """
+    test = task.splits.val
+    if test is None:
+        if wanted != "auto":
+            raise DataError(f"clusters={wanted}: there are no labels to compare clusters with")
+        return None
+    clusters = len(task.splits.classes) if wanted == "auto" else int(wanted)
+    if clusters > len(test):
+        raise DataError(f"{len(test)} test images cannot make {clusters} clusters: set fewer")
+    return clusters
+
+
+def features_row(task: Task, images: ImageSet, config: DictConfig) -> Row:
+    """Measure un-augmented images, spread over the set."""
+    picks = stratified(images.labels, config.sample, config.seed).tolist()
+    features = task.embed(images, "training", picks)
+    numbers = {"rankme": rankme(features), "uniformity": uniformity(features)}
+    return Row("features", numbers, {"images": len(picks)})
+
+
+def views_row(task: Task, images: ImageSet, config: DictConfig, name: str, views: Any) -> Row:
+    """Measure how far two views of an image lie apart."""
+    count = min(config.sample, MOST_PAIRS)
+    picks = stratified(images.labels, count, config.seed).tolist()
+    pair = embed_two_views(
+        task.encoder, images, picks, views, task.device, config.seed, config.chunk
+    )
+    return Row(f"views {name}", {"alignment": alignment(*pair)}, {"images": len(picks)})
+
+
+def kmeans_row(task: Task, clusters: int, config: DictConfig) -> tuple[Row, dict[str, Any]]:
+    """Cluster the test images from several starts; also return every start's numbers."""
+    _, images = task.labelled
+    features = task.embed(images, "test")
+    starts = [
+        _matched(kmeans(features, clusters, config.seed + i)[0], images.labels)
+        for i in range(config.starts)
+    ]
+    values = {key: [start[key] for start in starts] for key in starts[0]}
+    spread = {f"{key}_std": stdev(v) for key, v in values.items() if len(v) > 1}
+    settings = {"clusters": clusters, "starts": config.starts, **spread}
+    return Row("k-means", {key: fmean(v) for key, v in values.items()}, settings), values
+
+
+def _matched(clusters: Tensor, labels: Tensor) -> dict[str, float]:
+    return {
+        "nmi": nmi(clusters, labels),
+        "ari": ari(clusters, labels),
+        "cluster_accuracy": cluster_accuracy(clusters, labels),
+    }
+
+
+def view_drawer(request: Request, task: Task) -> tuple[str, ViewDrawer]:
+    """Return what draws the views, and their name; without a run they are SimCLR's."""
+    views = request.config.get("views")
+    if views is None and request.origin.run is not None:
+        views = request.origin.run.load_config()[0].views
+    elif views is None:
+        views = OmegaConf.load(CONFIG_DIR / "views" / "simclr.yaml")
+    data, encoder = request.config.data, task.encoder
+    drawer = ViewDrawer(
+        build(views),
+        encoder.image_size,
+        encoder.mean,
+        encoder.std,
+        flip=data.flip,
+        crop_min=data.crop_min,
+    )
+    return views_name(plain(views)), drawer
+
+
+def views_name(views: dict[str, Any]) -> str:
+    """Name views by the papers that have these very ones, for numbers that can be compared."""
+    papers = [
+        name
+        for name in groups()["views"]
+        if plain(OmegaConf.load(CONFIG_DIR / "views" / f"{name}.yaml")) == views
+    ]
+    digest = hashlib.sha256(json.dumps(views, sort_keys=True).encode()).hexdigest()[:6]
+    return "/".join(papers) or digest
+
+
+if __name__ == "__main__":
+    import sys
+
+    from ssl_samix.cli import main
+
+    main(["measures", *sys.argv[1:]])

@@ -1,0 +1,117 @@
+"""Semi-supervised: a few labels, and three ways to use them.
+
+The whole network fine-tuned from the encoder; the same network fine-tuned from random weights,
+which is what the labels alone are worth; and logistic regression on the frozen features, which at
+1% of the labels is often the best of the three. Learning rates and C are chosen within the labels
+that are kept; the test images are looked at once per way.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from ssl_samix.evaluation.linear import logistic_regression
+from torch import Tensor
+
+from ssl_samix.callbacks.progress import RunProgress
+from ssl_samix.config import plain
+from ssl_samix.errors import ConfigError, check_range
+from ssl_samix.evaluation.finetune import FewLabels, finetuned
+from ssl_samix.evaluation.label_split import (
+    draw_per_class,
+    draw_percent,
+    read_split,
+    write_split,
+)
+from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.results import Report, Row, table
+from ssl_samix.evaluation.source import untrained
+from ssl_samix.evaluation.task import Task, open_task
+from ssl_samix.evaluation.training import Recipe
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings that no data could serve."""
+    check_range("percent", config.percent, 1e-6, 100)
+    check_range("held_out", config.held_out, 0.01, 0.5)
+    if config.per_class is not None:
+        check_range("per_class", config.per_class, 1)
+    if config.per_class is not None and config.split is not None:
+        raise ConfigError("per_class and split both say which labels are kept: give one")
+    recipes(config)
+
+
+def recipes(config: DictConfig) -> tuple[Recipe, ...]:
+    """Return a recipe for each pair of learning rates."""
+    shared: dict[str, Any] = plain(config.finetune)
+    trunk, factors = shared.pop("backbone_lr"), shared.pop("head_factor")
+    if not trunk or not factors:
+        raise ConfigError("finetune.backbone_lr and finetune.head_factor need at least one value")
+    for value in (*trunk, *factors):
+        check_range("finetune.backbone_lr and finetune.head_factor", value, 1e-12)
+    shared["milestones"] = tuple(shared["milestones"])
+    return tuple(Recipe(lr=(lr * f,), backbone_lr=lr, **shared) for lr in trunk for f in factors)
+
+
+def run(request: Request) -> Path:
+    """Measure, print, and return the folder of the results."""
+    config, task = request.config, open_task(request)
+    picks = labelled(config, task)
+    train = task.labelled[0]
+    report = Report(request)
+    write_split(report.folder / "split.txt", train, picks)
+    print(f"{len(picks)} of {len(train)} training images keep their labels: split.txt", flush=True)
+    few = FewLabels(task, picks, recipes(config), config.data, config.held_out, config.seed)
+    bars = [RunProgress()] if sys.stderr.isatty() else []
+
+    def tuned(variant: str, backbone: Any) -> Row:
+        print(variant, flush=True)
+        with report.timed(variant):
+            top1, top5, settings = finetuned(few, backbone, print, bars)
+        held_out[variant] = settings.pop("held_out", {})
+        return Row(variant, {"top1": top1, "top5": top5}, settings)
+
+    held_out: dict[str, Any] = {}
+    rows = [tuned("fine-tuned", task.encoder.backbone)]
+    if config.baselines:
+        fresh = untrained(task.encoder, config.seed).backbone.to(task.device)
+        rows.append(tuned("from random weights", fresh))
+        with report.timed("linear"):
+            rows.append(linear(task, picks, config.seed))
+    report.write(task, rows, {"labels": len(picks), "held_out": held_out})
+    print(table(rows))
+    return report.folder
+
+
+def labelled(config: DictConfig, task: Task) -> Tensor:
+    """Return the positions of the training images that keep their labels."""
+    train, classes = task.labelled[0], task.splits.classes
+    if config.split is not None:
+        return read_split(Path(str(config.split)).expanduser(), train, classes)
+    if config.per_class is not None:
+        return draw_per_class(train.labels, classes, config.per_class, config.seed)
+    return draw_percent(train.labels, classes, config.percent, config.seed)
+
+
+def linear(task: Task, picks: Tensor, seed: int) -> Row:
+    """Fit logistic regression on the frozen features of the labelled images."""
+    train, test = task.labelled
+    features = task.embed(train, "training", picks.tolist()), task.embed(test, "test")
+    found = logistic_regression(
+        features[0],
+        train.labels[picks],
+        features[1],
+        test.labels,
+        len(task.splits.classes),
+        seed=seed,
+    )
+    return Row("linear", {"top1": found.top1, "top5": found.top5}, found.setting)
+
+
+if __name__ == "__main__":
+    from ssl_samix.cli import main
+
+    main(["semi", *sys.argv[1:]])

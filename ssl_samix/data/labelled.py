@@ -1,0 +1,102 @@
+"""Labelled images, one view of each, for training on labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ssl_samix.data.images import ImageSet, MemoryImages
+from ssl_samix.data.loader import StepReader, StepSampler, step_seed
+from ssl_samix.data.recipes import ViewSpec
+from ssl_samix.data.views import BatchedViews
+from ssl_samix.data.worker_views import WorkerViews, normalize
+from ssl_samix.types import Batch
+
+BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
+# Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
+CROP_AND_FLIP = ViewSpec(
+    crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+    grayscale=0.0, blur=0.0, solarize=0.0,
+)  # fmt: skip
+
+
+class PickedSampler(Sampler[tuple[int, list[int]]]):
+    """Yields (step, indices into the data set), of the picked images only, shuffled per epoch."""
+
+    def __init__(self, picks: Sequence[int], batch_size: int, seed: int) -> None:
+        self.picks = list(picks)
+        self.steps = StepSampler(len(self.picks), batch_size, seed, rank=0, ranks=1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.steps.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for step, positions in self.steps:
+            yield step, [self.picks[i] for i in positions]
+
+
+class LabelledData(pl.LightningDataModule):
+    """Some of a data set's images, with one augmented view and the label of each.
+
+    Args:
+        images: The data set.
+        picks: Which of its images.
+        spec: The recipe of the view, already scaled to the images.
+        mean: Of the normalisation, per channel.
+        std: Likewise.
+        batch_size: Images per step; a smaller set is one batch.
+        seed: Orders and views derive from it and from the step.
+        workers: Processes that decode images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        picks: Sequence[int],
+        spec: ViewSpec,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.images, self.picks, self.seed, self.workers = images, list(picks), seed, workers
+        self.batch_size = min(batch_size, len(self.picks))
+        size = images.image_size
+        self.batched = BatchedViews((spec,), size, mean, std)
+        in_files = size > BATCHED_UP_TO and not isinstance(images, MemoryImages)
+        self.in_workers = WorkerViews((spec,), size) if in_files else None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of all steps."""
+        return DataLoader(
+            StepReader(self.images, self.in_workers, self.seed, rank=0),
+            sampler=PickedSampler(self.picks, self.batch_size, self.seed),
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Draw the views on the device; all that is drawn in a step follows from its number."""
+        pixels, label, index, step = batch
+        torch.manual_seed(step_seed(self.seed, int(step), 0))
+        return Batch(views=(self._view(pixels),), label=label, index=index)
+
+    def _view(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim == 5:
+            mean, std = self.batched.mean.to(pixels.device), self.batched.std.to(pixels.device)
+            return normalize(pixels[:, 0], mean, std)
+        return self.batched.to(pixels.device)(pixels)[0]

@@ -1,0 +1,106 @@
+"""Linear heads on a frozen backbone, trained on augmented images, as the papers do it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData
+from ssl_samix.data.recipes import scaled
+from ssl_samix.data.subsets import hold_out
+from ssl_samix.evaluation.task import Task
+from ssl_samix.evaluation.training import Classifier, Recipe, fit
+
+_log = logging.getLogger(__name__)
+
+
+def labelled_data(
+    task: Task, images: ImageSet, picks: Sequence[int], recipe: Recipe, views: Any, seed: int
+) -> LabelledData:
+    """Give some labelled images to a classifier, in random crops and flips.
+
+    Args:
+        task: Whose encoder reads them.
+        images: The data set.
+        picks: Which of its images.
+        recipe: Says the batch.
+        views: Has ``flip`` and ``crop_min``: what the data bear.
+        seed: Of order and views.
+    """
+    encoder = task.encoder
+    spec = scaled(CROP_AND_FLIP, encoder.image_size, views.flip, views.crop_min)
+    return LabelledData(
+        images,
+        picks,
+        spec,
+        encoder.mean,
+        encoder.std,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        workers=task.workers,
+    )
+
+
+def accuracies(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return top-1 and top-5 in percent; of fewer than 5 classes, top-5 is over all of them.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+    """
+    hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return 100 * hit[:, 0].double().mean().item(), 100 * hit.any(dim=1).double().mean().item()
+
+
+@torch.no_grad()
+def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tensor:
+    """Map features (N, D) to the answers of all heads, (K, N, C) on the CPU."""
+    device = next(module.heads.parameters()).device
+    parts = [module.logits(part.to(device)).cpu() for part in features.split(chunk)]
+    return torch.cat(parts, dim=1)
+
+
+def choose_head(module: Classifier, features: Tensor, labels: Tensor) -> tuple[int, list[float]]:
+    """Return the best head on held-out images, and the top-1 of each."""
+    top1 = [accuracies(x, labels)[0] for x in head_logits(module, features)]
+    return max(range(len(top1)), key=lambda i: top1[i]), top1
+
+
+def augmented_probe(
+    task: Task, recipe: Recipe, views: Any, seed: int, callbacks: Sequence[Any] = ()
+) -> tuple[float, float, dict[str, Any]]:
+    """Train heads on all labelled training images and test the one of the chosen learning rate.
+
+    With several learning rates, a tenth of the training labels is held out of a first training,
+    which trains all heads at once, and chooses; the chosen one is then trained on all labels.
+
+    Returns:
+        Top-1 and top-5 of the last epoch, in percent, and the settings.
+    """
+    train, test = task.labelled
+    backbone, classes = task.encoder.backbone, len(task.splits.classes)
+    settings: dict[str, Any] = {}
+    every = torch.arange(len(train))
+    options: dict[str, Any] = {"seed": seed, "device": task.device, "callbacks": callbacks}
+    if len(recipe.lr) > 1:
+        kept, held = hold_out(train.labels, 0.1, seed)
+        if len(held):
+            data = labelled_data(task, train, kept.tolist(), recipe, views, seed)
+            module = fit(backbone, classes, recipe, data, **options)
+            features = task.embed(train, "held-out", held.tolist())
+            best, top1 = choose_head(module, features, train.labels[held])
+            settings["held_out"] = dict(zip(map(str, recipe.lr), top1, strict=True))
+        else:
+            best = 0
+            _log.warning("one label per class: nothing can be held out, the first lr is taken")
+        recipe = replace(recipe, lr=(recipe.lr[best],))
+    data = labelled_data(task, train, every.tolist(), recipe, views, seed)
+    module = fit(backbone, classes, recipe, data, **options)
+    top1_, top5 = accuracies(head_logits(module, task.embed(test, "test"))[0], test.labels)
+    return top1_, top5, {"lr": recipe.lr[0], "epochs": recipe.epochs, **settings}

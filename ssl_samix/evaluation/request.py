@@ -1,0 +1,146 @@
+"""What is to be measured, and on which images; checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+
+from ssl_samix.config import absolute, compose, groups, parse, plain
+from ssl_samix.data.layout import check_layout
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.run_folder import RunFolder
+
+WEIGHTS = ("own", "random", "pretrained")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an encoder comes from.
+
+    Attributes:
+        given: What the user wrote.
+        path: The run folder or the file; None for a model's name.
+        run: The run that it belongs to, if it does.
+    """
+
+    given: str
+    path: Path | None
+    run: RunFolder | None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.given if self.path is None else self.path.resolve().name
+
+    @property
+    def home(self) -> Path:
+        """The folder that its results belong to."""
+        if self.run is not None:
+            return self.run.path
+        return Path("runs") / (self.given if self.path is None else self.path.stem)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command: what is measured, on what, with which settings.
+
+    Attributes:
+        protocol: Its name.
+        config: Its configuration.
+        data: Name of the data set's configuration.
+        origin: Where the encoder comes from.
+    """
+
+    protocol: str
+    config: DictConfig
+    data: str
+    origin: Origin
+
+
+def find_origin(given: str, weights: str) -> Origin:
+    """Say what ``given`` is: a run folder, a file, or the name of a model.
+
+    Raises:
+        CheckpointError: If it is none of them, as far as names tell.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        run = RunFolder(path)
+        if not (run.encoder.exists() or run.last.exists()):
+            raise CheckpointError(f"{path} holds no encoder.safetensors and no last.ckpt")
+        return Origin(given, path, run if run.config.exists() else None)
+    if path.is_file():
+        run = RunFolder(path.parent)
+        return Origin(given, path, run if run.config.exists() else None)
+    if weights == "own" or os.sep in given:
+        raise CheckpointError(
+            f"run={given} does not exist: give a run folder, a checkpoint or a file of weights, or "
+            "the name of a model with weights=random or weights=pretrained (downloads them)"
+        )
+    return Origin(given, None, None)
+
+
+def configured(protocol: str, words: list[str]) -> Request:
+    """Compose a protocol's configuration; without ``data=`` it has the encoder's own data.
+
+    Args:
+        protocol: The configuration's name.
+        words: ``key=value`` words.
+
+    Raises:
+        UserError: For the first mistake: an unknown key or name, no encoder, no data.
+    """
+    given = {o.key_or_group: o.value() for o in parse(words)}
+    own: dict[str, Any] = {}
+    if "data" not in given:
+        # Composed with any data set first, so that a mistyped key is told before what is missing.
+        config, _ = compose(protocol, ["data=digits", *words])
+        choice, own = _own_data(_origin(protocol, config))
+        words = [f"data={choice}", *words]
+    config, choices = compose(protocol, words)
+    for key, value in own.items():
+        if key in config.data and f"data.{key}" not in given:
+            OmegaConf.update(config, f"data.{key}", value)
+    origin = _origin(protocol, config)
+    check_range("seed", config.seed, 0)
+    check_range("chunk", config.chunk, 1)
+    check_layout(config.data.name, config.data.root, config.data.download)
+    return Request(protocol, absolute(config), choices["data"], origin)
+
+
+def _origin(protocol: str, config: DictConfig) -> Origin:
+    if config.run is None:
+        raise ConfigError(f"{protocol} needs an encoder: run=<run folder, checkpoint or weights>")
+    check_choice("weights", config.weights, WEIGHTS)
+    return find_origin(str(config.run), config.weights)
+
+
+def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
+    """Return the choice of data set and the settings that an encoder was trained with."""
+    if origin.run is not None:
+        config, choices = origin.run.load_config()
+        return choices["data"], plain(config.data)
+    meta = _described(origin.path)
+    if meta.get("data") in groups()["data"]:
+        return meta["data"], {}
+    known = ", ".join(groups()["data"])
+    raise ConfigError(f"{origin.given} does not say what to measure it on: give data=<{known}>")
+
+
+def _described(path: Path | None) -> dict[str, Any]:
+    """Read what a safetensors file of ours says of itself; nothing for anything else."""
+    if path is not None and path.is_dir():
+        path = path / "encoder.safetensors"
+    if path is None or path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="np") as file:
+            return json.loads((file.metadata() or {}).get("ssl_samix", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file") from error

@@ -1,0 +1,152 @@
+"""The encoder that a protocol measures: ours, somebody else's, a published one, or untrained."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.checkpoint_io import META, load_plain
+from ssl_samix.errors import CheckpointError, ConfigError, check_range
+from ssl_samix.evaluation import foreign
+from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
+from ssl_samix.evaluation.request import Origin
+
+
+def load_source(
+    origin: Origin, config: DictConfig, image_size: int, mean: Any, std: Any
+) -> Encoder:
+    """Load the encoder that a configuration names.
+
+    Args:
+        origin: Where it comes from.
+        config: Keys ``weights``, ``model``, ``prefix``, ``image_size``, ``mean``, ``std`` and
+            ``seed``.
+        image_size: Of the data, in px, for a model without weights, which has none of its own.
+        mean: Of the data, likewise.
+        std: Likewise.
+
+    Raises:
+        UserError: If there is no such encoder, it is damaged, or what it reads is unknown.
+    """
+    own = {k: config[k] for k in ("image_size", "mean", "std") if config[k] is not None}
+    _check_own(own)
+    if origin.path is None:
+        encoder = _model(origin.given, config, {"image_size": image_size, "mean": mean, "std": std})
+    elif _is_ours(origin):
+        encoder = load_encoder(origin.path)
+    else:
+        encoder = _from_file(origin, config, own)
+    if origin.path is not None and config.weights == "pretrained":
+        raise ConfigError("weights=pretrained is for the name of a model, and run names a file")
+    if origin.path is not None and config.weights == "random":
+        encoder = untrained(encoder, config.seed)
+    return _with(encoder, own)
+
+
+def _check_own(own: dict[str, Any]) -> None:
+    if "image_size" in own:
+        check_range("image_size", own["image_size"], 8)
+    for key in ("mean", "std"):
+        if key not in own:
+            continue
+        values = list(own[key]) if not isinstance(own[key], (int, float, str)) else []
+        if len(values) != 3:
+            raise ConfigError(f"{key} needs three numbers, as [0.485,0.456,0.406]")
+        for value in values:
+            check_range(key, value, 1e-6 if key == "std" else 0, 1)
+
+
+def untrained(encoder: Encoder, seed: int) -> Encoder:
+    """Return the same network as it is before any training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = Backbone(image_size=encoder.image_size, **encoder.meta["backbone"])
+    return Encoder(fresh, encoder.meta)
+
+
+def _with(encoder: Encoder, own: dict[str, Any]) -> Encoder:
+    """Take what the user says of the images, where it differs from what is known."""
+    changed = {k: v if k == "image_size" else list(v) for k, v in own.items()}
+    if all(encoder.meta.get(k) == v for k, v in changed.items()):
+        return encoder
+    meta = {**encoder.meta, **changed}
+    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
+    try:
+        backbone.load_state_dict(encoder.backbone.state_dict(), strict=True)
+    except RuntimeError as error:  # a transformer's position table
+        raise ConfigError(
+            f"these weights take images of {encoder.image_size} px only, not {meta['image_size']}"
+        ) from error
+    return Encoder(backbone, meta)
+
+
+def _is_ours(origin: Origin) -> bool:
+    """Say whether a file was written by this package; files from elsewhere are weights only."""
+    path = origin.path
+    assert path is not None
+    if path.is_dir():
+        return True
+    if path.suffix == ".safetensors":
+        return "ssl_samix" in _header(path)
+    found = load_plain(path)
+    return isinstance(found, dict) and META in found
+
+
+def _header(path: Any) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file") from error
+
+
+def _from_file(origin: Origin, config: DictConfig, own: dict[str, Any]) -> Encoder:
+    assert origin.path is not None
+    unknown = [key for key in ("image_size", "mean", "std") if key not in own]
+    if config.model is not None and unknown:
+        raise ConfigError(
+            f"{origin.path} does not say which images it was trained on: give "
+            "image_size=<px> mean=[r,g,b] std=[r,g,b] (of pixels in 0..1)"
+        )
+    backbone = foreign.from_file(
+        origin.path, config.model, config.prefix, int(own.get("image_size", 224))
+    )
+    return Encoder(backbone, _meta(backbone, own, origin.path.name))
+
+
+def _model(name: str, config: DictConfig, data: dict[str, Any]) -> Encoder:
+    if config.weights == "pretrained":
+        backbone, meta = foreign.published(name, config.image_size)
+        return Encoder(backbone, {**_meta(backbone, meta, name), "weights": meta["weights"]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        size = config.image_size or data["image_size"]
+        backbone = Backbone(name, size)
+    return Encoder(backbone, _meta(backbone, {**data, "image_size": size}, name))
+
+
+def _meta(backbone: Backbone, images: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        "method": name,
+        "backbone": backbone.settings,
+        "feature_dim": backbone.feature_dim,
+        "image_size": images["image_size"],
+        "mean": list(images["mean"]),
+        "std": list(images["std"]),
+    }
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return 12 hexadecimal digits that change with any weight or statistic."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

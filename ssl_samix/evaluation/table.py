@@ -1,0 +1,52 @@
+"""results.csv: a row for each result of the evaluations of a run. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from ssl_samix.errors import UserError
+from ssl_samix.files import write_atomically
+
+# The columns of numbers; whatever a protocol measures beside them stands in results.json.
+NUMBERS = (
+    "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy",
+)  # fmt: skip
+COLUMNS = (
+    "time", "protocol", "variant", "weights", "data", "test_images", *NUMBERS, "seed", "seconds",
+    "encoder", "data_fingerprint", "settings", "folder",
+)  # fmt: skip
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a results.csv; what stands in it stays.
+
+    Raises:
+        UserError: If it cannot be read or written.
+    """
+    old = read_rows(path)
+    columns = list(dict.fromkeys([*COLUMNS, *(name for row in old for name in row)]))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows([*old, *rows])
+
+    write_atomically(path, write)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a results.csv; none if there is no such file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,162 @@
+"""An encoder and the images that it is measured on, opened as a configuration says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_samix.data.datasets import SPECS, Splits, load_splits
+from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
+from ssl_samix.errors import ConfigError, DataError
+from ssl_samix.evaluation.checkpoint import Encoder
+from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.knn import check_finite
+from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.source import fingerprint, load_source
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a protocol works on.
+
+    Attributes:
+        encoder: In eval mode, on ``device``.
+        splits: The data set, at the encoder's image size.
+        device: Where features are computed.
+        chunk: Images per forward pass.
+        workers: Processes that decode images.
+    """
+
+    encoder: Encoder
+    splits: Splits
+    device: torch.device
+    chunk: int
+    workers: int
+
+    @property
+    def labelled(self) -> tuple[ImageSet, ImageSet]:
+        """The labelled training images and the test images.
+
+        Raises:
+            DataError: If the data set has no labels, or nothing to test on.
+        """
+        if self.splits.bank is None or self.splits.val is None:
+            raise DataError(
+                "this protocol needs labelled images to train and to test on: give class folders, "
+                "best under train/ and val/, or another data set"
+            )
+        return self.splits.bank, self.splits.val
+
+    def embed(self, images: ImageSet, what: str, picks: Sequence[int] | None = None) -> Tensor:
+        """Return the features of images, (N, D) float32 on the CPU, behind a progress bar."""
+        picks = range(len(images)) if picks is None else picks
+        # On a terminal only: a log would be filled with half bars.
+        with tqdm(
+            total=len(picks), desc=what, unit="img", leave=False, disable=not _watched()
+        ) as bar:
+            features = extract(
+                self.encoder,
+                images,
+                list(picks),
+                self.encoder.mean,
+                self.encoder.std,
+                device=self.device,
+                workers=self.workers,
+                chunk=self.chunk,
+                progress=bar.update,
+            )
+        check_finite(what, features)
+        return features
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def open_task(request: Request) -> Task:
+    """Load the encoder and the images.
+
+    Raises:
+        UserError: As ``load_source`` and ``load_splits`` do, or for a device that is not there.
+    """
+    config, data = request.config, request.config.data
+    device = choose_device(config.device)
+    spec = SPECS[data.name]
+    own = data.image_size
+    size = own if own != "auto" else None
+    if request.origin.path is None and config.image_size is None and size is None:
+        # A model without images of its own takes those of the data, whose size the files tell.
+        size = _load(request, "auto").image_size
+    encoder = load_source(request.origin, config, size or 224, spec.mean, spec.std).to(device)
+    splits = _load(request, encoder.image_size)
+    workers = _workers(data.workers, splits)
+    return Task(encoder, splits, device, config.chunk, workers)
+
+
+def _load(request: Request, size: int | str) -> Splits:
+    data = request.config.data
+    return load_splits(
+        data.name,
+        data.root,
+        size,  # type: ignore[arg-type]
+        data.limit,
+        download=data.download,
+        labels=data.labels,
+        memory_gb=data.memory_gb,
+    )
+
+
+def _workers(wanted: int | str, splits: Splits) -> int:
+    if wanted != "auto":
+        return int(wanted)
+    images = splits.val or splits.train
+    return 0 if isinstance(images, MemoryImages) else max(1, min(16, os.cpu_count() or 1))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ConfigError: If it does not exist here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name} is not there: give auto, cpu, cuda or mps") from error
+    return device
+
+
+def data_fingerprint(*sets: ImageSet) -> str:
+    """Return 12 hexadecimal digits that change with labels, order and, in memory, any pixel.
+
+    Of images that stay in files, it sees names and sizes.
+    """
+    digest = hashlib.sha256()
+    for images in sets:
+        digest.update(images.labels.numpy().tobytes())
+        digest.update(str(images.image_size).encode())
+        if isinstance(images, MemoryImages):
+            digest.update(images.pixels.contiguous().numpy().data)
+        elif isinstance(images, FileImages):
+            for i in range(len(images)):
+                name = images.name(i)
+                size = os.path.getsize(name) if os.path.isfile(name) else 0
+                digest.update(f"{os.path.basename(name)} {size}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def encoder_fingerprint(task: Task) -> str:
+    """Return 12 hexadecimal digits that change with any weight or statistic of the encoder."""
+    return fingerprint(task.encoder.backbone)
