@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from ssl_samix.evaluation.linear import logistic_regression
 from torch import Tensor
 
 from ssl_samix.callbacks.progress import RunProgress
@@ -26,6 +25,7 @@ from ssl_samix.evaluation.label_split import (
     read_split,
     write_split,
 )
+from ssl_samix.evaluation.linear import logistic_regression
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.source import untrained
@@ -75,15 +75,25 @@ def run(request: Request) -> Path:
         return Row(variant, {"top1": top1, "top5": top5}, settings)
 
     held_out: dict[str, Any] = {}
-    rows = [tuned("fine-tuned", task.encoder.backbone)]
+    share = kept(config)
+    rows = [tuned(f"fine-tuned {share}", task.encoder.backbone)]
     if config.baselines:
         fresh = untrained(task.encoder, config.seed).backbone.to(task.device)
-        rows.append(tuned("from random weights", fresh))
+        rows.append(tuned(f"from random weights {share}", fresh))
         with report.timed("linear"):
-            rows.append(linear(task, picks, config.seed))
+            rows.append(linear(task, picks, config.seed, f"linear {share}"))
     report.write(task, rows, {"labels": len(picks), "held_out": held_out})
     print(table(rows))
     return report.folder
+
+
+def kept(config: DictConfig) -> str:
+    """Say which labels are kept, in a word: numbers of different shares are not compared."""
+    if config.split is not None:
+        return Path(str(config.split)).name
+    if config.per_class is not None:
+        return f"{config.per_class} per class"
+    return f"{config.percent:g}%"
 
 
 def labelled(config: DictConfig, task: Task) -> Tensor:
@@ -96,7 +106,7 @@ def labelled(config: DictConfig, task: Task) -> Tensor:
     return draw_percent(train.labels, classes, config.percent, config.seed)
 
 
-def linear(task: Task, picks: Tensor, seed: int) -> Row:
+def linear(task: Task, picks: Tensor, seed: int, variant: str) -> Row:
     """Fit logistic regression on the frozen features of the labelled images."""
     train, test = task.labelled
     features = task.embed(train, "training", picks.tolist()), task.embed(test, "test")
@@ -108,7 +118,7 @@ def linear(task: Task, picks: Tensor, seed: int) -> Row:
         len(task.splits.classes),
         seed=seed,
     )
-    return Row("linear", {"top1": found.top1, "top5": found.top5}, found.setting)
+    return Row(variant, {"top1": found.top1, "top5": found.top5}, found.setting)
 
 
 if __name__ == "__main__":

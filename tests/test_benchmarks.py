@@ -103,3 +103,11 @@ def test_mixing_cost():
     assert rows[0][2:4] == ["1.00", "1.00"]
     assert all(float(row[2]) > 0 for row in rows)
     assert float(benchmark("mixing_cost.py", *sizes, "--memory-of", "byol", "samix").stdout) > 100
+
+
+def test_eval_time():
+    sizes = ["--train", "600", "--test", "300", "--dim", "256", "--classes", "3"]
+    lines = benchmark("eval_time.py", *sizes).stdout.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[0].split(",")[0] for row in rows] == ["kNN", "heads", "L-BFGS"]
+    assert all(50 < float(row[3]) <= 100 for row in rows)

@@ -44,7 +44,7 @@ def test_pretrain_help_shows_groups_and_choices(tmp_path):
     assert shown.returncode == 0
     assert re.search("method: .*byol, .*moco, .*simclr", shown.stdout)
     assert re.search("mixup: .*none, .*samix", shown.stdout)
-    assert "max_epochs: 30" in shown.stdout
+    assert "max_epochs: 20" in shown.stdout
     assert "hydra:" not in shown.stdout
 
 

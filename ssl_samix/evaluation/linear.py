@@ -32,7 +32,7 @@ from ssl_samix.evaluation.linear_choice import (
 )
 from ssl_samix.evaluation.linear_heads import Examples, Heads, Scaling, measure, train_heads
 
-CS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
+CS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0, 100.0)
 
 _log = logging.getLogger(__name__)
 

@@ -39,8 +39,8 @@ class Grid:
         ConfigError: For a value that is out of range, or a pair that would diverge.
     """
 
-    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-    weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5)
+    learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
     normalizations: tuple[str, ...] = ("standardize",)
     epochs: int | None = None
     batch_size: int = 256
@@ -157,8 +157,8 @@ def choose(
     """Return the setting of the lowest cross-entropy among those with as good a top-1 as the best.
 
     As good is within one standard error (The Elements of Statistical Learning, section 7.10),
-    since the largest of many accuracies on a few images is luck. With 1,000 CIFAR-10 labels the
-    chosen heads are 1 point better on the test images than those of the largest top-1.
+    since the largest of many accuracies on a few images is luck. Against the largest top-1 this
+    halved what was lost to the best setting, on digits and on 500 to 20,000 CIFAR-10 labels.
 
     Warns if all that are as good lie at an edge of the grid.
 
