@@ -39,7 +39,8 @@ def test_every_module_and_configuration_is_in_the_wheel(wheel):
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"ssl_samix/configs/{path.relative_to(ROOT / 'configs')}" in inside
     assert "ssl_samix/py.typed" in inside
-    assert "ssl_samix/eval_protocols/__init__.py" in inside
+    for path in (ROOT / "eval_protocols").glob("*.py"):
+        assert f"ssl_samix/eval_protocols/{path.name}" in inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks"))]
 
 
@@ -52,16 +53,18 @@ def test_an_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     words = ["data.limit=64", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ssl_samix", "pretrain", *words, "out=run"],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    for command in (["pretrain", *words, "out=run"], ["knn", "run=run", "k=[5]"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ssl_samix", *command],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
     assert (elsewhere / "run" / "encoder.safetensors").exists()
+    assert list((elsewhere / "run" / "results").glob("knn-digits-*/results.json"))
     where = subprocess.run(
         [sys.executable, "-c", "import ssl_samix.config as c; print(c.CONFIG_DIR)"],
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True,
