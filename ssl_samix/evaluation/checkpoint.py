@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,11 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
             raise CheckpointError(f"{run.path} holds no encoder.safetensors and no last.ckpt")
     meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
     backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
+    # Versions of modules stand beside a state, and safetensors has no place for them.
+    state = OrderedDict(weights)
+    state._metadata = backbone.state_dict()._metadata  # type: ignore[attr-defined]
     try:
-        backbone.load_state_dict(weights, strict=True)
+        backbone.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} does not fit the backbone it names: {str(error).splitlines()[-1].strip()}"

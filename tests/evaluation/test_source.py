@@ -280,3 +280,13 @@ def test_an_encoder_that_names_its_data_needs_no_more(tmp_path):
     (tmp_path / "encoder.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
         configured("knn", [f"run='{tmp_path}/encoder.safetensors'"])
+
+
+def test_a_network_whose_state_has_a_version_is_loaded_back(tmp_path):
+    """torchvision's MNASNet refuses a state without one."""
+    backbone = shaken(Backbone("mnasnet0_5", image_size=64))
+    meta = {"backbone": backbone.settings, "image_size": 64, "mean": HALF, "std": HALF}
+    save_encoder(tmp_path / "encoder.safetensors", backbone, meta)
+    assert fingerprint(load_encoder(tmp_path / "encoder.safetensors").backbone) == fingerprint(
+        backbone
+    )
