@@ -181,6 +181,7 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
             found = measure(_answers(model), Examples(train, labels, held, scaling), classes)
             held_out += scored([setting | {"converged": converged}], found)
             tick()
+        del matrix  # the final fit needs as much memory again
     best = choose(held_out, settings, len(held), "C", "cs")
     every = torch.arange(len(train), device=train.device)
     scaling = Scaling("standardize", train, every)
@@ -188,7 +189,7 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     converged = _fit(model, *_matrix(Examples(train, labels, every, scaling)))
     tick()
     if not converged:
-        _log.warning("lbfgs stopped at max_iter=%d before it converged: raise it", max_iter)
+        _log.warning("lbfgs with C=%g did not converge: raise max_iter=%d", best["C"], max_iter)
     top1, top5, _ = measure(_answers(model), _all(test, test_labels, scaling), classes)
     return LogisticResult(top1.item(), top5.item(), best, held_out, converged)
 
