@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from ssl_samix.evaluation.linear import logistic_regression, probe
 
 from ssl_samix.callbacks.progress import RunProgress
 from ssl_samix.config import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
 from ssl_samix.evaluation.augmented import augmented_probe
+from ssl_samix.evaluation.linear import logistic_regression, probe
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
