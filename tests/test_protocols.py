@@ -291,6 +291,15 @@ def test_bad_input(words, sentence, encoder, colours, tmp_path, fails, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_one_label_per_class_takes_the_middle_of_the_grid(encoder, colours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["per_class=1", "baselines=false", "finetune.backbone_lr=[0.1,0.01,0.001]"]
+    record = measured("semi", encoder, colours, *words, out=tmp_path / "out")
+    (result,) = record["results"]
+    assert result["settings"]["backbone_lr"] == 0.01
+    assert record["details"]["labels"] == 3
+
+
 def test_classes_that_differ(encoder, tmp_path, fails):
     generator = torch.Generator().manual_seed(0)
     for part, names in (("train", "ab"), ("test", "ac")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,9 @@ from torch import Tensor
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.recipes import scaled
-from ssl_samix.data.subsets import hold_out
+from ssl_samix.evaluation.linear_choice import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
-
-_log = logging.getLogger(__name__)
 
 
 def labelled_data(
@@ -89,7 +86,7 @@ def augmented_probe(
     every = torch.arange(len(train))
     options: dict[str, Any] = {"seed": seed, "device": task.device, "callbacks": callbacks}
     if len(recipe.lr) > 1:
-        kept, held = hold_out(train.labels, 0.1, seed)
+        kept, held = split(train.labels, classes, 0.1, seed)
         if len(held):
             data = labelled_data(task, train, kept.tolist(), recipe, views, seed)
             module = fit(backbone, classes, recipe, data, **options)
@@ -97,8 +94,7 @@ def augmented_probe(
             best, top1 = choose_head(module, features, train.labels[held])
             settings["held_out"] = dict(zip(map(str, recipe.lr), top1, strict=True))
         else:
-            best = 0
-            _log.warning("one label per class: nothing can be held out, the first lr is taken")
+            best = (len(recipe.lr) - 1) // 2
         recipe = replace(recipe, lr=(recipe.lr[best],))
     data = labelled_data(task, train, every.tolist(), recipe, views, seed)
     module = fit(backbone, classes, recipe, data, **options)

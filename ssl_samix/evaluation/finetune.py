@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.data.subsets import hold_out
 from ssl_samix.evaluation.augmented import accuracies, head_logits, labelled_data
 from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.linear_choice import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,9 @@ def _chosen(
         return few.recipes[0], {}
     images = few.task.labelled[0]
     labels = images.labels[few.picks]
-    kept, held = hold_out(labels, few.held_out, few.seed)
+    kept, held = split(labels, len(few.task.splits.classes), few.held_out, few.seed)
     if len(held) == 0:
-        middle = few.recipes[len(few.recipes) // 2]
-        _log.warning("one label per class: none can be held out, the middle of the grid is taken")
-        return middle, {}
+        return few.recipes[(len(few.recipes) - 1) // 2], {}
     tried: dict[str, float] = {}
     for recipe in few.recipes:
         module = _trained(few, backbone, recipe, few.picks[kept], callbacks)
