@@ -291,6 +291,16 @@ def test_bad_input(words, sentence, encoder, colours, tmp_path, fails, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_learning_rate_at_the_edge_of_those_tried_is_told(
+    encoder, colours, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*AUGMENTED, "preset.lr=[1e-9,1e-8,30.0]"]
+    record = measured("linear", encoder, colours, *words, out=tmp_path / "out")
+    assert record["results"][0]["settings"]["lr"] == 30.0
+    assert "lr=30 won and is the highest tried: widen preset.lr" in caplog.text
+
+
 def test_one_label_per_class_takes_the_middle_of_the_grid(encoder, colours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["per_class=1", "baselines=false", "finetune.backbone_lr=[0.1,0.01,0.001]"]

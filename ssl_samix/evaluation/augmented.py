@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from ssl_samix.data.recipes import scaled
 from ssl_samix.evaluation.linear_choice import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
+
+_log = logging.getLogger(__name__)
 
 
 def labelled_data(
@@ -93,6 +96,11 @@ def augmented_probe(
             features = task.embed(train, "held-out", held.tolist())
             best, top1 = choose_head(module, features, train.labels[held])
             settings["held_out"] = dict(zip(map(str, recipe.lr), top1, strict=True))
+            if recipe.lr[best] in (min(recipe.lr), max(recipe.lr)):
+                edge = "lowest" if recipe.lr[best] == min(recipe.lr) else "highest"
+                _log.warning(
+                    "lr=%g won and is the %s tried: widen preset.lr", recipe.lr[best], edge
+                )
         else:
             best = (len(recipe.lr) - 1) // 2
         recipe = replace(recipe, lr=(recipe.lr[best],))
