@@ -13,12 +13,10 @@ from torch.utils.data import DataLoader
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
-from ssl_samix.data.views import BatchedViews, Views
+from ssl_samix.data.views import BATCHED_UP_TO, BatchedViews, Views
 from ssl_samix.data.worker_views import WorkerViews, normalize
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
-
-BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
 
 
 class DataModule(pl.LightningDataModule):

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader, Sampler
 from ssl_samix.data.images import ImageSet, MemoryImages
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import ViewSpec
-from ssl_samix.data.views import BatchedViews
+from ssl_samix.data.views import BATCHED_UP_TO, BatchedViews
 from ssl_samix.data.worker_views import WorkerViews, normalize
 from ssl_samix.types import Batch
 
-BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
 # Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
 CROP_AND_FLIP = ViewSpec(
     crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,

@@ -21,6 +21,7 @@ from ssl_samix.errors import ConfigError, DataError
 
 __all__ = ["BatchedViews", "ViewParams", "ViewSpec", "Views", "apply", "draw", "scaled"]
 
+BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResizedCrop
 TRIES = 10  # crops drawn before the central one is taken, likewise
 PIECE = 2**20  # values that the CPU's caches and memory allocator take at once without pain

@@ -173,15 +173,9 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     held_out: list[Setting] = []
     if len(held):
         scaling = Scaling("standardize", train, kept)
-        matrix = _matrix(Examples(train, labels, kept, scaling))
-        # From the smallest C up, each fit starts where the last one ended.
+        learned, asked = (Examples(train, labels, rows, scaling) for rows in (kept, held))
         model = LogisticRegression(max_iter=max_iter, warm_start=True)
-        for setting in settings:
-            converged = _fit(model.set_params(**setting), *matrix)
-            found = measure(_answers(model), Examples(train, labels, held, scaling), classes)
-            held_out += scored([setting | {"converged": converged}], found)
-            tick()
-        del matrix  # the final fit needs as much memory again
+        held_out = _tried(model, settings, learned, asked, classes, tick)
     best = choose(held_out, settings, len(held), "C", "cs")
     every = torch.arange(len(train), device=train.device)
     scaling = Scaling("standardize", train, every)
@@ -192,6 +186,25 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
         _log.warning("lbfgs with C=%g did not converge: raise max_iter=%d", best["C"], max_iter)
     top1, top5, _ = measure(_answers(model), _all(test, test_labels, scaling), classes)
     return LogisticResult(top1.item(), top5.item(), best, held_out, converged)
+
+
+def _tried(
+    model: Any,
+    settings: Sequence[Setting],
+    learned: Examples,
+    asked: Examples,
+    classes: int,
+    tick: Callable[[], None],
+) -> list[Setting]:
+    """Fit each C, from the smallest up, each from where the last fit ended, and test it."""
+    matrix = _matrix(learned)
+    held_out: list[Setting] = []
+    for setting in settings:
+        converged = _fit(model.set_params(**setting), *matrix)
+        found = measure(_answers(model), asked, classes)
+        held_out += scored([setting | {"converged": converged}], found)
+        tick()
+    return held_out
 
 
 def _all(features: Tensor, labels: Tensor, scaling: Scaling) -> Examples:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.recipes import Views
-from ssl_samix.data.views import BatchedViews
+from ssl_samix.data.views import BATCHED_UP_TO, BatchedViews
 from ssl_samix.data.worker_views import WorkerViews, normalize
 from ssl_samix.modules.ema import evaluating
-
-BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, as in training
 
 
 class DrawsViews(Protocol):
