@@ -34,11 +34,6 @@ class Origin:
     run: RunFolder | None
 
     @property
-    def name(self) -> str:
-        """What tables call it."""
-        return self.given if self.path is None else self.path.resolve().name
-
-    @property
     def home(self) -> Path:
         """The folder that its results belong to."""
         if self.run is not None:
