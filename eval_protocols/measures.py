@@ -20,13 +20,14 @@ from torch import Tensor
 from ssl_samix.config import CONFIG_DIR, build, groups, plain
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
+from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.clustering import ari, cluster_accuracy, kmeans, nmi
 from ssl_samix.evaluation.measures import alignment, rankme, uniformity
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.evaluation.two_views import ViewDrawer, embed_two_views
+from ssl_samix.evaluation.two_views import embed_two_views
 
 MOST_SAMPLED = 25_600  # as in the paper of RankMe; uniformity looks at every pair of them
 MOST_PAIRS = 1000  # images of which two views are drawn, in this process
@@ -48,13 +49,13 @@ def run(request: Request) -> Path:
     train, clusters = task.splits.train, clusters_of(task, config.clusters)
     if len(train) < 2:
         raise DataError("these measures compare images with each other and need at least 2")
-    name, drawer = view_drawer(request, task)
+    name, views = view_maker(request, task)
     report = Report(request)
     with report.timed("features"):
         rows = [features_row(task, train, config)]
     with report.timed("views"):
-        rows.append(views_row(task, train, config, name, drawer))
-    details: dict[str, Any] = {"views": [asdict(spec) for spec in drawer.specs]}
+        rows.append(views_row(task, train, config, name, views))
+    details: dict[str, Any] = {"views": [asdict(spec) for spec in views.specs]}
     if clusters is None:
         print("no labels, hence no k-means")
     else:
@@ -123,23 +124,17 @@ def _matched(clusters: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def view_drawer(request: Request, task: Task) -> tuple[str, ViewDrawer]:
-    """Return what draws the views, and their name; without a run they are SimCLR's."""
+def view_maker(request: Request, task: Task) -> tuple[str, ViewMaker]:
+    """Return what makes the two views, and their name; SimCLR's, if the run had no such pair."""
     views = request.config.get("views")
     if views is None and request.origin.run is not None:
-        views = request.origin.run.load_config()[0].views
-    elif views is None:
+        views = request.origin.run.load_config()[0].get("views")
+    if views is None:
         views = OmegaConf.load(CONFIG_DIR / "views" / "simclr.yaml")
     data, encoder = request.config.data, task.encoder
-    drawer = ViewDrawer(
-        build(views),
-        encoder.image_size,
-        encoder.mean,
-        encoder.std,
-        flip=data.flip,
-        crop_min=data.crop_min,
-    )
-    return views_name(plain(views)), drawer
+    specs = build(views).specs(encoder.image_size, data.flip, data.crop_min)
+    maker = ViewMaker(specs, encoder.image_size, encoder.mean, encoder.std)
+    return views_name(plain(views)), maker
 
 
 def views_name(views: dict[str, Any]) -> str:

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssl_samix.callbacks.run_summary import Run
     from ssl_samix.errors import UserError
     from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
+    from ssl_samix.evaluation.classifier import TrainedClassifier, load_classifier
     from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
     from ssl_samix.methods.moco import MoCo
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
     from ssl_samix.mixup.samix import SAMix
-    from ssl_samix.pretraining import Run, pretrain
+    from ssl_samix.pretraining import pretrain
     from ssl_samix.standalone import TrainedMixer, load_mixer
+    from ssl_samix.supervised import train_supervised
 
 __all__ = [
     "BYOL",
@@ -28,11 +31,14 @@ __all__ = [
     "SAMix",
     "SimCLR",
     "SimSiam",
+    "TrainedClassifier",
     "TrainedMixer",
     "UserError",
+    "load_classifier",
     "load_encoder",
     "load_mixer",
     "pretrain",
+    "train_supervised",
 ]
 
 # Loaded at first use, so that the command line answers before torch is imported.
@@ -42,15 +48,18 @@ _HOMES = {
     "Encoder": "ssl_samix.evaluation.checkpoint",
     "MoCo": "ssl_samix.methods.moco",
     "MoCoV3": "ssl_samix.methods.mocov3",
-    "Run": "ssl_samix.pretraining",
+    "Run": "ssl_samix.callbacks.run_summary",
     "SAMix": "ssl_samix.mixup.samix",
     "SimCLR": "ssl_samix.methods.simclr",
     "SimSiam": "ssl_samix.methods.simsiam",
+    "TrainedClassifier": "ssl_samix.evaluation.classifier",
     "TrainedMixer": "ssl_samix.standalone",
     "UserError": "ssl_samix.errors",
+    "load_classifier": "ssl_samix.evaluation.classifier",
     "load_encoder": "ssl_samix.evaluation.checkpoint",
     "load_mixer": "ssl_samix.standalone",
     "pretrain": "ssl_samix.pretraining",
+    "train_supervised": "ssl_samix.supervised",
 }
 
 

@@ -55,6 +55,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(
                 f"{path} holds the backbone {describe(theirs)}, this run has {describe(ours)}"
             )
+        learned, given = (len(m.get("classes", ())) for m in (checkpoint[META], self.meta))
+        if learned != given:
+            raise CheckpointError(
+                f"{path} holds a classifier of {learned} classes, the data have {given}"
+            )
         return checkpoint
 
 

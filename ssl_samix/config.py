@@ -20,14 +20,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ssl_samix.errors import ConfigError, UserError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 # Installed, the configurations are inside the package; in a checkout they stand beside it.
 CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
-PATH_KEYS = ("out", "resume", "data.root", "mixup.mixer", "run", "images")
+PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
@@ -203,6 +203,10 @@ def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[s
             with open_dict(whole):
                 del whole["hydra"]
             OmegaConf.resolve(whole)
+    except InterpolationKeyError as error:  # a choice that reads a key of another command's
+        key = str(error).partition("'")[2].partition("'")[0]
+        command, given = config_name.replace("_", "-"), ", ".join(words)
+        raise ConfigError(f"samix {command} has no {key}, which {given} reads") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
     finally:
@@ -212,7 +216,7 @@ def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[s
 
 def absolute(config: DictConfig) -> DictConfig:
     """Make the paths that a run reads absolute, so that it finds them from anywhere."""
-    for key in ("data.root", "mixup.mixer"):
+    for key in ("data.root", "mixup.mixer", "init"):
         path = OmegaConf.select(config, key)
         if path is not None:
             OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(str(path))))

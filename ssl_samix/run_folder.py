@@ -36,6 +36,7 @@ class RunFolder:
         self.last = self.path / "last.ckpt"
         self.best = self.path / "best.ckpt"
         self.encoder = self.path / "encoder.safetensors"
+        self.classifier = self.path / "classifier.safetensors"
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
 
@@ -106,18 +107,24 @@ class RunFolder:
         return whole, choices
 
 
-def resumed_config(run: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str]]:
+def resumed_config(
+    command: str, run: str, arguments: list[str]
+) -> tuple[DictConfig, dict[str, str]]:
     """Return the configuration of a run, with what a resume may change changed.
 
     Args:
+        command: ``pretrain`` or ``supervised``.
         run: Its folder.
         arguments: ``key=value`` words.
 
     Raises:
-        CheckpointError: If there is no run.
+        CheckpointError: If there is no run of this command.
         ConfigError: For an unknown key, or one that a resume cannot change.
     """
     config, choices = RunFolder(run).load_config()
+    theirs = "pretrain" if "method" in choices else "supervised"
+    if theirs != command:
+        raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
     for override in parse(arguments):
         key, value = override.key_or_group, override.value()
         if key == "resume" or key.startswith("hydra"):
@@ -132,7 +139,8 @@ def resumed_config(run: str, arguments: list[str]) -> tuple[DictConfig, dict[str
 
 def default_out(choices: dict[str, str], seed: int) -> Path:
     """Return a new folder's name under ``runs``."""
-    stem = "-".join([choices["data"], choices["method"], choices["mixup"], f"s{seed}"])
+    how = choices.get("method", "supervised")
+    stem = "-".join([choices["data"], how, choices["mixup"], f"s{seed}"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path, copy = Path("runs") / f"{stem}-{stamp}", 1
     while path.exists():

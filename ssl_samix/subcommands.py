@@ -31,36 +31,40 @@ class PlainSubcommand:
     main: Callable[[list[str]], str]  # returns what is printed
 
 
-def _check_pretrain(words: list[str], sweeping: bool) -> None:
-    """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
+def _training(text: str, command: str, module: str) -> Subcommand:
+    """Make a subcommand of one mode of training, whose ``module`` has the function ``job``."""
 
-    Args:
-        words: ``key=value`` words.
-        sweeping: Whether lists of values are sweeps; each job then has a folder of its own.
+    def check(words: list[str], sweeping: bool) -> None:
+        """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
 
-    Raises:
-        UserError: For the first mistake.
-    """
-    from ssl_samix.config import absolute, check, parse
-    from ssl_samix.data.layout import check_layout
-    from ssl_samix.launch import is_main_process
-    from ssl_samix.run_folder import RunFolder, resumed_config
+        Args:
+            words: ``key=value`` words.
+            sweeping: Whether lists of values are sweeps; each job then has a folder of its own.
 
-    resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
-    if resume and resume[-1] is not None:
-        configs = [resumed_config(resume[-1], words)[0]]
-    else:
-        configs = check("pretrain", words)
-    for config in configs:
-        check_layout(config.data.name, config.data.root, config.data.download)
-        if config.out is not None and not (sweeping or resume) and is_main_process():
-            RunFolder(config.out).check_mine(absolute(config))
+        Raises:
+            UserError: For the first mistake.
+        """
+        from ssl_samix.config import absolute, check, parse
+        from ssl_samix.data.layout import check_layout
+        from ssl_samix.launch import is_main_process
+        from ssl_samix.run_folder import RunFolder, resumed_config
 
+        resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
+        if resume and resume[-1] is not None:
+            configs = [resumed_config(command, resume[-1], words)[0]]
+        else:
+            configs = check(command, words)
+        for config in configs:
+            check_layout(config.data.name, config.data.root, config.data.download)
+            if config.out is not None and not (sweeping or resume) and is_main_process():
+                RunFolder(config.out).check_mine(absolute(config))
 
-def _pretrain(words: list[str]) -> None:
-    from ssl_samix.pretraining import configured, run
+    def job(words: list[str]) -> None:
+        from importlib import import_module
 
-    run(*configured(words))
+        import_module(f"ssl_samix.{module}").job(words)
+
+    return Subcommand(text, command, check, job)
 
 
 def _check_show_mixing(words: list[str], _sweeping: bool) -> None:
@@ -138,9 +142,8 @@ def _embed(words: list[str]) -> None:
 
 
 SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
-    "pretrain": Subcommand(
-        "learn an encoder from images without labels", "pretrain", _check_pretrain, _pretrain
-    ),
+    "pretrain": _training("learn an encoder from images without labels", "pretrain", "pretraining"),
+    "supervised": _training("train a classifier from labelled images", "supervised", "supervised"),
     "show-mixing": Subcommand(
         "paint what a trained Mixer makes of images",
         "show_mixing",
@@ -151,6 +154,9 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "linear": _protocol("measure an encoder by a linear classifier", "linear", "linear"),
     "knn": _protocol("measure an encoder by nearest neighbours", "knn", "knn"),
     "semi": _protocol("measure an encoder with few labels", "semi", "semi_supervised"),
+    "robustness": _protocol(
+        "measure a trained classifier, also under attack", "robustness", "robustness"
+    ),
     "measures": _protocol(
         "measure an encoder without labels, and by clustering", "measures", "measures"
     ),

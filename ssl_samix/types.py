@@ -87,6 +87,7 @@ class Method(Protocol):
     """
 
     directions: tuple[tuple[int, int], ...]  # (query view, key view) of each term of its own loss
+    keeps_plain_views: bool  # beside mixtures, where the configuration leaves it to the method
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of the plain views, (B,)."""
@@ -127,6 +128,11 @@ class Method(Protocol):
 
     def contrast(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
         """Like ``pair_loss``, with negatives in any case: what tells a mixture from all others."""
+
+    def likeness(
+        self, query: Tensor, target: Tensor, parents: Tensor, temperature: float
+    ) -> Tensor:
+        """Say how like each query is to each of its parents, as logits (K, P)."""
 
 
 class MixingPolicy(Protocol):

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
-import torch
 
 from ssl_samix.errors import UserError
 
+EVERY = 100  # steps between two looks: each makes the host wait for the device
+
 
 class FiniteLoss(pl.Callback):
-    """Looks at each epoch's mean loss, so that no step waits for the host.
+    """Looks, now and then and at the end of an epoch, for a step whose loss was no number.
 
     It is the first callback: neither the monitor nor a checkpoint sees a diverged encoder.
     """
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *batch: Any) -> None:
+        """Look, if it is time."""
+        if trainer.global_step % EVERY == 0:
+            self.look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Look before anything is measured or saved."""
+        self.look(trainer, pl_module)
+
+    @staticmethod
+    def look(trainer: pl.Trainer, module: Any) -> None:
         """Refuse to go on.
 
         Raises:
-            UserError: If a mask or the epoch's mean loss was NaN or infinite.
+            UserError: If a mask or a step's loss was NaN or infinite.
         """
-        mixing = getattr(pl_module, "mixing", None)
-        complaint = None if mixing is None else mixing.complaint()
+        kept = "last.ckpt holds the last whole epoch"
+        complaint = None if module.mixing is None else module.mixing.complaint()
         if complaint is not None:
-            raise UserError(f"{complaint} (last.ckpt holds the epoch before)")
-        loss = trainer.callback_metrics["loss"]
-        if not torch.isfinite(loss):
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            raise UserError(f"{complaint} ({kept})")
+        step = int(module.bad_step)
+        if step >= 0:
+            schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+            rate = schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
             raise UserError(
-                f"the loss became {loss.item()} in the epoch that ended with step "
-                f"{trainer.global_step}, at learning rate {rate:.2g}: lower optimizer.lr "
-                "(last.ckpt holds the epoch before)"
+                f"the loss of step {step} was no number, at learning rate {rate:.2g}: "
+                f"lower optimizer.lr ({kept})"
             )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
@@ -22,19 +20,13 @@ from ssl_samix.evaluation.two_views import embed_two_views
 
 RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
 VIEW_SAMPLE = 250  # images for alignment, embedded twice
-SHARE = 0.05  # of the training cost; the automatic interval keeps the monitor below it
-STEP_COST = 4  # encoder passes per image and epoch of the cheapest method (MoCo: 3 + 1)
 
 
-class KNNMonitor(pl.Callback):
+class KNNMonitor(Monitor):
     """Every n epochs: weighted kNN on un-augmented images, RankMe, alignment and uniformity.
 
-    ``fresh`` holds what this epoch has measured, nothing if it was not this epoch's turn.
-
     Args:
-        every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
-            most 5% of the training, counted in encoder passes. The first and the last epoch are
-            always measured.
+        every_n_epochs: The interval, see ``Monitor``.
         k: Neighbours to vote; the first gives ``knn/top1``, the others ``knn/top1_k<k>``.
         temperature: Of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
         bank_limit: At most this many images in the memory bank (None: all).
@@ -44,6 +36,12 @@ class KNNMonitor(pl.Callback):
         ConfigError: For a setting below its smallest value.
     """
 
+    name = "knn"
+    columns = ("knn/", "rankme", "alignment", "uniformity")
+    first = ("knn/top1", "rankme")
+    shown: ClassVar = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
+    step_cost = 4  # of MoCo: 3 of the query encoder, 1 of the key encoder
+
     def __init__(
         self,
         every_n_epochs: int | Literal["auto"] = "auto",
@@ -52,8 +50,7 @@ class KNNMonitor(pl.Callback):
         bank_limit: int | None = None,
         val_limit: int | None = None,
     ) -> None:
-        if every_n_epochs != "auto":
-            check_range("callbacks.knn.every_n_epochs", every_n_epochs, 1)
+        super().__init__(every_n_epochs)
         self.k = [k] if isinstance(k, int) else list(k)
         if not self.k:
             raise ConfigError("callbacks.knn.k needs at least one number of neighbours")
@@ -63,23 +60,11 @@ class KNNMonitor(pl.Callback):
         for name, limit in (("bank_limit", bank_limit), ("val_limit", val_limit)):
             if limit is not None:
                 check_range(f"callbacks.knn.{name}", limit, 1)
-        self.every_n_epochs, self.temperature = every_n_epochs, temperature
+        self.temperature = temperature
         self.bank_limit, self.val_limit = bank_limit, val_limit
-        self.best: float | None = None
-        self.fresh: dict[str, float] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the best kNN over a resume."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best kNN back."""
-        self.best = state_dict["best"]
-
-    def interval(self, data: DataModule) -> int:
-        """Return the epochs between two measurements."""
-        if self.every_n_epochs != "auto":
-            return int(self.every_n_epochs)
+    def passes(self, data: DataModule) -> int:
+        """Count the images that are embedded; those of two views twice."""
         splits = data.splits
         passes = 2 * min(VIEW_SAMPLE, len(splits.train))
         if splits.bank is not None and splits.val is not None:
@@ -87,27 +72,23 @@ class KNNMonitor(pl.Callback):
             passes += self._count(splits.val, self.val_limit)
         if splits.bank is not splits.train:
             passes += min(RANK_SAMPLE, len(splits.train))
-        return max(1, math.ceil(passes / (SHARE * STEP_COST * len(splits.train))))
+        return passes
 
     @staticmethod
     def _count(images: ImageSet, limit: int | None) -> int:
         return min(len(images), limit or len(images))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure, if it is time, and log."""
-        self.fresh = {}
-        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
-        if epoch % self.interval(trainer.datamodule) and epoch != last:  # type: ignore[attr-defined]
-            return
-        start = time.perf_counter()
-        with trainer.precision_plugin.forward_context():
-            measured = self.measure(module.backbone, trainer.datamodule, module.device)  # type: ignore[attr-defined, arg-type]
-        if "knn/top1" in measured:
-            self.best = max(self.best or 0.0, measured["knn/top1"])
-            measured["knn/best_top1"] = self.best
-        measured["knn/seconds"] = time.perf_counter() - start
-        self.fresh = measured
-        module.log_dict(measured, on_step=False, on_epoch=True)
+    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+        """Measure the backbone."""
+        return self.measure(module.backbone, data, module.device)
+
+    def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
+        """Return kNN, where there are labels, and RankMe."""
+        lines = [("RankMe", f"{newest['rankme']:.1f}")]
+        if "knn/top1" in newest:
+            now, best = newest["knn/top1"], newest["knn/best_top1"]
+            lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
+        return lines
 
     def measure(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
@@ -166,4 +147,4 @@ class KNNMonitor(pl.Callback):
     ) -> tuple[Tensor, Tensor]:
         images = data.splits.train
         picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
-        return embed_two_views(encoder, images, picks.tolist(), data, device)
+        return embed_two_views(encoder, images, picks.tolist(), data.views, device)

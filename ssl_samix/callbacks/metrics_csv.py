@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from ssl_samix.callbacks.knn_monitor import KNNMonitor
+from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.files import write_atomically
 
-FIRST = ["epoch", "step", "loss", "knn/top1", "rankme", "lr", "seconds", "images_per_second"]
+BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
+AFTER = ("lr", "seconds", "images_per_second")
 
 
 class MetricsCSV(pl.Callback):
@@ -25,14 +27,14 @@ class MetricsCSV(pl.Callback):
         monitor: Whose measurements stand in the rows of the epochs that made them.
     """
 
-    def __init__(self, path: Path, monitor: KNNMonitor) -> None:
+    def __init__(self, path: Path, monitor: Monitor) -> None:
         self.path, self.monitor = path, monitor
         self.rows: list[dict[str, Any]] | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        stale = ("knn/", "rankme", "alignment", "uniformity")
+        stale = self.monitor.columns
         row = {k: v for k, v in metrics.items() if not k.startswith(stale)} | self.monitor.fresh
         if trainer.is_global_zero:
             self.write(trainer.current_epoch, trainer.global_step, row)
@@ -44,7 +46,7 @@ class MetricsCSV(pl.Callback):
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
         values = {name: f"{value:.10g}" for name, value in metrics.items()}
         self.rows.append({"epoch": epoch, "step": step, **values})
-        write_rows(self.path, self.rows)
+        write_rows(self.path, self.rows, (*BEFORE, *self.monitor.first, *AFTER))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -55,9 +57,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of all of them."""
-    columns = list(dict.fromkeys([*FIRST, *(name for row in rows for name in row)]))
+def write_rows(path: Path, rows: list[dict[str, Any]], first: Sequence[str]) -> None:
+    """Write rows with the columns of all of them, these first."""
+    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
     lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     text = "".join(",".join(line) + "\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -11,18 +11,23 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ssl_samix.callbacks.monitor import Monitor
+
 MOST_LINES = 12  # of a run whose output is no terminal, more or less
-QUALITY = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
 
 
 class RunProgress(pl.Callback):
     """One bar over the whole run with loss, quality and the time that is left.
 
     Without a terminal it prints at most a dozen lines instead, evenly over the run.
+
+    Args:
+        monitor: Whose measurements are the quality; None if nothing is measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: Monitor | None = None) -> None:
         super().__init__()
+        self._shown = {} if monitor is None else monitor.shown
         self._bar: tqdm[Any] | None = None
         self._above = ExitStack()  # while it is open, warnings are printed above the bar
         self._begin, self._first_step, self._line = 0.0, 0, 0
@@ -48,16 +53,16 @@ class RunProgress(pl.Callback):
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
-            self._bar.set_description(describe(trainer, QUALITY))
+            self._bar.set_description(describe(trainer, self._shown))
             return
-        quality = {name: float(trainer.callback_metrics.get(name, -1)) for name in QUALITY}
+        quality = {name: float(trainer.callback_metrics.get(name, -1)) for name in self._shown}
         fresh = quality != self._quality
         self._quality = quality
         epochs, done = trainer.max_epochs or 1, trainer.current_epoch + 1
         since = (done - self._line) * MOST_LINES / epochs
         if done in (1, epochs) or (fresh and since > 0.8) or since > 2:
             self._line = done
-            text = describe(trainer, QUALITY if fresh else {})
+            text = describe(trainer, self._shown if fresh else {})
             print(f"{text}  {self._left(trainer)} left", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,11 +11,13 @@ import torch
 from omegaconf import DictConfig
 
 from ssl_samix.callbacks.metrics_csv import read_metrics
+from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ssl_samix.evaluation.checkpoint import Encoder
+    from ssl_samix.evaluation.classifier import TrainedClassifier
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Run:
 
         return load_encoder(self.out)
 
+    @property
+    def classifier(self) -> TrainedClassifier:
+        """The trained classifier, in eval mode; of a run of ``train_supervised``."""
+        from ssl_samix.evaluation.classifier import load_classifier
+
+        return load_classifier(self.out)
+
 
 def announce(
     trainer: pl.Trainer,
@@ -45,6 +54,7 @@ def announce(
     folder: RunFolder,
     module: Any,
     data: DataModule,
+    lines: dict[str, str],
 ) -> None:
     """Say, in a few lines, what is about to happen, and what was chosen for the user."""
     if not trainer.is_global_zero:
@@ -55,13 +65,12 @@ def announce(
     weights = sum(p.numel() for p in module.backbone.parameters())
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    seen = "for the monitor only"
     rows = {
         "data": f"{choices['data']}: {len(splits.train)} images at {splits.image_size} px, "
-        + (f"{classes} classes, {seen}" if classes else "no labels"),
+        + (f"{classes} classes, {lines['labels']}" if classes else "no labels"),
         "encoder": f"{backbone['name']}, width {backbone['width']}, {backbone['stem']} stem, "
         f"{weights / 1e6:.1f} M weights",
-        "method": f"{choices['method']}, mixup {choices['mixup']}, {config.trainer.max_epochs} "
+        "method": f"{lines['method']}, mixup {choices['mixup']}, {config.trainer.max_epochs} "
         f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),
@@ -69,24 +78,19 @@ def announce(
     print("\n".join(f"{name:<10}{text}" for name, text in rows.items()), flush=True)
 
 
-def finish(trainer: pl.Trainer, folder: RunFolder) -> Run:
+def finish(trainer: pl.Trainer, folder: RunFolder, monitor: Monitor) -> Run:
     """Print the run's table and return the run."""
     rows = read_metrics(folder.metrics)
     newest = {k: float(v) for row in rows for k, v in row.items() if v}
     if trainer.is_global_zero:
-        print(_table(rows, newest, folder), flush=True)
+        print(_table(rows, monitor.table(newest), folder), flush=True)
     return Run(folder.path, newest)
 
 
-def _table(rows: list[dict[str, Any]], newest: dict[str, float], folder: RunFolder) -> str:
+def _table(rows: list[dict[str, Any]], found: list[tuple[str, str]], folder: RunFolder) -> str:
     images = sum(float(r["images_per_second"]) * float(r["seconds"]) for r in rows)
     seconds = sum(float(r["seconds"]) for r in rows)
-    lines = []
-    if "knn/top1" in newest:
-        best = newest["knn/best_top1"]
-        lines.append(("kNN top-1", f"{newest['knn/top1']:.2f}% final, {best:.2f}% best"))
-    lines.append(("RankMe", f"{newest['rankme']:.1f}"))
-    lines.append(("images/s", f"{images / max(seconds, 1e-9):.0f}"))
+    lines = [*found, ("images/s", f"{images / max(seconds, 1e-9):.0f}")]
     lines.append(("encoder", str(folder.encoder)))
     if folder.best.exists():
         lines.append(("best", str(folder.best)))

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
-from ssl_samix.data.views import BATCHED_UP_TO, BatchedViews, Views
-from ssl_samix.data.worker_views import WorkerViews, normalize
+from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
 
@@ -23,7 +22,7 @@ class DataModule(pl.LightningDataModule):
     """The images of one run.
 
     Args:
-        views: The two views of the method.
+        views: Of which views a batch consists.
         seed: Of the run: orders and views derive from it and from the step.
         name: Data set name.
         root: Its folder.
@@ -44,7 +43,7 @@ class DataModule(pl.LightningDataModule):
     def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
         self,
         *,
-        views: Views,
+        views: Recipes,
         seed: int,
         name: str,
         root: str | None,
@@ -70,9 +69,7 @@ class DataModule(pl.LightningDataModule):
         )
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
-        specs = views.specs(size, flip, crop_min)
-        self.batched_views = BatchedViews(specs, size, mean, std)
-        self.worker_views = None if size <= BATCHED_UP_TO else WorkerViews(specs, size)
+        self.views = ViewMaker(views.specs(size, flip, crop_min), size, mean, std)
 
     def _check_batch(self) -> None:
         images = len(self.splits.train)
@@ -88,11 +85,6 @@ class DataModule(pl.LightningDataModule):
             )
 
     @property
-    def mean_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation per channel, of pixels in [0, 1]."""
-        return self.splits.mean, self.splits.std
-
-    @property
     def in_memory(self) -> bool:
         """Whether loading a batch is a memory look-up."""
         return isinstance(self.splits.train, MemoryImages)
@@ -101,7 +93,7 @@ class DataModule(pl.LightningDataModule):
         """Return the number of worker processes per rank."""
         if self.workers != "auto":
             return int(self.workers)
-        if self.in_memory and self.worker_views is None:
+        if self.in_memory and self.views.per_image is None:
             return 0  # pickling a batch to another process costs more than indexing it
         return max(1, min(16, (os.cpu_count() or 1) // ranks))
 
@@ -116,7 +108,7 @@ class DataModule(pl.LightningDataModule):
             )
         workers = self.worker_count(ranks)
         return DataLoader(
-            StepReader(self.splits.train, self.worker_views, self.seed, rank),
+            StepReader(self.splits.train, self.views.per_image, self.seed, rank),
             sampler=StepSampler(len(self.splits.train), self.batch_size, self.seed, rank, ranks),
             batch_size=None,
             num_workers=workers,
@@ -131,11 +123,4 @@ class DataModule(pl.LightningDataModule):
         # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
         # a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed(step_seed(self.seed, int(step), rank))
-        return Batch(views=self.make_views(pixels), label=label, index=index)
-
-    def make_views(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 images (B, 3, S, S), or views from workers (B, V, 3, S, S), to float views."""
-        if pixels.ndim == 5:
-            mean, std = (pixels.new_tensor(v, dtype=torch.float32) for v in self.mean_std)
-            return tuple(normalize(view, mean, std) for view in pixels.unbind(dim=1))
-        return self.batched_views.to(pixels.device)(pixels)
+        return Batch(views=self.views(pixels), label=label, index=index)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssl_samix.data.layout import IMAGE_SUFFIXES, no_images
@@ -83,6 +84,14 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
     return _labelled(tree)
 
 
+def empty_classes(root: str | os.PathLike[str]) -> list[str]:
+    """Name the folders, among the classes under ``root``, that hold no image at any depth."""
+    top = _list(os.fspath(root))
+    train = [folder for folder in top.folders if os.path.basename(folder) == "train"]
+    classes = _list(train[0]).folders if train and not top.images else top.folders
+    return [os.path.basename(c) for c in classes if not _walk(c, frozenset())]
+
+
 def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path: str) -> None:
     """Raise unless both splits have the same classes.
 
@@ -90,7 +99,7 @@ def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path:
         DataError: Names the classes that only one of the two has.
     """
     sides = {"only in train": set(train) - set(val), f"only in {val_path}": set(val) - set(train)}
-    differ = [f"{side}: {_names(sorted(names))}" for side, names in sides.items() if names]
+    differ = [f"{side}: {listed(sorted(names))}" for side, names in sides.items() if names]
     if differ:
         raise DataError(
             f"train and validation have different classes ({'; '.join(differ)}): "
@@ -168,7 +177,7 @@ def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
     if wanted and tree.loose:
         raise DataError(
             f"{len(tree.loose)} images lie outside the class folders of {tree.path} "
-            f"({_names([os.path.basename(path) for path in tree.loose])}): move them into one"
+            f"({listed([os.path.basename(path) for path in tree.loose])}): move them into one"
         )
     return len(tree.classes) >= 2 and not tree.loose if wanted is None else wanted
 
@@ -192,7 +201,7 @@ def _first_val(paths: list[str], classes: tuple[str, ...]) -> Files | None:
     return None
 
 
-def _names(names: list[str], most: int = 10) -> str:
+def listed(names: Sequence[str], most: int = 10) -> str:
     """Join up to ``most`` names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

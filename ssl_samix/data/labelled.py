@@ -7,14 +7,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ssl_samix.data.images import ImageSet, MemoryImages
+from ssl_samix.data.images import ImageSet
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import ViewSpec
-from ssl_samix.data.views import BATCHED_UP_TO, BatchedViews
-from ssl_samix.data.worker_views import WorkerViews, normalize
+from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.types import Batch
 
 # Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
@@ -72,15 +70,12 @@ class LabelledData(pl.LightningDataModule):
         super().__init__()
         self.images, self.picks, self.seed, self.workers = images, list(picks), seed, workers
         self.batch_size = min(batch_size, len(self.picks))
-        size = images.image_size
-        self.batched = BatchedViews((spec,), size, mean, std)
-        in_files = size > BATCHED_UP_TO and not isinstance(images, MemoryImages)
-        self.in_workers = WorkerViews((spec,), size) if in_files else None
+        self.views = ViewMaker((spec,), images.image_size, mean, std)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of all steps."""
         return DataLoader(
-            StepReader(self.images, self.in_workers, self.seed, rank=0),
+            StepReader(self.images, self.views.per_image, self.seed, rank=0),
             sampler=PickedSampler(self.picks, self.batch_size, self.seed),
             batch_size=None,
             num_workers=self.workers,
@@ -92,10 +87,4 @@ class LabelledData(pl.LightningDataModule):
         """Draw the views on the device; all that is drawn in a step follows from its number."""
         pixels, label, index, step = batch
         torch.manual_seed(step_seed(self.seed, int(step), 0))
-        return Batch(views=(self._view(pixels),), label=label, index=index)
-
-    def _view(self, pixels: Tensor) -> Tensor:
-        if pixels.ndim == 5:
-            mean, std = self.batched.mean.to(pixels.device), self.batched.std.to(pixels.device)
-            return normalize(pixels[:, 0], mean, std)
-        return self.batched.to(pixels.device)(pixels)[0]
+        return Batch(views=self.views(pixels), label=label, index=index)

@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
-from ssl_samix.errors import ConfigError, check_range, nearest
+from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 
 SMALLEST_BLURRED = 64  # pixels; SimCLR's CIFAR recipe has no blur, arXiv 2002.05709, appendix B.9
+POLICIES = ("none", "randaugment", "trivialaugment")
+HIGHEST = {  # of what may be more than 1
+    "brightness": math.inf,
+    "contrast": math.inf,
+    "saturation": math.inf,
+    "hue": 0.5,
+    "pad": 0.5,
+    "operations": 14,
+    "magnitude": 30,
+}
 BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, appendix A, and everyone since
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """The recipe of one view: crop, mirror, colour jitter, grey, blur, solarize, in this order.
+    """The recipe of one view, in the order: crop, mirror, policy, colour jitter, grey, blur,
+    solarize, and, of the normalised view, erasing.
 
     Attributes:
         crop_min: Smallest area of a crop, as a share of the image's, in (0, 1].
@@ -29,6 +40,13 @@ class ViewSpec:
         grayscale: Probability to drop the colours.
         blur: Probability of a Gaussian blur, standard deviation uniform in `BLUR_SIGMA` pixels.
         solarize: Probability to invert the values above the middle.
+        pad: If above 0, the crop is of the image's own size, out of the image with a mirrored
+            border of this share of its side: the crop of the CIFAR recipes (4 of 32 px).
+        policy: ``none``, ``randaugment`` (arXiv 1909.13719) or ``trivialaugment``
+            (arXiv 2103.10158), torchvision's, image by image.
+        operations: Of RandAugment, per image.
+        magnitude: Of RandAugment, in [0, 30].
+        erasing: Probability to fill a rectangle with noise (arXiv 1708.04896).
 
     Raises:
         ConfigError: If a value is no number or out of its range.
@@ -45,12 +63,18 @@ class ViewSpec:
     grayscale: float
     blur: float
     solarize: float
+    pad: float = 0.0
+    policy: str = "none"
+    operations: int = 2
+    magnitude: int = 9
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that make no view."""
-        highest = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
-        for name, value in asdict(self).items():
-            check_range(f"view setting {name}", value, 0.0, highest.get(name, 1.0))
+        settings = asdict(self)
+        check_choice("view setting policy", settings.pop("policy"), POLICIES)
+        for name, value in settings.items():
+            check_range(f"view setting {name}", value, 0.0, HIGHEST.get(name, 1.0))
         if self.crop_min == 0 or self.crop_min > self.crop_max:
             raise ConfigError(
                 "view settings 'crop_min' and 'crop_max' must be 0 < crop_min <= crop_max <= 1, "
@@ -76,6 +100,34 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
         blur=spec.blur if image_size >= SMALLEST_BLURRED else 0.0,
         flip=spec.flip if flip else 0.0,
     )
+
+
+class Recipes(Protocol):
+    """Whatever says of which views a batch consists."""
+
+    def specs(
+        self, image_size: int, flip: bool = True, crop_min: float = 0.0
+    ) -> tuple[ViewSpec, ...]:
+        """Return a recipe per view, `scaled` to ``image_size`` pixels and what the data bear."""
+
+
+class OneView:
+    """The one view of supervised training.
+
+    Args:
+        **settings: Fields of a `ViewSpec`.
+
+    Raises:
+        ConfigError: If a field is unknown, missing or out of its range.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Check and keep the recipe."""
+        self.spec = _spec(settings)
+
+    def specs(self, image_size: int, flip: bool = True, crop_min: float = 0.0) -> tuple[ViewSpec]:
+        """Return the recipe, `scaled` to ``image_size`` pixels and to what the data bear."""
+        return (scaled(self.spec, image_size, flip, crop_min),)
 
 
 class Views:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.data import transforms
@@ -43,13 +44,18 @@ class ViewParams:
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, pixels of the view
     solarize: Tensor  # (B,) bool
+    border: int = 0  # mirrored pixels around the source, which the box is counted from
 
 
 def draw(
     spec: ViewSpec, n: int, height: int, width: int, device: torch.device | str = "cpu"
 ) -> ViewParams:
     """Draw the parameters of one view of ``n`` images of ``height`` x ``width`` pixels."""
-    top, left, crop_height, crop_width = _draw_boxes(spec, n, height, width, device)
+    border = round(spec.pad * min(height, width))
+    if border:
+        top, left, crop_height, crop_width = _draw_shifts(border, n, height, width, device)
+    else:
+        top, left, crop_height, crop_width = _draw_boxes(spec, n, height, width, device)
     chances = [spec.flip, spec.jitter, spec.grayscale, spec.blur, spec.solarize]
     events = torch.rand(5, n, device=device) < torch.tensor(chances, device=device).unsqueeze(1)
     flip, jitter, grayscale, blur, solarize = events  # each (B,)
@@ -69,7 +75,16 @@ def draw(
         blur=blur,
         sigma=torch.empty(n, device=device).uniform_(*BLUR_SIGMA),
         solarize=solarize,
+        border=border,
     )
+
+
+def _draw_shifts(
+    border: int, n: int, height: int, width: int, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw crops of the image's own size out of the image with a border, as RandomCrop does."""
+    top, left = torch.randint(2 * border + 1, (2, n), device=device)
+    return top, left, torch.full_like(top, height), torch.full_like(top, width)
 
 
 def _draw_boxes(
@@ -107,6 +122,8 @@ def apply(images: Tensor, params: ViewParams, size: int) -> Tensor:
     """
     box = (params.top, params.left, params.height, params.width)
     blur = partial(transforms.gaussian_blur, kernel_size=transforms.blur_kernel_size(size))
+    if params.border:
+        images = F.pad(images, [params.border] * 4, mode="reflect")
     views = transforms.crop_resize(images, box, params.flip, size)
     _change(views, params.jitter, transforms.color_jitter, params.factors, params.order)
     _change(views, params.grayscale, transforms.grayscale)
@@ -144,6 +161,8 @@ class BatchedViews(nn.Module):
     ) -> None:
         """Check the settings; there are no parameters, and nothing that a checkpoint keeps."""
         super().__init__()
+        if any(spec.policy != "none" for spec in specs):
+            raise ConfigError("an augmentation policy is for views that are drawn image by image")
         if size < 2 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(
                 "views need a size of at least 2 pixels, three means and three positive standard "

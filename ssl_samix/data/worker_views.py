@@ -48,17 +48,32 @@ def _pipeline(spec: ViewSpec, size: int) -> v2.Compose:
     """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
     jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
     blur = v2.GaussianBlur(transforms.blur_kernel_size(size), BLUR_SIGMA)
-    area = (spec.crop_min, spec.crop_max)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(size, scale=area, ratio=RATIO, antialias=True),
+            *_crop(spec, size),
             v2.RandomHorizontalFlip(spec.flip),
+            *_policy(spec),
             v2.RandomApply([jitter], p=spec.jitter),
             v2.RandomGrayscale(spec.grayscale),
             v2.RandomApply([blur], p=spec.blur),
             v2.RandomSolarize(threshold=128, p=spec.solarize),
         ]
     )
+
+
+def _crop(spec: ViewSpec, size: int) -> list[v2.Transform]:
+    if not spec.pad:
+        area = (spec.crop_min, spec.crop_max)
+        return [v2.RandomResizedCrop(size, scale=area, ratio=RATIO, antialias=True)]
+    border = round(spec.pad * size)
+    shifted = v2.RandomCrop(size, padding=border, padding_mode="reflect")
+    return [v2.Resize(size, antialias=True), v2.CenterCrop(size), shifted]
+
+
+def _policy(spec: ViewSpec) -> list[v2.Transform]:
+    if spec.policy == "randaugment":
+        return [v2.RandAugment(spec.operations, int(spec.magnitude))]
+    return [v2.TrivialAugmentWide()] if spec.policy == "trivialaugment" else []
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.recipes import scaled
+from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.linear_choice import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
@@ -47,17 +48,6 @@ def labelled_data(
     )
 
 
-def accuracies(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return top-1 and top-5 in percent; of fewer than 5 classes, top-5 is over all of them.
-
-    Args:
-        logits: (N, C).
-        labels: (N,).
-    """
-    hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return 100 * hit[:, 0].double().mean().item(), 100 * hit.any(dim=1).double().mean().item()
-
-
 @torch.no_grad()
 def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tensor:
     """Map features (N, D) to the answers of all heads, (K, N, C) on the CPU."""
@@ -68,7 +58,7 @@ def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tens
 
 def choose_head(module: Classifier, features: Tensor, labels: Tensor) -> tuple[int, list[float]]:
     """Return the best head on held-out images, and the top-1 of each."""
-    top1 = [accuracies(x, labels)[0] for x in head_logits(module, features)]
+    top1 = [top1_top5(x, labels)[0] for x in head_logits(module, features)]
     return max(range(len(top1)), key=lambda i: top1[i]), top1
 
 
@@ -106,5 +96,5 @@ def augmented_probe(
         recipe = replace(recipe, lr=(recipe.lr[best],))
     data = labelled_data(task, train, every.tolist(), recipe, views, seed)
     module = fit(backbone, classes, recipe, data, **options)
-    top1_, top5 = accuracies(head_logits(module, task.embed(test, "test"))[0], test.labels)
+    top1_, top5 = top1_top5(head_logits(module, task.embed(test, "test"))[0], test.labels)
     return top1_, top5, {"lr": recipe.lr[0], "epochs": recipe.epochs, **settings}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.evaluation.augmented import accuracies, head_logits, labelled_data
+from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.augmented import head_logits, labelled_data
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.linear_choice import split
 from ssl_samix.evaluation.task import Task
@@ -58,7 +59,7 @@ def finetuned(
     test = few.task.labelled[1]
     recipe, tried = _chosen(few, backbone, say, callbacks)
     module = _trained(few, backbone, recipe, few.picks, callbacks)
-    top1, top5 = accuracies(_answers(few.task, module, test, range(len(test))), test.labels)
+    top1, top5 = top1_top5(_answers(few.task, module, test, range(len(test))), test.labels)
     settings = {"backbone_lr": recipe.backbone_lr, "head_lr": recipe.lr[0]}
     return top1, top5, settings | ({"held_out": tried} if tried else {})
 
@@ -80,7 +81,7 @@ def _chosen(
         logits = _answers(few.task, module, images, few.picks[held].tolist())
         name = f"{recipe.backbone_lr:g} / {recipe.lr[0]:g}"
         # A learning rate that diverges has no accuracy: it is no candidate.
-        tried[name] = accuracies(logits, labels[held])[0] if logits.isfinite().all() else -1.0
+        tried[name] = top1_top5(logits, labels[held])[0] if logits.isfinite().all() else -1.0
         say(f"  lr {name} (backbone / head): {tried[name]:.1f}% of {len(held)} held-out images")
     best = max(range(len(few.recipes)), key=lambda i: list(tried.values())[i])
     return few.recipes[best], tried

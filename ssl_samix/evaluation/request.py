@@ -103,7 +103,7 @@ def configured(protocol: str, words: list[str]) -> Request:
         if key in config.data and f"data.{key}" not in given:
             OmegaConf.update(config, f"data.{key}", value)
     origin = _origin(protocol, config)
-    check_range("seed", config.seed, 0)
+    check_range("seed", config.get("seed", 0), 0)
     check_range("chunk", config.chunk, 1)
     check_layout(config.data.name, config.data.root, config.data.download)
     return Request(protocol, absolute(config), choices["data"], origin)
@@ -112,8 +112,9 @@ def configured(protocol: str, words: list[str]) -> Request:
 def _origin(protocol: str, config: DictConfig) -> Origin:
     if config.run is None:
         raise ConfigError(f"{protocol} needs an encoder: run=<run folder, checkpoint or weights>")
-    check_choice("weights", config.weights, WEIGHTS)
-    return find_origin(str(config.run), config.weights)
+    weights = config.get("weights", "own")
+    check_choice("weights", weights, WEIGHTS)
+    return find_origin(str(config.run), weights)
 
 
 def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,25 @@ class Report:
         out = self.request.config.out
         if out is None:
             stem = f"{self.request.protocol}-{self.request.data}-{time.strftime('%Y%m%d-%H%M%S')}"
-            folder, copy = self.home / "results" / stem, 1
-            while folder.exists():
-                copy += 1
-                folder = self.home / "results" / f"{stem}-{copy}"
-        else:
-            folder = Path(str(out)).expanduser()
-            if (folder / "results.json").exists():
-                raise UserError(f"out={folder} holds results already: choose another out")
+            places = (self.home / "results" / (f"{stem}-{i}" if i else stem) for i in count())
+            return next(p for p in places if self._made(p, exist_ok=False))
+        folder = Path(str(out)).expanduser()
+        if (folder / "results.json").exists():
+            raise UserError(f"out={folder} holds results already: choose another out")
+        self._made(folder, exist_ok=True)
+        return folder
+
+    def _made(self, folder: Path, exist_ok: bool) -> bool:
+        """Make a folder, or say that another evaluation, begun in this second, has it."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.home.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=exist_ok)
         except OSError as error:
+            if not exist_ok and folder.is_dir():
+                return False
             reason = error.strerror or error
             raise UserError(f"cannot make {folder}: {reason}; give another out=<folder>") from error
-        return folder
+        return True
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -108,11 +113,11 @@ class Report:
                 {"variant": r.variant, "numbers": r.numbers, "settings": r.settings} for r in rows
             ],
             "details": details,
-            "seed": request.config.seed,
+            "seed": request.config.get("seed", 0),
             "seconds": self.seconds,
             "encoder": {
                 "from": request.origin.given,
-                "weights": request.config.weights,
+                "weights": request.config.get("weights", "own"),
                 "fingerprint": encoder_fingerprint(task),
                 **{k: v for k, v in meta.items() if k != "mixer"},
             },
@@ -151,6 +156,7 @@ def table(rows: list[Row]) -> str:
     """Return the results as lines for the screen."""
     names = {"top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "rankme": "RankMe {:.1f}"}
     names |= {"alignment": "alignment {:.3f}", "uniformity": "uniformity {:.3f}"}
+    names |= {"ece": "ECE {:.2f}%", "fgsm_top1": "FGSM top-1 {:.2f}%"}
     names |= {"nmi": "NMI {:.3f}", "ari": "ARI {:.3f}"}
     names |= {"cluster_accuracy": "cluster accuracy {:.2f}%"}
     width = max(len(row.variant) for row in rows) + 2

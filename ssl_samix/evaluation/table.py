@@ -6,12 +6,15 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
 
 # The columns of numbers; whatever a protocol measures beside them stands in results.json.
 NUMBERS = (
-    "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy",
+    "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy", "ece",
+    "fgsm_top1",
 )  # fmt: skip
 COLUMNS = (
     "time", "protocol", "variant", "weights", "data", "test_images", *NUMBERS, "seed", "seconds",
@@ -25,16 +28,17 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     Raises:
         UserError: If it cannot be read or written.
     """
-    old = read_rows(path)
-    columns = list(dict.fromkeys([*COLUMNS, *(name for row in old for name in row)]))
+    with FileLock(path.with_name(f".{path.name}.lock")):  # evaluations may end at the same moment
+        old = read_rows(path)
+        columns = list(dict.fromkeys([*COLUMNS, *(name for row in old for name in row)]))
 
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows([*old, *rows])
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows([*old, *rows])
 
-    write_atomically(path, write)
+        write_atomically(path, write)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

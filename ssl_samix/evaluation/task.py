@@ -80,24 +80,32 @@ def _watched() -> bool:
     return sys.stderr.isatty()
 
 
-def open_task(request: Request) -> Task:
+def open_task(request: Request, encoder: Encoder | None = None) -> Task:
     """Load the encoder and the images.
+
+    Args:
+        request: Names both.
+        encoder: The one that is measured, if it has been loaded.
 
     Raises:
         UserError: As ``load_source`` and ``load_splits`` do, or for a device that is not there.
     """
     config, data = request.config, request.config.data
     device = choose_device(config.device)
-    spec = SPECS[data.name]
-    own = data.image_size
+    encoder = (encoder or _source(request)).to(device)
+    splits = _load(request, encoder.image_size)
+    workers = _workers(data.workers, splits)
+    return Task(encoder, splits, device, config.chunk, workers)
+
+
+def _source(request: Request) -> Encoder:
+    config, data = request.config, request.config.data
+    spec, own = SPECS[data.name], data.image_size
     size = own if own != "auto" else None
     if request.origin.path is None and config.image_size is None and size is None:
         # A model without images of its own takes those of the data, whose size the files tell.
         size = _load(request, "auto").image_size
-    encoder = load_source(request.origin, config, size or 224, spec.mean, spec.std).to(device)
-    splits = _load(request, encoder.image_size)
-    workers = _workers(data.workers, splits)
-    return Task(encoder, splits, device, config.chunk, workers)
+    return load_source(request.origin, config, size or 224, spec.mean, spec.std)
 
 
 def _load(request: Request, size: int | str) -> Splits:

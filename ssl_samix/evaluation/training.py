@@ -43,6 +43,8 @@ class Recipe:
         gamma: See there.
         epochs: Passes over the labelled images.
         batch_size: Images per step.
+        standardize: Give the heads features of mean 0 and variance 1, by a BatchNorm without
+            weights, as MAE's linear probe has it (arXiv 2111.06377, appendix A.1).
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -58,6 +60,7 @@ class Recipe:
     weight_decay: float = 0.0
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, ("sgd", "nesterov", "lars"))
@@ -102,6 +105,8 @@ class Classifier(pl.LightningModule):
             nn.init.normal_(head.weight, std=INIT_STD, generator=generator)
             nn.init.zeros_(head.bias)
         self.heads = nn.ModuleList(heads)
+        width = backbone.feature_dim
+        self.scaling = nn.BatchNorm1d(width, affine=False) if recipe.standardize else nn.Identity()
         self.frozen = recipe.backbone_lr == 0
         self.backbone.requires_grad_(not self.frozen)
         self.train()  # whatever mode the backbone came in
@@ -115,7 +120,8 @@ class Classifier(pl.LightningModule):
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features (B, D) to the answers of all heads (K, B, C)."""
-        return torch.stack([head(features) for head in self.heads])
+        scaled = self.scaling(features)
+        return torch.stack([head(scaled) for head in self.heads])
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the sum of the heads' cross-entropies: no head feels another."""

@@ -1,11 +1,18 @@
-"""Contrastive losses per sample; all embeddings are L2-normalised, all sums in float32."""
+"""Contrastive losses per sample, of L2-normalised embeddings; all sums in float32."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_samix.losses.precision import full_precision
+
+
+@full_precision
+def cosines(query: Tensor, positives: Tensor) -> Tensor:
+    """Cosines of queries (K, D), of any length, and their positives (K, P, D): (K, P)."""
+    return torch.einsum("kd,kpd->kp", F.normalize(query, dim=1), F.normalize(positives, dim=2))
 
 
 @full_precision

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.losses.contrastive import info_nce_in_batch
+from ssl_samix.losses.contrastive import cosines, info_nce_in_batch
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.modules.ema import EMATwin, evaluating, frozen_forward
 from ssl_samix.modules.gathering import gathered, offset
@@ -38,7 +38,9 @@ class BaseMethod(pl.LightningModule, ABC):
 
     wants_sync_batchnorm = True  # statistics over all devices, as SimCLR's and BYOL's papers have
     directions: tuple[tuple[int, int], ...] = ((0, 1),)
+    keeps_plain_views = True  # beside mixtures, where the configuration does not say
     projector: nn.Module
+    bad_step: Tensor  # the first whose loss was no number; -1: none
 
     def __init__(
         self, backbone: Backbone, optimizer: OptimizerRecipe, mixing: MixObjective | None = None
@@ -50,6 +52,7 @@ class BaseMethod(pl.LightningModule, ABC):
         self.predictor: nn.Module | None = None
         self.twin: EMATwin | None = None
         self.memory = StepMemory()
+        self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
 
     @property
     def embedder(self) -> nn.Sequential:
@@ -100,6 +103,12 @@ class BaseMethod(pl.LightningModule, ABC):
         query, others = F.normalize(query, dim=1), F.normalize(gathered(target), dim=1)
         rows = parents + offset(target)
         return info_nce_in_batch(query, others, rows, None, CONTRAST_TEMPERATURE)
+
+    def likeness(
+        self, query: Tensor, target: Tensor, parents: Tensor, temperature: float
+    ) -> Tensor:
+        """Cosines of queries and their parents over a temperature, (K, P)."""
+        return cosines(query, target[parents]) / temperature
 
     def after_step(self) -> None:
         """Let the twin follow; called after each optimizer step."""
@@ -180,7 +189,11 @@ class BaseMethod(pl.LightningModule, ABC):
             else:
                 terms = self.mixing(self, batch, self.global_step, self.total_steps)
         self._log_terms(terms)
-        return torch.stack(list(terms.losses.values())).sum()
+        loss = torch.stack(list(terms.losses.values())).sum()
+        # On the device, without a look: the host asks now and then.
+        broken = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
+        self.bad_step = torch.where(broken, self.global_step, self.bad_step)
+        return loss
 
     def _log_terms(self, terms: Terms) -> None:
         losses = {name: value.detach() for name, value in terms.losses.items()}

@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_samix.errors import check_range
@@ -124,7 +123,8 @@ class SAMixObjective(MixObjective):
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
         query = method.frozen_query(mixed.images)
-        local = local_loss(query, target[plan.parents], plan.lam, self.temperature).mean()
+        likeness = method.likeness(query, target, plan.parents, self.temperature)
+        local = local_loss(likeness, plan.lam).mean()
         global_ = self.global_loss(method, query, target, plan, batch).mean()
         masks = self.mask_loss(mixed, progress)
         loss = local + self.eta * global_ + masks
@@ -186,20 +186,17 @@ class SAMixObjective(MixObjective):
 
 
 @full_precision
-def local_loss(query: Tensor, parents: Tensor, lam: Tensor, temperature: float) -> Tensor:
+def local_loss(likeness: Tensor, lam: Tensor) -> Tensor:
     """Cross-entropy of the two parents against (lam, 1 - lam) (arXiv 2111.15454, section 3.2).
 
     Args:
-        query: (K, D) embeddings of the mixtures.
-        parents: (K, 2, D) embeddings of their parents.
+        likeness: (K, 2) logits: how like a mixture is to each parent.
         lam: (K,) share of the first parent.
-        temperature: Divides the cosines.
 
     Returns:
         (K,) losses.
     """
-    cosines = torch.einsum("kd,kpd->kp", F.normalize(query, dim=1), F.normalize(parents, dim=2))
-    return weighted(-(cosines / temperature).log_softmax(dim=1), lam)
+    return weighted(-likeness.log_softmax(dim=1), lam)
 
 
 def spread(mask: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class MixObjective(nn.Module):
         weight: Factor of the mixed loss.
         placement: ``add``: mixtures come beside the plain views, whose own loss stays (as in the
             paper). ``replace``: mixtures are the query views and the own loss is the mixed one, at
-            no extra pass of the encoder.
+            no extra pass of the encoder. ``auto``: replace for hand-made policies in supervised
+            training, as they were published, add everywhere else.
         fraction: Share of the batch that is mixed.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
         stage: Of the backbone, whose maps the policy reads; None if it reads none.
@@ -52,7 +53,7 @@ class MixObjective(nn.Module):
         *,
         alpha: float = 2.0,
         weight: float = 1.0,
-        placement: Literal["add", "replace"] = "add",
+        placement: Literal["auto", "add", "replace"] = "auto",
         fraction: float = 1.0,
         pairs: Literal["cross", "same"] = "cross",
         stage: int | None = None,
@@ -63,7 +64,7 @@ class MixObjective(nn.Module):
         check_range("mixup.alpha", alpha, SMALLEST)
         check_range("mixup.weight", weight, 0)
         check_range("mixup.fraction", fraction, SMALLEST, 1)
-        check_choice("mixup.placement", placement, ("add", "replace"))
+        check_choice("mixup.placement", placement, ("auto", "add", "replace"))
         check_choice("mixup.pairs", pairs, ("cross", "same"))
         check_choice("mixup.features", features, ("teacher", "online"))
         if stage is not None and backbone is not None:
@@ -82,13 +83,19 @@ class MixObjective(nn.Module):
             step: Optimizer steps done so far.
             total_steps: Of the whole run.
         """
-        if self.placement == "replace":
+        if self.replaces(method):
             directions = method.directions
             parts = [self._in_place(method, batch, *pair).mean() for pair in directions]
             return Terms({"mix": self.weight * torch.stack(parts).mean()}, {})
         own = method.own_loss(batch.views).mean()  # first: what its passes give is used again
         mix = self._beside(method, batch).mean()
         return Terms({"own": own, "mix": self.weight * mix}, {})
+
+    def replaces(self, method: Method) -> bool:
+        """Say whether mixtures take the place of the query views."""
+        if self.placement == "auto":
+            return not (method.keeps_plain_views or self.learns)
+        return self.placement == "replace"
 
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         plan = self.draw(batch.views[0])

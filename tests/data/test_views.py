@@ -37,7 +37,8 @@ def pixels(count=8, height=20, width=24):
 
 
 def row(params, i):
-    return ViewParams(**{f.name: getattr(params, f.name)[i : i + 1] for f in fields(params)})
+    values = {f.name: getattr(params, f.name) for f in fields(params)}
+    return ViewParams(**{k: v if k == "border" else v[i : i + 1] for k, v in values.items()})
 
 
 def one_by_one(image, params, size):

@@ -63,7 +63,7 @@ def test_a_wrong_image_is_refused():
 def test_each_operation_alone_is_torchvisions():
     image = picture(24, 24)
     off = dict.fromkeys((field.name for field in fields(ViewSpec)), 0.0) | {"crop_min": 1.0}
-    off["crop_max"] = 1.0
+    off |= {"crop_max": 1.0, "policy": "none"}
     only = {
         "grayscale": tv.rgb_to_grayscale(image, 3),
         "solarize": tv.solarize(image, 128),

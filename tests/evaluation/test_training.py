@@ -16,7 +16,7 @@ from ssl_samix.config import compose, groups
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.errors import ConfigError
-from ssl_samix.evaluation.augmented import accuracies
+from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
 
 SGD = Recipe(optimizer="sgd", lr=(0.5,), schedule="cosine", epochs=2, batch_size=8)
@@ -144,7 +144,7 @@ def test_what_can_be_learned_is_learned(backbone):
     with torch.no_grad():
         features = module.backbone((test.pixels.float() / 255 - 0.5) / 0.5)
         logits = module.logits(features)[0]
-    assert accuracies(logits, test.labels)[0] == 100
+    assert top1_top5(logits, test.labels)[0] == 100
 
 
 def test_only_the_picked_images_are_seen_once_an_epoch():
@@ -169,9 +169,9 @@ def test_accuracies():
     logits = torch.eye(6)[torch.tensor([0, 1, 2, 3])] + torch.tensor(
         [0, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
     )
-    assert accuracies(logits, torch.tensor([0, 1, 2, 4])) == (75.0, 100.0)
-    assert accuracies(logits, torch.tensor([0, 1, 2, 0])) == (75.0, 75.0)  # the sixth of six
-    assert accuracies(logits[:, :2], torch.tensor([0, 1, 1, 1]))[1] == 100.0
+    assert top1_top5(logits, torch.tensor([0, 1, 2, 4])) == (75.0, 100.0)
+    assert top1_top5(logits, torch.tensor([0, 1, 2, 0])) == (75.0, 75.0)  # the sixth of six
+    assert top1_top5(logits[:, :2], torch.tensor([0, 1, 1, 1]))[1] == 100.0
 
 
 @pytest.mark.parametrize("name", groups()["preset"])

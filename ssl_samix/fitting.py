@@ -1,0 +1,196 @@
+"""What both modes of training share: from words to a configuration, a trainer, a finished run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from abc import ABC, abstractmethod
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.callbacks.checkpoints import RunCheckpoint
+from ssl_samix.callbacks.finite_loss import FiniteLoss
+from ssl_samix.callbacks.metrics_csv import MetricsCSV
+from ssl_samix.callbacks.mixer_health import MixerHealth
+from ssl_samix.callbacks.monitor import Monitor
+from ssl_samix.callbacks.pace import Pace
+from ssl_samix.callbacks.progress import RunProgress
+from ssl_samix.callbacks.recluster import Recluster
+from ssl_samix.callbacks.run_summary import Run, announce, finish
+from ssl_samix.checkpoint_io import AtomicCheckpointIO
+from ssl_samix.config import absolute, build, compose, dotted, groups, parse, quoted
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.recipes import Recipes
+from ssl_samix.engine import memory_format
+from ssl_samix.environment import record_start
+from ssl_samix.errors import ConfigError, Interrupted, check_range
+from ssl_samix.evaluation.checkpoint import save_encoder
+from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.python_values import in_hydras_grammar
+from ssl_samix.run_folder import RunFolder, default_out, resumed_config
+from ssl_samix.standalone import save_mixer
+
+
+class Mode(ABC):
+    """What one mode of training, and no other, does."""
+
+    command: str  # of ``samix``, and the name of its configuration
+
+    @abstractmethod
+    def views(self, config: DictConfig) -> Recipes:
+        """Say of which views a batch consists."""
+
+    @abstractmethod
+    def module(
+        self,
+        config: DictConfig,
+        data: DataModule,
+        folder: RunFolder,
+        backbone: Backbone,
+        mixing: MixObjective | None,
+    ) -> BaseMethod:
+        """Build what is trained, if the data are such as it can learn from."""
+
+    @abstractmethod
+    def monitor(self, config: DictConfig) -> Monitor:
+        """Build what watches the training."""
+
+    @abstractmethod
+    def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
+        """Describe the run in its files, beside what both modes say."""
+
+    @abstractmethod
+    def lines(self, choices: dict[str, str]) -> dict[str, str]:
+        """Say, for the screen, what the ``labels`` are for and what the ``method`` is."""
+
+    def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
+        """Write what others use: the encoder, and the Mixer if there is one."""
+        save_encoder(folder.encoder, module.backbone, meta)
+        if module.mixing is not None and module.mixing.learns:
+            save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
+
+
+def words(
+    data: str | os.PathLike[str] | None, overrides: dict[str, Any], **choices: Any
+) -> list[str]:
+    """Write the arguments of a Python call as the words of the command line.
+
+    Args:
+        data: A data set's name, or the path of a folder of images.
+        overrides: Choices and keys, as nested dicts or dotted.
+        **choices: Further ones; None is left out.
+    """
+    given = {**choices, **dotted(overrides)}
+    if data is not None and str(data) in groups()["data"]:
+        given["data"] = data
+    elif data is not None:
+        given |= {"data": "folder", "data.root": data}
+    return [f"{key}={in_hydras_grammar(v)}" for key, v in given.items() if v is not None]
+
+
+def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str], RunFolder]:
+    """Return configuration, choices and folder of a new or a resumed run."""
+    resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
+    if resume and resume[-1] is not None:
+        config, choices = resumed_config(command, resume[-1], arguments)
+        return config, choices, RunFolder(resume[-1])
+    config, choices = compose(command, arguments)
+    absolute(config)
+    out = config.out or given_folder()
+    if out is None and launched_outside():
+        raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
+    return config, choices, RunFolder(out or default_out(choices, config.seed))
+
+
+def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
+    """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
+    if is_main_process() and config.resume is None:
+        folder.check_mine(config)
+    check_range("seed", config.seed, 0)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data: DataModule = build(config.data, views=mode.views(config), seed=config.seed)
+    backbone = build(config.backbone, image_size=data.splits.image_size)
+    mixing = build(config.mixup, backbone=backbone) if config.mixup else None
+    module = mode.module(config, data, folder, backbone, mixing)
+    module.to(memory_format=memory_format(module))
+    meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
+    monitor = mode.monitor(config)
+    trainer = _trainer(config, folder, module, data, monitor, meta)
+    if is_main_process():
+        folder.create(config, choices)
+        record_start(folder.environment)
+    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+    _fit(mode.command, trainer, module, data, folder)
+    if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
+        trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
+    if trainer.is_global_zero:
+        mode.save(folder, module, meta)
+    return finish(trainer, folder, monitor)
+
+
+def _fit(
+    command: str, trainer: pl.Trainer, module: BaseMethod, data: DataModule, folder: RunFolder
+) -> None:
+    # Processes that Lightning starts for further devices find the run by its folder.
+    with relaunched_as(folder.path, command, f"resume={quoted(str(folder.path))}"):
+        try:
+            trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
+        except SystemExit as stop:  # Lightning's way to end a fit that was interrupted
+            resume = shlex.quote(f"resume={folder.path}")
+            raise Interrupted(f"interrupted: samix {command} {resume} goes on") from stop
+        except MisconfigurationException as error:
+            raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def _meta(
+    choices: dict[str, str], backbone: Backbone, data: DataModule, mixing: MixObjective | None
+) -> dict[str, Any]:
+    learned = {} if mixing is None or not mixing.learns else {"mixer": mixing.description}
+    return {
+        **learned,
+        "mixup": choices["mixup"],
+        "data": choices["data"],
+        "backbone": backbone.settings,
+        "feature_dim": backbone.feature_dim,
+        "image_size": data.splits.image_size,
+        "mean": list(data.splits.mean),
+        "std": list(data.splits.std),
+    }
+
+
+def _trainer(
+    config: DictConfig,
+    folder: RunFolder,
+    module: BaseMethod,
+    data: DataModule,
+    monitor: Monitor,
+    meta: dict[str, Any],
+) -> pl.Trainer:
+    # The best checkpoint is written first, so that the last one knows of it.
+    checkpoints = [RunCheckpoint(folder.path, "best", monitor=monitor.quality, mode="max")]
+    if data.splits.val is None:
+        checkpoints.clear()
+    checkpoints.append(
+        RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
+    )
+    watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
+    watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
+    pictures = config.callbacks.get("pictures")  # a run from before they existed has no such key
+    if pictures is not None:
+        watchers.append(build(pictures, folder=folder.pictures))
+    trainer: pl.Trainer = build(
+        config.trainer,
+        wants_sync_batchnorm=module.wants_sync_batchnorm,
+        callbacks=[*watchers, *checkpoints],
+        logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+        plugins=[AtomicCheckpointIO(meta)],
+        default_root_dir=folder.path,
+    )
+    return trainer
