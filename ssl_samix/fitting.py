@@ -106,13 +106,14 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
     out = config.out or given_folder()
     if out is None and launched_outside():
         raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
-    return config, choices, RunFolder(out or default_out(choices, config.seed))
+    folder = RunFolder(out or default_out(choices, config.seed))
+    if is_main_process():
+        folder.check_mine(config)
+    return config, choices, folder
 
 
 def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
-    if is_main_process() and config.resume is None:
-        folder.check_mine(config)
     check_range("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data: DataModule = build(config.data, views=mode.views(config), seed=config.seed)

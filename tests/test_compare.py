@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from ssl_samix.cli import main as samix
 from ssl_samix.compare import main
 from ssl_samix.config import compose
-from ssl_samix.evaluation.table import append_rows
+from ssl_samix.evaluation.table import append_rows, read_rows
 from ssl_samix.run_folder import RunFolder
 from ssl_samix.text_tables import Table, latex, markdown, text
 
@@ -306,3 +307,21 @@ def test_it_needs_no_torch(five):
     code += "print('torch' in sys.modules, 'torchvision' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False False\n"
+
+
+def append_many(path, name):
+    for i in range(20):
+        append_rows(path, [{"protocol": name, "top1": i}])
+
+
+def test_evaluations_that_end_together_lose_no_row(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    path = tmp_path / "results.csv"
+    writers = [context.Process(target=append_many, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    found = [(row["protocol"], int(row["top1"])) for row in read_rows(path)]
+    assert sorted(found) == [(name, i) for name in "ab" for i in range(20)]

@@ -14,18 +14,26 @@ import torch
 
 WORDS = [
     "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",
-    "callbacks.knn.every_n_epochs=4",
 ]  # fmt: skip
+KNN = "callbacks.knn.every_n_epochs=4"
+SAMIX = ["mixup=samix", "mixup.update_every=2"]
 RUNS = {
-    "moco": ["method.queue_size=64", "mixup=samix", "mixup.update_every=2"],
-    "byol": ["mixup=none"],
-    "simclr": ["mixup=samix_c", "mixup.clusters=10", "mixup.cluster_every=4"],
-}
-TIMING = {"seconds", "images_per_second", "knn/seconds"}
+    "moco": ["pretrain", "method=moco", "method.queue_size=64", KNN, *SAMIX],
+    "byol": ["pretrain", "method=byol", KNN, "mixup=none"],
+    "simclr": [
+        "pretrain", "method=simclr", KNN, "mixup=samix_c", "mixup.clusters=10",
+        "mixup.cluster_every=4",
+    ],
+    "supervised": ["supervised", "callbacks.accuracy.every_n_epochs=4", *SAMIX],
+}  # fmt: skip
+# Every way to end a run in one of them, the hardest in all.
+WAYS = [(name, signal.SIGKILL) for name in sorted(RUNS)]
+WAYS += [("moco", signal.SIGTERM), ("moco", signal.SIGINT)]
+TIMING = {"seconds", "images_per_second", "knn/seconds", "val/seconds"}
 
 
 def start(cwd, *words):
-    command = [sys.executable, "-m", "ssl_samix", "pretrain", *words]
+    command = [sys.executable, "-m", "ssl_samix", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell lets its background jobs ignore Ctrl-C, and so would everything that they start.
@@ -67,17 +75,24 @@ def same(ours, theirs, name):
         assert torch.equal(ours, theirs), name
 
 
-@pytest.fixture(scope="module", params=sorted(RUNS))
-def uninterrupted(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    words = [f"method={request.param}", *WORDS, *RUNS[request.param]]
-    finish(start(folder, *words, "out=whole"))
-    return words, folder / "whole"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Words of a run, and the folder of the whole of it; each is made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            finish(start(folder, *RUNS[name], *WORDS, "out=whole"))
+            made[name] = folder / "whole"
+        return [*RUNS[name], *WORDS], made[name]
+
+    return make
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, how, tmp_path):
-    words, whole = uninterrupted
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, name, how, tmp_path):
+    words, whole = uninterrupted(name)
     run = tmp_path / "run"
     status, error = interrupt_after(start(tmp_path, *words, "out=run"), run, 3, how)
     assert status != 0
@@ -87,17 +102,17 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, how, tmp_path):
     kept = len(rows(run))
     assert kept < 12, "the run was over before it was interrupted"
     again = "resume=run" if how == signal.SIGTERM else "out=run"
-    arguments = [again] if how == signal.SIGTERM else [*words, again]
+    arguments = [words[0], again] if how == signal.SIGTERM else [*words, again]
     assert "continued from last.ckpt" in finish(start(tmp_path, *arguments))
     assert rows(run) == rows(whole)
     ours, theirs = (torch.load(r / "last.ckpt", weights_only=True) for r in (run, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
-    for name, value in ours["state_dict"].items():
-        same(value, theirs["state_dict"][name], name)
+    for key, value in ours["state_dict"].items():
+        same(value, theirs["state_dict"][key], key)
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
-    words, whole = uninterrupted
+    words, whole = uninterrupted("byol")
     before = (whole / "encoder.safetensors").read_bytes()
     out = finish(start(whole.parent, *words, "out=whole"))
     assert "kNN top-1" in out

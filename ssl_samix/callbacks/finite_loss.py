@@ -33,7 +33,8 @@ class FiniteLoss(pl.Callback):
         Raises:
             UserError: If a mask or a step's loss was NaN or infinite.
         """
-        kept = "last.ckpt holds the last whole epoch"
+        done = trainer.current_epoch
+        kept = "last.ckpt holds the last whole epoch" if done else "no epoch was finished"
         complaint = None if module.mixing is None else module.mixing.complaint()
         if complaint is not None:
             raise UserError(f"{complaint} ({kept})")

@@ -67,10 +67,13 @@ class Classifier(BaseMethod):
         self._labels = torch.empty(0, dtype=torch.int64)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Learn from a batch of one labelled view: mixing finds partners in the same view."""
+        """Learn from a batch of one labelled view."""
+        return super().training_step(self.taken(batch), batch_idx)
+
+    def taken(self, batch: Batch) -> Batch:
+        """Take the labels of a batch; mixing finds partners in the same view."""
         self._labels = batch.label
-        view = batch.views[0]
-        return super().training_step(replace(batch, views=(view, view)), batch_idx)
+        return replace(batch, views=(batch.views[0], batch.views[0]))
 
     def unit(self, embedding: Tensor) -> Tensor:
         """Leave logits as they are, in float32."""

@@ -112,6 +112,20 @@ def test_the_step_is_that_of_plain_sgd(backbone):
     torch.testing.assert_close(module.heads[0].bias.detach(), bias, rtol=1e-4, atol=1e-5)
 
 
+def test_standardized_heads_read_features_of_mean_0_and_variance_1(backbone):
+    recipe = replace(SGD, standardize=True)
+    module, plain = (Classifier(backbone, 2, r, seed=0) for r in (recipe, SGD))
+    features = 7 + 3 * torch.randn(64, backbone.feature_dim)
+    scaled = (features - features.mean(dim=0)) / features.var(dim=0, unbiased=False).sqrt()
+    logits = module.logits(features)[0]
+    torch.testing.assert_close(logits, module.heads[0](scaled), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.logits(features)[0], plain.heads[0](features))
+    assert not list(module.scaling.parameters())
+    learned = fit(backbone, 2, recipe, data(two_colours()), seed=0, device=CPU)
+    assert learned.scaling.running_mean.abs().max() > 0.1
+    assert not learned.scaling.training, "one image must have an answer of its own"
+
+
 def test_learning_rates_of_backbone_and_heads(backbone):
     watch = Watch()
     recipe = replace(

@@ -1,0 +1,200 @@
+"""Supervised training from the outside: what a run learns, leaves behind, and refuses."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ssl_samix
+from ssl_samix.config import compose
+from ssl_samix.data.datasets import load_splits
+from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.features import extract
+
+TINY = {"data.limit": 256, "data.batch_size": 64, "backbone.width": 8}
+
+
+def colours(root, names=("blue", "red"), count=12, val=True):
+    """A folder of images whose class is their colour."""
+    shades = {"blue": (30, 30, 220), "red": (220, 30, 30), "green": (30, 220, 30)}
+    generator = np.random.default_rng(0)
+    for split in ("train", "val") if val else ("train",):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(-30, 30, (16, 16, 3))
+                pixels = np.clip(noise + shades[name], 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("supervised")
+    root = colours(folder / "colours")
+    return ssl_samix.train_supervised(
+        root,
+        folder / "run",
+        **{"data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 8},
+    )
+
+
+def test_what_can_be_learned_is_learned(run):
+    assert run.metrics["val/top1"] == 100
+    assert run.metrics["val/ema_top1"] == 100
+    assert {"mixer/local", "mixer/mask_std", "loss/own", "loss/mix"} <= run.metrics.keys()
+    names = {p.name for p in run.out.iterdir()}
+    assert {"encoder.safetensors", "classifier.safetensors", "mixer.safetensors"} <= names
+    assert {"best.ckpt", "last.ckpt", "metrics.csv", "config.yaml", "mixing"} <= names
+
+
+def test_the_files_hold_the_networks_that_were_measured(run):
+    """Loaded again, both networks have the loss of the last row, and the encoder is theirs."""
+    splits = load_splits("folder", run.out.parent / "colours", 16, None)
+    for network, prefix in (("online", "val/"), ("ema", "val/ema_")):
+        for source in (run.out, run.out / "last.ckpt"):
+            classifier = ssl_samix.load_classifier(source, network)
+            assert classifier.classes == ("blue", "red")
+            logits = extract(
+                classifier,
+                splits.val,
+                range(len(splits.val)),
+                splits.mean,
+                splits.std,
+                device=torch.device("cpu"),
+            )
+            loss = torch.nn.functional.cross_entropy(logits, splits.val.labels).item()
+            assert loss == pytest.approx(run.metrics[f"{prefix}loss"], rel=1e-4)
+            assert top1_top5(logits, splits.val.labels) == (100, 100)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(
+        run.classifier.head(run.encoder(images)), run.classifier(images), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_picture_becomes_a_class(run):
+    classifier = run.classifier
+    image = Image.new("RGB", (40, 30), (210, 40, 40))
+    logits = classifier(classifier.prepare(image)[None])
+    assert classifier.classes[int(logits.argmax())] == "red"
+
+
+def test_its_mixer_mixes_elsewhere(run):
+    mixed = ssl_samix.load_mixer(run.out)(torch.randn(4, 3, 16, 16))
+    assert mixed.images.shape == (4, 3, 16, 16)
+
+
+def test_robustness_is_measured(run, capsys):
+    from ssl_samix.cli import main
+
+    main(["robustness", f"run={run.out}", f"out={run.out / 'robust'}"])
+    shown = capsys.readouterr().out
+    assert shown.count("top-1 100.00%") == 2  # online and ema
+    assert "ECE" in shown
+    with (run.out / "results.csv").open() as file:
+        found = {row["variant"]: row for row in csv.DictReader(file)}
+    assert found["online"]["top1"] == "100"
+    assert 0 <= float(found["ema"]["fgsm_top1"]) <= 100
+
+
+def test_it_starts_from_a_pretrained_encoder(run, tmp_path):
+    settings = {
+        "data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 1, "mixup": "none",
+    }  # fmt: skip
+    again = ssl_samix.train_supervised(
+        run.out.parent / "colours", tmp_path / "again", init=run.out,
+        **{**settings, "optimizer.lr": 1e-9},
+    )  # fmt: skip
+    for name, weight in again.encoder.backbone.named_parameters():
+        before = run.encoder.backbone.get_parameter(name)
+        torch.testing.assert_close(weight, before, rtol=0, atol=1e-6)
+    with pytest.raises(ssl_samix.UserError, match="choose the same backbone"):
+        ssl_samix.train_supervised(
+            run.out.parent / "colours", tmp_path / "other", init=run.out,
+            **{**settings, "backbone.width": 16},
+        )  # fmt: skip
+
+
+def test_policies_and_erasing_reach_the_images(tmp_path):
+    """Augmentation per image, in this process and from memory, trains as any other."""
+    run = ssl_samix.train_supervised(
+        "digits", tmp_path / "run", augment="randaugment",
+        **{**TINY, "trainer.max_epochs": 1, "data.workers": 0},
+    )  # fmt: skip
+    assert run.metrics["loss"] > 0
+    assert compose("supervised", ["augment=randaugment"])[0].augment.erasing == 0.25
+
+
+def refused(fails, *words):
+    return fails("supervised", *words)
+
+
+def test_unlabelled_data_are_refused(fails, tmp_path):
+    for i in range(20):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    words = ["data=folder", f"data.root={tmp_path}", "data.batch_size=4"]
+    assert "supervised training needs labels" in refused(fails, *words, f"out={tmp_path / 'r'}")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_class_without_images_is_refused(fails, tmp_path):
+    root = colours(tmp_path / "data")
+    (root / "train" / "violet").mkdir()
+    words = ["data=folder", f"data.root={root}", "data.batch_size=4", f"out={tmp_path / 'r'}"]
+    assert "no training image of violet" in refused(fails, *words)
+
+
+def test_a_label_outside_the_class_list_is_refused(tmp_path, monkeypatch):
+    from ssl_samix.data import datamodule
+
+    def broken(*args, **settings):
+        splits = load_splits(*args, **settings)
+        splits.train.labels[3] = 17
+        return splits
+
+    monkeypatch.setattr(datamodule, "load_splits", broken)
+    with pytest.raises(ssl_samix.UserError, match="outside the 10 classes, such as 17"):
+        ssl_samix.train_supervised("digits", tmp_path / "r", **TINY)
+
+
+def test_another_number_of_classes_is_told_with_both_numbers(fails, run, tmp_path):
+    root = colours(tmp_path / "three", ("blue", "green", "red"))
+    words = [f"resume={run.out}", f"data.root={root}", "trainer.max_epochs=9"]
+    assert "a classifier of 2 classes, the data have 3" in refused(fails, *words)
+    words = [f"run={run.out}", "data=folder", f"data.root={root}"]
+    assert "knows 2 classes and the data have 3" in fails("robustness", *words)
+    other = colours(tmp_path / "other", ("blue", "green"))
+    words = [f"run={run.out}", "data=folder", f"data.root={other}"]
+    assert "class 1 is red for the classifier and green in the data" in fails("robustness", *words)
+
+
+def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    settings = {**TINY, "mixup": "none", "trainer.max_epochs": 2, "seed": 3}
+    good = ssl_samix.train_supervised("digits", tmp_path / "run", **settings)
+    checkpoint = torch.load(good.out / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["projector.weight"].fill_(float("inf"))
+    torch.save(checkpoint, good.out / "last.ckpt")
+    before = (good.out / "last.ckpt").read_bytes()
+    with pytest.raises(
+        ssl_samix.UserError, match=r"loss of step 8 was no number, at learning"
+    ) as e:
+        ssl_samix.train_supervised(resume=good.out, **{"trainer.max_epochs": 4})
+    assert "last.ckpt holds the last whole epoch" in str(e.value)
+    assert (good.out / "last.ckpt").read_bytes() == before, "it was overwritten"
+
+
+def test_clusters_and_other_commands_runs_are_refused(fails, run, tmp_path):
+    said = refused(fails, "mixup=samix_c")
+    assert said == "samix: samix supervised has no method.output_dim, which mixup=samix_c reads"
+    said = fails("pretrain", f"resume={run.out}")
+    assert said.endswith("is a run of samix supervised: resume it with that")
+    assert "unknown augment 'crop_flop'" in refused(fails, "augment=crop_flop")
+    assert "did you mean 'classifier.smoothing'" in refused(fails, "classifier.smothing=0.1")
+    assert "there is no checkpoint" in refused(fails, f"init={tmp_path / 'none.ckpt'}")
+    (tmp_path / "file.safetensors").write_bytes(b"no")
+    said = fails("robustness", f"run={tmp_path / 'file.safetensors'}", "data=digits")
+    assert "is damaged or no safetensors file" in said
