@@ -129,6 +129,12 @@ def _compare(words: list[str]) -> str:
     return main(words)
 
 
+def _convert(words: list[str]) -> str:
+    from ssl_samix.convert import main
+
+    return main(words)
+
+
 def _check_embed(words: list[str], _sweeping: bool) -> None:
     from ssl_samix.embed import configured
 
@@ -161,6 +167,7 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
         "measure an encoder without labels, and by clustering", "measures", "measures"
     ),
     "compare": PlainSubcommand("put the results of several runs into one table", _compare),
+    "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
     "embed": Subcommand(
         "write the features of a folder of images", "embed", _check_embed, _embed, sweeps=False
     ),

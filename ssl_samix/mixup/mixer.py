@@ -13,6 +13,7 @@ from ssl_samix.errors import check_choice, check_range
 MOST_POSITIONS = 784  # 28 x 28: from there on attention is computed for so many queries at a time
 FORMS = ("paper", "anchored")
 UPSAMPLING = ("bilinear", "nearest")
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 SMALL_WEIGHTS = 1e-3  # standard deviation of the anchored form's last layer, near zero
 EDGE = 1e-4  # lam is kept this far from 0 and 1 where its logit is taken
 
@@ -30,9 +31,13 @@ class MixBlock(nn.Module):
         form: ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
             is added to the logit of the ratio; at its start this is plain mixup.
         upsampling: From positions to pixels, ``bilinear`` or ``nearest``.
+        activation: Between the value's convolutions, ``relu`` or ``elu`` (what OpenMixup has).
+        lam_curve: What the ratio is bent by before it scales the maps (OpenMixup's ``lam_mul_k``):
+            0 most, the larger the less; None: not at all.
 
     Raises:
-        ConfigError: For an unknown form or up-sampling, or a width below 1.
+        ConfigError: For an unknown form, up-sampling or activation, a width below 1, or a negative
+            bend.
     """
 
     def __init__(
@@ -41,20 +46,26 @@ class MixBlock(nn.Module):
         width: int = 128,
         form: Literal["paper", "anchored"] = "paper",
         upsampling: Literal["bilinear", "nearest"] = "bilinear",
+        activation: Literal["relu", "elu"] = "relu",
+        lam_curve: float | None = None,
     ) -> None:
         super().__init__()
         check_range("mixup.width", width, 1)
         check_choice("mixup.mask", form, FORMS)
         check_choice("mixup.upsampling", upsampling, UPSAMPLING)
+        check_choice("mixup.activation", activation, ACTIVATIONS)
+        if lam_curve is not None:
+            check_range("mixup.lam_curve", lam_curve, 0)
         inner = max(1, min(channels // 2, width))
         self.channels, self.form, self.upsampling = channels, form, upsampling
+        self.lam_curve = lam_curve
         self.gamma = nn.Parameter(torch.tensor(0.5))
         self.query = nn.Conv2d(2 * channels, inner, 1)
         self.key = nn.Conv2d(2 * channels, inner, 1)
         self.value = nn.Sequential(
             nn.Conv2d(channels, inner, 1, bias=False),
             nn.BatchNorm2d(inner),
-            nn.ReLU(inplace=True),
+            ACTIVATIONS[activation](inplace=True),
             nn.Conv2d(inner, 1, 1),
         )
         self._initialise()
@@ -85,7 +96,7 @@ class MixBlock(nn.Module):
         Returns:
             (K, 1, S, S) float32 in [0, 1].
         """
-        ratio = lam.to(own.dtype)[:, None, None, None]
+        ratio = bend(lam, self.lam_curve).to(own.dtype)[:, None, None, None]
         gamma = self.bounded_gamma.to(own.dtype)
         own = own * (1 + gamma * ratio)
         partner = partner * (1 + gamma * (1 - ratio))
@@ -102,6 +113,19 @@ class MixBlock(nn.Module):
     def _upsample(self, output: Tensor, size: int) -> Tensor:
         smooth = {"align_corners": False} if self.upsampling == "bilinear" else {}
         return F.interpolate(output, size=(size, size), mode=self.upsampling, **smooth)
+
+
+def bend(lam: Tensor, curve: float | None) -> Tensor:
+    """Flatten ratios around 1/2; 0, 1/2 and 1 stay, and the bent lam and 1 - lam sum to 1.
+
+    Args:
+        lam: (K,) in [0, 1].
+        curve: 0 gives a pure cubic, infinity a straight line; None: no change.
+    """
+    if curve is None:
+        return lam
+    off = lam - 0.5
+    return 0.5 + off * (4 * off.square() + 3 * curve) / (1 + 3 * curve)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
