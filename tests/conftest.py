@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -100,6 +102,21 @@ def samix(*words, cwd, check=False, **options):
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=check, **options
     )
+
+
+def samix_here(*words, cwd):
+    """Run the command in this process, which saves it its imports, and return what it prints."""
+    before, printed = os.getcwd(), io.StringIO()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(printed):
+            main([str(word) for word in words])
+    except SystemExit as ended:
+        if ended.code:  # 0 is Hydra's way to end its help
+            raise
+    finally:
+        os.chdir(before)
+    return printed.getvalue()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ssl_samix.cli import job_name
-from tests.conftest import samix
+from tests.conftest import samix, samix_here
 
 TINY = [
     "data.limit=96", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1",
@@ -40,12 +40,11 @@ def test_help_lists_the_subcommands(tmp_path):
 
 
 def test_pretrain_help_shows_groups_and_choices(tmp_path):
-    shown = samix("pretrain", "--help", cwd=tmp_path)
-    assert shown.returncode == 0
-    assert re.search("method: .*byol, .*moco, .*simclr", shown.stdout)
-    assert re.search("mixup: .*none, .*samix", shown.stdout)
-    assert "max_epochs: 20" in shown.stdout
-    assert "hydra:" not in shown.stdout
+    shown = samix_here("pretrain", "--help", cwd=tmp_path)
+    assert re.search("method: .*byol, .*moco, .*simclr", shown)
+    assert re.search("mixup: .*none, .*samix", shown)
+    assert "max_epochs: 20" in shown
+    assert "hydra:" not in shown
 
 
 def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
@@ -71,8 +70,7 @@ def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
     words = ["--multirun", "method=simclr,byol", "seed=0,1", *TINY[:4], "out=sweep"]
-    done = samix("pretrain", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    samix_here("pretrain", *words, cwd=tmp_path)
     runs = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
     assert len(runs) == 4
     assert all((run / "encoder.safetensors").exists() for run in runs)
@@ -92,10 +90,9 @@ def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
     folder = photos.rename(tmp_path / "jörg's photos, 50% (a=b)")
     words = ["data=folder", f"data.root={folder}", "data.batch_size=8", "backbone.width=8"]
     out = tmp_path / "out, too"
-    done = samix("pretrain", *words, "trainer.max_epochs=1", f"out={out}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    again = samix("pretrain", f"resume={out}", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    samix_here("pretrain", *words, "trainer.max_epochs=1", f"out={out}", cwd=tmp_path)
+    again = samix_here("pretrain", f"resume={out}", cwd=tmp_path)
+    assert f"{out}, continued from last.ckpt" in again
 
 
 def test_a_mistake_is_told_before_heavy_imports(tmp_path):
@@ -172,7 +169,7 @@ def test_out_that_cannot_be_made(fails):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    samix("pretrain", *TINY, "out=run", cwd=folder, check=True)
+    samix_here("pretrain", *TINY, "out=run", cwd=folder)
     return folder / "run"
 
 

@@ -23,5 +23,6 @@ SMALL = (
         (["mixup.lr=1e30"], "the Mixer's mask became NaN in step "),
     ],
 )
-def test_one_sentence(fails, words, sentence):
+def test_one_sentence(fails, words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert sentence in fails("pretrain", *SMALL, *words, "out=run")

@@ -20,7 +20,7 @@ from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.cli import main
 from ssl_samix.evaluation.checkpoint import load_encoder, save_encoder
 from ssl_samix.evaluation.knn import neighbours
-from tests.conftest import samix
+from tests.conftest import samix_here
 
 SIZE = 16
 META = {"image_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "method": "none"}
@@ -157,14 +157,13 @@ def content(folder):
 def test_a_run_knows_its_data_and_is_not_changed(run, tmp_path):
     before = content(run)
     for protocol, words in QUICK.items():
-        done = samix(*words, f"run={run}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"{run}/results/{protocol}-digits-" in done.stdout
-        assert "top-1" in done.stdout
+        printed = samix_here(*words, f"run={run}", cwd=tmp_path)
+        assert f"{run}/results/{protocol}-digits-" in printed
+        assert "top-1" in printed
     after = content(run)
     assert {name: after[name] for name in before} == before
     new = {name.split("/")[0] for name in after.keys() - before.keys()}
-    assert new == {"results", "results.csv"}
+    assert new == {"results", "results.csv", ".results.csv.lock"}
     with (run / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["protocol"] for r in rows] == [
@@ -205,10 +204,9 @@ def test_a_named_model_leaves_its_results_under_runs(colours, tmp_path, monkeypa
 
 def test_a_sweep_measures_several_runs(run, tmp_path):
     words = [f"run={run}", "k=[5]", "data.limit=100,200"]
-    done = samix("knn", "-m", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"chosen +top-1", done.stdout)) == 2
-    results = [line for line in done.stdout.splitlines() if line.startswith(str(run))]
+    printed = samix_here("knn", "-m", *words, cwd=tmp_path)
+    assert len(re.findall(r"chosen +top-1", printed)) == 2
+    results = [line for line in printed.splitlines() if line.startswith(str(run))]
     records = [json.loads((Path(folder) / "results.json").read_text()) for folder in results]
     assert [r["data"]["train_images"] for r in records] == [100, 200]
 
@@ -329,8 +327,7 @@ def test_the_protocols_run_as_scripts(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["linear", "knn", "semi"])
 def test_help(name, tmp_path):
-    shown = samix(name, "--help", cwd=tmp_path)
-    assert shown.returncode == 0
-    assert f"Usage: samix {name} run=<run folder>" in shown.stdout
-    assert "weights: own" in shown.stdout
-    assert "hydra:" not in shown.stdout
+    shown = samix_here(name, "--help", cwd=tmp_path)
+    assert f"Usage: samix {name} run=<run folder>" in shown
+    assert "weights: own" in shown
+    assert "hydra:" not in shown

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import samix_here
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -41,15 +43,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(words, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_set_up_commands_are_those_that_ci_runs():
     assert COMMANDS[0] == "pip install -e . && samix pretrain"
     assert COMMANDS[1] == "pip install -e '.[dev]' && python -m pytest -n auto"
@@ -67,18 +60,18 @@ def test_commands(command, folder):
         small.append("data.limit=64")
     if "backbone=resnet18" in words:
         small.append("data.image_size=8")  # full width, small images
-    run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
+    samix_here(*words[1:], *small, cwd=folder)
 
 
 def test_commands_that_measure(folder):
     """The README's and those of the page on protocols, in their order, on one run."""
     pretrain = ["pretrain", "data=folder", "data.root=photos", "out=runs/photos", *SMALL]
-    run([sys.executable, "-m", "ssl_samix", *pretrain], folder)
+    samix_here(*pretrain, cwd=folder)
     page = commands((ROOT / "docs" / "protocols.md").read_text())
     for command in dict.fromkeys([*MEASURING, *page]):
         words = shlex.split(command)
         assert words[0] == "samix"
-        out = run([sys.executable, "-m", "ssl_samix", *words[1:], *LESS.get(words[1], [])], folder)
+        out = samix_here(*words[1:], *LESS.get(words[1], []), cwd=folder)
         assert out.strip(), command
     home = folder / "runs" / "photos"
     protocols = {path.name.split("-")[0] for path in (home / "results").iterdir()}
@@ -95,14 +88,22 @@ def test_commands_of_the_page_on_mixing(folder):
         small = SMALL if words[1] == "pretrain" else []
         if words[1] == "pretrain" and "data=folder" not in words:
             small = [*small, "data.limit=64"]
-        run([sys.executable, "-m", "ssl_samix", *words[1:], *small], folder)
+        samix_here(*words[1:], *small, cwd=folder)
     assert (folder / "runs" / "photos" / "mixing.png").exists()
 
 
 def test_the_code(folder):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    out = run([sys.executable, "-c", code], folder)
-    assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in out
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in done.stdout
 
 
 def test_links_and_names_exist():

@@ -67,8 +67,8 @@ class Report:
     def _made(self, folder: Path, exist_ok: bool) -> bool:
         """Make a folder, or say that another evaluation, begun in this second, has it."""
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=exist_ok)
+            self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if not exist_ok and folder.is_dir():
                 return False
