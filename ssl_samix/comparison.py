@@ -28,7 +28,10 @@ SHOWN = {
     "nmi": ("NMI", 3),
     "ari": ("ARI", 3),
     "cluster_accuracy": ("cluster accuracy %", 2),
+    "ece": ("ECE %", 2),
+    "fgsm_top1": ("FGSM top-1 %", 2),
 }
+OF_CLASSIFIERS = ("top1", "ece", "fgsm_top1")  # what a protocol is about that has accuracy
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,8 @@ def _line(run: Evaluated, weights: str) -> Line:
 def _measured(folder: Path, rows: Iterable[dict[str, str]], every: bool) -> Iterator[Measured]:
     told: set[tuple[str, str]] = set()
     for row in rows:
-        # Accuracy is what a protocol that has one is about.
-        numbers = ["top1"] if row.get("top1") else [n for n in NUMBERS if n in SHOWN and row.get(n)]
+        shown = OF_CLASSIFIERS if row.get("top1") else [n for n in NUMBERS if n in SHOWN]
+        numbers = [n for n in shown if row.get(n)]
         for number in numbers:
             if every or (row["folder"], number) not in told:
                 column = Column(row["protocol"], row["variant"], row["data"], number)

@@ -10,12 +10,13 @@ from typing import Any
 
 from ssl_samix.config import compose, dotted, plain
 from ssl_samix.errors import ConfigError
-from ssl_samix.run_folder import FREE_KEYS, RunFolder
+from ssl_samix.run_folder import FREE_KEYS, RunFolder, command_of
 
 # What a resume may change does not change what is learned, but for the number of epochs.
 UNLEARNED = ("seed", *(key for key in FREE_KEYS if key != "trainer.max_epochs"))
 OF_THE_NETWORK = ("backbone.", "data.image_size")  # what an untrained network follows from
-FIRST = ("method", "mixup", "data", "backbone", "views", "optimizer")  # of the groups that are told
+# Of the groups that are told.
+FIRST = ("method", "mixup", "data", "backbone", "views", "augment", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Configuration:
 
     def shown(self, key: str) -> str | None:
         """Return the choice or value under ``key`` as text; None if there is none."""
+        if key == "method" and "augment" in self.choices:
+            return "supervised"
         if key not in self.values:
             return self.choices.get(key)
         value = self.values[key]
@@ -77,7 +80,10 @@ def differing(configurations: Sequence[Configuration]) -> list[str]:
     """
     names = {group for c in configurations for group in c.choices if group != "callbacks"}
     ordered = [g for g in FIRST if g in names] + sorted(names.difference(FIRST))
-    groups = [g for g in ordered if len({c.choices.get(g) for c in configurations}) > 1]
+    chosen = {g: {c.choices[g] for c in configurations if g in c.choices} for g in ordered}
+    groups = [g for g in ordered if len(chosen[g]) > 1]
+    if len({"method" in c.choices for c in configurations}) > 1 and "method" not in groups:
+        groups.insert(0, "method")  # of two ways to train, one of which has it
     if all(c.choices.get("views") == c.choices.get("method") for c in configurations):
         groups = [g for g in groups if g != "views"]  # a method brings its own
     keys = dict.fromkeys(key for c in configurations for key in c.values)
@@ -95,7 +101,8 @@ def _differs(key: str, configurations: Sequence[Configuration]) -> bool:
 def _usual(choices: tuple[tuple[str, str | None], ...]) -> dict[str, Any]:
     """Return the values that choices bring along; none if one of them is unknown here."""
     try:
-        config, _ = compose("pretrain", [f"{g}={name}" for g, name in choices if name is not None])
+        words = [f"{group}={name}" for group, name in choices if name is not None]
+        config, _ = compose(command_of(dict(choices)), words)
     except ConfigError:
         return {}
     return _learned(plain(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def resumed_config(
         ConfigError: For an unknown key, or one that a resume cannot change.
     """
     config, choices = RunFolder(run).load_config()
-    theirs = "pretrain" if "method" in choices else "supervised"
+    theirs = command_of(choices)
     if theirs != command:
         raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
     for override in parse(arguments):
@@ -135,6 +136,11 @@ def resumed_config(
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
         OmegaConf.update(config, key, value)
     return config, choices
+
+
+def command_of(choices: Mapping[str, str | None]) -> str:
+    """Say by which command a run with these choices was trained."""
+    return "pretrain" if "method" in choices else "supervised"
 
 
 def default_out(choices: dict[str, str], seed: int) -> Path:

@@ -23,7 +23,13 @@ BASE = {
     "data": "digits", "test_images": 359, "seed": 0, "data_fingerprint": "d", "settings": "{}",
 }  # fmt: skip
 _numbers = count()
-composed = cache(lambda *words: compose("pretrain", list(words)))
+
+
+@cache
+def composed(*words):
+    """Compose a run of pretraining, or of the command that the first word names."""
+    command = words[0] if "supervised" in words else "pretrain"
+    return compose(command, [word for word in words if word != command])
 
 
 @pytest.fixture
@@ -141,6 +147,24 @@ def test_configurations_are_named_by_what_differs(run):
         ["moco", "samix", "1", "20", "2.00"],
         ["byol", "none", "–", "20", "3.00"],
         ["moco", "samix", "0.5", "10", "4.00"],
+    ]
+
+
+def test_classifiers_stand_beside_encoders(run):
+    measured = [{"protocol": "robustness", "variant": "online", "top1": 70, "ece": 14.5}]
+    measured[0]["fgsm_top1"] = 6.2
+    runs = [
+        run("a", ["mixup=none"], [{"top1": 1}]),
+        run("b", ["supervised", "mixup=none"], measured),
+        run("c", ["supervised", "mixup=cutmix"], measured),
+    ]
+    assert main(runs).splitlines()[3].split() == [
+        "method", "mixup", "top-1", "%", "top-1", "%", "ECE", "%", "FGSM", "top-1", "%",
+    ]  # fmt: skip
+    assert lines(main(runs)) == [
+        ["moco", "none", "1.00", "–", "–", "–"],
+        ["supervised", "none", "–", "70.00", "14.50", "6.20"],
+        ["supervised", "cutmix", "–", "70.00", "14.50", "6.20"],
     ]
 
 

@@ -104,21 +104,25 @@ def test_an_epoch_has_its_own_order_and_a_seed_repeats_it():
     assert orders[0] != orders[2]
 
 
-@pytest.mark.parametrize("name", ["moco", "simclr"])
-def test_the_command_trains_on_two_processes(name, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "monitor", "quality"),
+    [("pretrain", "knn", "kNN top-1"), ("supervised", "accuracy", "top-1")],
+)
+def test_the_command_trains_on_two_processes(command, monitor, quality, tmp_path):
     words = [
-        f"method={name}", "data.limit=96", "data.batch_size=32", "backbone.width=8",
-        "trainer.max_epochs=2", "trainer.devices=2", "trainer.accelerator=cpu",
-        "callbacks.knn.every_n_epochs=1", "out=run",
+        "data.limit=96", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=2",
+        "trainer.devices=2", "trainer.accelerator=cpu",
+        f"callbacks.{monitor}.every_n_epochs=1", "out=run",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "ssl_samix", "pretrain", *words],
+        [sys.executable, "-m", "ssl_samix", command, *words],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
-    assert done.stdout.count("kNN top-1") == 1, "one process speaks"
+    said = [line for line in done.stdout.splitlines() if line.startswith(quality)]
+    assert len(said) == 1, "one process speaks"
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 3
     checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)

@@ -27,7 +27,8 @@ def commands(text):
 
 COMMANDS = commands(README)
 PRETRAINING = [line for line in COMMANDS[2:] if line.startswith("samix pretrain")]
-MEASURING = [line for line in COMMANDS[2:] if line not in PRETRAINING]
+(LABELLED,) = (b for b in re.findall(r"```bash\n(.*?)```", README, re.S) if "supervised" in b)
+MEASURING = [line for line in COMMANDS[2:] if line not in PRETRAINING and line not in LABELLED]
 # fewer digits, and a single try, of what would take minutes
 LESS = {"semi": ["data.limit=300", "finetune=barlow_1", "finetune.epochs=1"]}
 SMALL = ["trainer.max_epochs=1", "backbone.width=8", "data.batch_size=32"]
@@ -61,6 +62,14 @@ def test_commands(command, folder):
     if "backbone=resnet18" in words:
         small.append("data.image_size=8")  # full width, small images
     samix_here(*words[1:], *small, cwd=folder)
+
+
+def test_commands_with_labels(folder):
+    for command in LABELLED.strip().splitlines():
+        words = shlex.split(command)
+        small = [*SMALL, "data.limit=64"] if words[1] == "supervised" else []
+        assert samix_here(*words[1:], *small, cwd=folder).strip(), command
+    assert (folder / "runs" / "digits" / "classifier.safetensors").exists()
 
 
 def test_commands_that_measure(folder):
@@ -107,8 +116,10 @@ def test_the_code(folder):
 
 
 def test_links_and_names_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+    headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
     from ssl_samix.config import groups
 
     for group, row in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.M):

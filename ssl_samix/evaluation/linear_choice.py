@@ -157,8 +157,7 @@ def choose(
     """Return the setting of the lowest cross-entropy among those with as good a top-1 as the best.
 
     As good is within one standard error (The Elements of Statistical Learning, section 7.10),
-    since the largest of many accuracies on a few images is luck. Against the largest top-1 this
-    halved what was lost to the best setting, on digits and on 500 to 20,000 CIFAR-10 labels.
+    since the largest of many accuracies on a few images is luck.
 
     Warns if all that are as good lie at an edge of the grid.
 
