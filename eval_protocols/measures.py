@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ssl_samix.config import CONFIG_DIR, build, groups, plain
+from ssl_samix.choices import CONFIG_DIR, groups
+from ssl_samix.config import build, plain
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.data.view_maker import ViewMaker

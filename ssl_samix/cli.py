@@ -76,7 +76,8 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    from ssl_samix.config import CONFIG_DIR, describe_groups, quote_paths
+    from ssl_samix.choices import CONFIG_DIR, describe_groups
+    from ssl_samix.config import quote_paths
     from ssl_samix.launch import COMMAND
 
     flags = [word for word in words if word.startswith("-")]

@@ -22,35 +22,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from ssl_samix.choices import CONFIG_DIR, groups, recipe_of
 from ssl_samix.errors import ConfigError, UserError, nearest
 
-_PACKAGE = Path(__file__).resolve().parent
-# Installed, the configurations are inside the package; in a checkout they stand beside it.
-CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
 PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
-
-
-def groups(config_name: str | None = None) -> dict[str, list[str]]:
-    """Return each config group and the names that it offers.
-
-    Args:
-        config_name: Only the groups of this configuration's defaults list.
-    """
-    folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
-    if config_name is not None:
-        defaults = OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults
-        # An entry is _self_ or {"method": choice}, with words such as "optional" before the group.
-        own = {
-            str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
-        }
-        folders = [d for d in folders if d.name in own]
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
-
-
-def describe_groups(config_name: str) -> str:
-    """Return the lines of a configuration's help that name its groups and their choices."""
-    return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
 
 
 def quoted(text: str) -> str:
@@ -151,6 +127,9 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
         name = str(override.value())
         optional = override.key_or_group == "experiment" and override.value() is None
         if not optional and name not in known[override.key_or_group]:
+            if override.key_or_group == "experiment" and name in groups()["experiment"]:
+                theirs = recipe_of(CONFIG_DIR / "experiment" / f"{name}.yaml")
+                raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
     base, _ = _compose(config_name, [str(o.input_line) for o in chosen])
     for override in overrides:

@@ -23,7 +23,8 @@ from ssl_samix.callbacks.progress import RunProgress
 from ssl_samix.callbacks.recluster import Recluster
 from ssl_samix.callbacks.run_summary import Run, announce, finish
 from ssl_samix.checkpoint_io import AtomicCheckpointIO
-from ssl_samix.config import absolute, build, compose, dotted, groups, parse, quoted
+from ssl_samix.choices import groups
+from ssl_samix.config import absolute, build, compose, dotted, parse, quoted
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.recipes import Recipes
 from ssl_samix.engine import memory_format

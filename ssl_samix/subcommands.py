@@ -129,6 +129,12 @@ def _compare(words: list[str]) -> str:
     return main(words)
 
 
+def _recipes(words: list[str]) -> str:
+    from ssl_samix.recipes import main
+
+    return main(words)
+
+
 def _convert(words: list[str]) -> str:
     from ssl_samix.convert import main
 
@@ -160,6 +166,7 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "linear": _protocol("measure an encoder by a linear classifier", "linear", "linear"),
     "knn": _protocol("measure an encoder by nearest neighbours", "knn", "knn"),
     "semi": _protocol("measure an encoder with few labels", "semi", "semi_supervised"),
+    "recipes": PlainSubcommand("list published recipes", _recipes),
     "robustness": _protocol(
         "measure a trained classifier, also under attack", "robustness", "robustness"
     ),

@@ -6,7 +6,8 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ssl_samix.config import check, compose, groups, parse, quote_paths
+from ssl_samix.choices import groups
+from ssl_samix.config import check, compose, parse, quote_paths
 from ssl_samix.errors import ConfigError
 from ssl_samix.python_values import in_hydras_grammar
 

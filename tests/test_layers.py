@@ -23,12 +23,13 @@ ALLOWED = {
         "backbones",
         "modules",
         "checkpoint_io",
+        "choices",
         "config",
         "run_folder",
         "engine",
         "environment",
     },
-    "export": {"evaluation", "backbones", "checkpoint_io", "config", "run_folder"},
+    "export": {"evaluation", "backbones", "checkpoint_io", "choices", "config", "run_folder"},
     "callbacks": {"evaluation", "data", "modules", "run_folder", "painting"},
 }
 TOP = {

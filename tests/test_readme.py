@@ -120,7 +120,7 @@ def test_links_and_names_exist():
         assert (ROOT / target).exists(), target
     headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
-    from ssl_samix.config import groups
+    from ssl_samix.choices import groups
 
     for group, row in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.M):
         for name in re.findall(r"`(\w+)`", row):

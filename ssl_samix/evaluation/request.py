@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from ssl_samix.config import absolute, compose, groups, parse, plain
+from ssl_samix.choices import groups
+from ssl_samix.config import absolute, compose, parse, plain
 from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
 from ssl_samix.run_folder import RunFolder

@@ -18,7 +18,8 @@ from ssl_samix.callbacks.mixed_pictures import (
     paint_mixed,
     paired,
 )
-from ssl_samix.config import build, compose, groups
+from ssl_samix.choices import groups
+from ssl_samix.config import build, compose
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import ConfigError, UserError
 from ssl_samix.painting import colours, greys, paint, write_png

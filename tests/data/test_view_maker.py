@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_samix.config import compose, groups
+from ssl_samix.choices import groups
+from ssl_samix.config import compose
 from ssl_samix.data.folder import empty_classes
 from ssl_samix.data.recipes import OneView
 from ssl_samix.data.view_maker import ViewMaker

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from ssl_samix.eval_protocols import linear, semi_supervised
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.config import compose, groups
+from ssl_samix.choices import groups
+from ssl_samix.config import compose
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.errors import ConfigError

@@ -1,0 +1,211 @@
+"""Every recipe builds, trains a little on data laid out as its own, and is what it says."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.choices import groups, recipe_of
+from ssl_samix.config import build, compose
+from ssl_samix.data.layout import DATASETS
+from ssl_samix.errors import ConfigError
+from ssl_samix.pretraining import job as pretrain
+from ssl_samix.recipes import main, recipes
+from ssl_samix.supervised import job as supervised
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = {"pretrain": pretrain, "supervised": supervised}
+RECIPES = {recipe.name: recipe for recipe in recipes()}
+SUPERVISED = sorted(n for n, r in RECIPES.items() if r.command == "supervised")
+CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "tiny_imagenet": 200, "imagenet": 1000}
+# Weights in millions with the classifier of all classes (timm's table, torchvision's models).
+MILLIONS = {
+    "imagenet/resnet18": 11.69, "imagenet/resnet34": 21.80, "imagenet/resnet50": 25.56,
+    "imagenet/resnet101": 44.55, "imagenet/resnext101_32x4d": 44.18, "imagenet/vit_small": 22.05,
+    "imagenet/swin_tiny": 28.29, "imagenet/convnext_tiny": 28.59, "cifar10/resnet18": 11.17,
+    "cifar100/resnet18": 11.22, "tiny_imagenet/resnet18": 11.27,
+}  # fmt: skip
+# Published learning rate at the published global batch; the share of it that is left at the end.
+RATES = {
+    "imagenet/resnet18": (0.1, 256, 0), "imagenet/resnet34": (0.1, 256, 0),
+    "imagenet/resnet50": (0.1, 256, 0), "imagenet/resnet101": (0.1, 256, 0),
+    "imagenet/resnext101_32x4d": (0.1, 256, 0), "imagenet/vit_small": (1e-3, 1024, 1e-5),
+    "imagenet/swin_tiny": (1e-3, 1024, 1e-5), "imagenet/convnext_tiny": (4e-3, 4096, 1e-6),
+    "cifar10/resnet18": (0.1, 100, 0.05), "cifar100/resnet18": (0.1, 100, 0.05),
+    "tiny_imagenet/resnet18": (0.2, 100, 0.05), "imagenet/mocov2": (0.03, 256, 0),
+    "imagenet/simclr": (4.8, 4096, 0), "imagenet/byol": (3.2, 4096, 0),
+}  # fmt: skip
+RATES |= {
+    f"{data}/{method}": (0.06 * 4, 512, 0)  # 0.06 for 128 images
+    for data in ("cifar10", "cifar100", "stl10", "tiny_imagenet")
+    for method in ("mocov2", "simclr", "byol")
+}
+# Two steps of 4 images at 224 px; at smaller sizes, where classes need an image each, narrow ones.
+SHORT = ["trainer.max_epochs=1", "callbacks.pictures.rows=1", "data.workers=0"]
+NARROW = ["backbone.width=8", "data.limit=null"]
+
+
+def noise(size, seed):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def write_cifar(root, name, files, key, names_key):
+    home, classes = root / DATASETS[name].folder, CLASSES[name]
+    home.mkdir(parents=True)
+    for number, (file, count) in enumerate(files.items()):
+        rows = np.stack([noise(32, i).transpose(2, 0, 1).ravel() for i in range(count)])
+        entry = {"data": rows, key: [(i + number * count) % classes for i in range(count)]}
+        (home / file).write_bytes(pickle.dumps(entry))
+    names = {names_key: [f"class {k}" for k in range(classes)]}
+    (home / DATASETS[name].needs[-1]).write_bytes(pickle.dumps(names))
+
+
+def write_stl10(root):
+    home = root / "stl10_binary"
+    home.mkdir()
+    for part, count in (("train", 10), ("test", 10), ("unlabeled", 8)):
+        np.stack([noise(96, i).transpose(2, 1, 0) for i in range(count)]).tofile(
+            home / f"{part}_X.bin"
+        )
+        if part != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(home / f"{part}_y.bin")
+
+
+def write_folders(root, size, train, val):
+    for split, count in (("train", train), ("val", val)):
+        for name in ("n01440764", "n01443537"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(noise(size, i + 7 * (split == "val")))
+                picture.save(root / split / name / f"{name}_{i}.JPEG")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder -> root of small data, laid out as the real ones are."""
+    root = tmp_path_factory.mktemp("data")
+    batches = {f"data_batch_{i}": 4 for i in range(1, 6)} | {"test_batch": 10}
+    write_cifar(root / "cifar10", "cifar10", batches, "labels", "label_names")
+    files = {"train": 100, "test": 100}
+    write_cifar(root / "cifar100", "cifar100", files, "fine_labels", "fine_label_names")
+    (root / "stl10").mkdir()
+    write_stl10(root / "stl10")
+    write_folders(root / "tiny_imagenet" / "tiny-imagenet-200", 64, 4, 2)
+    write_folders(root / "imagenet", 240, 4, 1)
+    return root
+
+
+@pytest.fixture
+def _small_is_whole(monkeypatch):
+    """Let torchvision accept data sets that are smaller than the real ones."""
+    for kind in (torchvision.datasets.CIFAR10, torchvision.datasets.STL10):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+
+
+def weights(backbone, classes):
+    """Millions of weights with a linear classifier."""
+    own = sum(p.numel() for p in backbone.parameters())
+    return (own + (backbone.feature_dim + 1) * classes) / 1e6
+
+
+@pytest.mark.usefixtures("_small_is_whole")
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_it_trains_a_few_steps(name, data, tmp_path):
+    recipe, kind = RECIPES[name], name.split("/")[0]
+    words = [f"experiment={name}", f"data.root={data / kind}", f"out={tmp_path / 'run'}", *SHORT]
+    words += ["data.batch_size=4"] if kind != "cifar100" else ["data.batch_size=50"]
+    words += NARROW if kind != "imagenet" else []
+    if recipe.command == "pretrain":
+        words += ["data.limit=8"] if kind != "cifar100" else []
+        words += ["method.hidden_dim=64"] if name.endswith(("byol", "simclr")) else []
+        words += ["method.queue_size=32", "method.bn_groups=1"] if "moco" in name else []
+        # The networks at 224 px are the supervised recipes' too: two views of all cost minutes.
+        words += ["backbone.width=16"] if kind == "imagenet" else []
+    run = JOBS[recipe.command](words)
+    steps = {"cifar10": 5, "cifar100": 2}.get(kind, 2) if recipe.command == "supervised" else 2
+    assert run.metrics["step"] == steps
+    assert np.isfinite(run.metrics["loss"])
+    assert run.metrics["mixer/local"] > 0, "the Mixer read the maps of this backbone"
+    assert (run.out / "mixer.safetensors").exists()
+    assert run.encoder.image_size == {"imagenet": 224, "stl10": 96, "tiny_imagenet": 64}.get(
+        kind, 32
+    )
+    if name in MILLIONS and kind == "imagenet":
+        assert weights(run.encoder.backbone, 1000) == pytest.approx(MILLIONS[name], abs=0.005)
+
+
+@pytest.mark.parametrize("name", [n for n in SUPERVISED if not n.startswith("imagenet")])
+def test_small_networks_have_the_published_number_of_weights(name):
+    config, _ = compose("supervised", [f"experiment={name}"])
+    kind = name.split("/")[0]
+    backbone = build(config.backbone, image_size=config.data.image_size)
+    assert isinstance(backbone, Backbone)
+    assert backbone.small_stem
+    assert weights(backbone, CLASSES[kind]) == pytest.approx(MILLIONS[name], abs=0.005)
+
+
+def test_every_recipe_is_checked_here():
+    assert set(RATES) == set(RECIPES)
+    assert set(MILLIONS) == set(SUPERVISED)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_learning_rate_is_the_published_one_on_any_number_of_devices(name):
+    rate, batch, end = RATES[name]
+    command = RECIPES[name].command
+    for devices in (1, 8):
+        words = [f"experiment={name}", f"trainer.devices={devices}"]
+        config, _ = compose(command, words)
+        # The batch is that of all devices, so that nothing changes with their number.
+        assert config.data.batch_size == batch
+        optimizer = build(config.optimizer)
+        assert optimizer.scaled_lr(batch) == pytest.approx(rate)
+        assert optimizer.final * rate == pytest.approx(end)
+    # Twice the batch, twice the rate.
+    assert optimizer.scaled_lr(2 * batch) == pytest.approx(2 * rate)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_plain_method_is_a_word_away(name):
+    config, choices = compose(RECIPES[name].command, [f"experiment={name}", "mixup=none"])
+    assert not config.mixup
+    assert choices["mixup"] == "none"
+    words = [f"experiment={name}", "trainer.max_epochs=7"]
+    assert compose(RECIPES[name].command, words)[0].trainer.max_epochs == 7
+
+
+def test_a_recipe_says_its_own_length():
+    for recipe in recipes():
+        config, _ = compose(recipe.command, [f"experiment={recipe.name}"])
+        assert recipe.epochs == f"{config.trainer.max_epochs} epochs"
+
+
+def test_all_are_listed():
+    shown = main([])
+    assert set(re.findall(r"experiment=(\S+)", shown)) == set(groups()["experiment"])
+    assert len(main(["imagenet", "supervised", "resnet"]).splitlines()) == 2 + 5
+    assert "samix supervised experiment=imagenet/swin_tiny" in main(["swin"])
+    with pytest.raises(ConfigError, match="no recipe holds swim"):
+        main(["swim"])
+
+
+def test_the_page_has_a_row_for_each():
+    rows = re.findall(r"^\| `(\w+/\w+)` \|", (ROOT / "docs" / "recipes.md").read_text(), re.M)
+    assert sorted(rows) == sorted(RECIPES)
+
+
+def test_a_recipe_of_the_other_command_is_named(fails):
+    assert fails("pretrain", "experiment=imagenet/resnet18") == (
+        "samix: experiment=imagenet/resnet18 is a recipe of samix supervised"
+    )
+    assert "did you mean 'cifar10/simclr'" in fails("pretrain", "experiment=cifar10/simcl")
+    assert recipe_of(ROOT / "configs" / "experiment" / "cifar10" / "byol.yaml") == "pretrain"
