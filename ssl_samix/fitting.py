@@ -43,6 +43,7 @@ class Mode(ABC):
     """What one mode of training, and no other, does."""
 
     command: str  # of ``samix``, and the name of its configuration
+    labelled = False  # whether it learns from labelled images alone
 
     @abstractmethod
     def views(self, config: DictConfig) -> Recipes:
@@ -117,7 +118,9 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
     check_range("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    data: DataModule = build(config.data, views=mode.views(config), seed=config.seed)
+    data: DataModule = build(
+        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
+    )
     backbone = build(config.backbone, image_size=data.splits.image_size)
     mixing = build(config.mixup, backbone=backbone) if config.mixup else None
     module = mode.module(config, data, folder, backbone, mixing)

@@ -59,6 +59,7 @@ class Supervised(Mode):
     """Labels teach, and validation images tell what was learned."""
 
     command = "supervised"
+    labelled = True
 
     def views(self, config: DictConfig) -> Recipes:
         """Give the one view of the augmentation."""

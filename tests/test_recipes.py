@@ -153,6 +153,15 @@ def test_small_networks_have_the_published_number_of_weights(name):
     assert weights(backbone, CLASSES[kind]) == pytest.approx(MILLIONS[name], abs=0.005)
 
 
+@pytest.mark.usefixtures("_small_is_whole")
+def test_classifiers_learn_from_the_labelled_part(data, tmp_path):
+    """STL-10's many images without labels are for pretraining."""
+    words = ["data=stl10", f"data.root={data / 'stl10'}", "data.batch_size=5", *SHORT]
+    run = supervised([*words, "backbone.width=8", f"out={tmp_path / 'run'}"])
+    assert run.metrics["step"] == 2  # of 10 labelled images, not of the 8 others
+    assert "val/top1" in run.metrics
+
+
 def test_every_recipe_is_checked_here():
     assert set(RATES) == set(RECIPES)
     assert set(MILLIONS) == set(SUPERVISED)

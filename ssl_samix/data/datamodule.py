@@ -35,6 +35,7 @@ class DataModule(pl.LightningDataModule):
         download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
         memory_gb: Hold data sets up to this many GiB in memory.
+        labelled: Train on labelled images alone.
 
     Raises:
         DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
@@ -56,6 +57,7 @@ class DataModule(pl.LightningDataModule):
         download: bool,
         workers: int | Literal["auto"],
         memory_gb: float,
+        labelled: bool = False,
     ) -> None:
         super().__init__()
         check_range("seed", seed, 0)
@@ -65,7 +67,14 @@ class DataModule(pl.LightningDataModule):
                 check_range(f"data.{key}", value, 0 if key == "workers" else 1)
         self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
         self.splits: Splits = load_splits(
-            name, root, image_size, limit, download=download, labels=labels, memory_gb=memory_gb
+            name,
+            root,
+            image_size,
+            limit,
+            download=download,
+            labels=labels,
+            memory_gb=memory_gb,
+            labelled=labelled,
         )
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std

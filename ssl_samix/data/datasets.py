@@ -82,6 +82,7 @@ def load_splits(
     download: bool = False,
     labels: bool | str = "auto",
     memory_gb: float = 4.0,
+    labelled: bool = False,
 ) -> Splits:
     """Read a data set by name.
 
@@ -99,6 +100,7 @@ def load_splits(
         download: Let torchvision download what is missing.
         labels: ``"auto"``, or whether the sub-folders of a folder of images are classes.
         memory_gb: GiB of pixels per split that may be held in memory.
+        labelled: Train on the labelled images alone, where a set has others beside them (STL-10).
 
     Raises:
         DataError: The data set is unknown, missing, damaged or without images; more than 1% of
@@ -109,6 +111,8 @@ def load_splits(
     spec = SPECS[name]
     home = locate(name, root)
     parts = _with_val(spec.read(Request(home, download, labels)), spec.hold_out)
+    if labelled and parts.bank is not None:
+        parts = Parts(parts.bank, parts.val, parts.classes)
     size = image_size if image_size != "auto" else _auto_size(spec, parts.train)
     train = _image_set(_limited(parts.train, limit), size, memory_gb)
     bank = _image_set(parts.bank, size, memory_gb) if parts.bank else None
