@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_samix import experiments
+
 _PACKAGE = Path(__file__).resolve().parent
 # Installed, the configurations are inside the package; in a checkout they stand beside it.
 CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
+RECIPES = CONFIG_DIR / "experiment"
 
 
 def groups(config_name: str | None = None) -> dict[str, list[str]]:
@@ -27,22 +28,10 @@ def groups(config_name: str | None = None) -> dict[str, list[str]]:
             str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
         }
         folders = [d for d in folders if d.name in own]
-    return {d.name: _names(d, config_name) for d in folders}
-
-
-def _names(folder: Path, config_name: str | None) -> list[str]:
-    """Return what a group offers: ``sgd``, or ``cifar10/resnet18``, if it is for the command."""
-    files = [f for f in folder.rglob("*.yaml") if config_name in (None, recipe_of(f, config_name))]
-    return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in files)
-
-
-def recipe_of(file: Path, usual: str | None = None) -> str | None:
-    """Return the command that a recipe says, in its second line, that it is for."""
-    if file.parent == CONFIG_DIR / "experiment" or "experiment" not in file.parts:
-        return usual
-    with file.open(encoding="utf-8") as lines:
-        found = re.match(r"# samix (\w+) \|", next(itertools.islice(lines, 1, None), ""))
-    return found[1] if found else usual
+    found = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
+    if "experiment" in found:
+        found["experiment"] = experiments.names(RECIPES, config_name)
+    return found
 
 
 def describe_groups(config_name: str) -> str:

@@ -22,10 +22,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.choices import CONFIG_DIR, groups, recipe_of
+from ssl_samix import experiments
+from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
 from ssl_samix.errors import ConfigError, UserError, nearest
 
 PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
+OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
@@ -128,10 +130,12 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
         optional = override.key_or_group == "experiment" and override.value() is None
         if not optional and name not in known[override.key_or_group]:
             if override.key_or_group == "experiment" and name in groups()["experiment"]:
-                theirs = recipe_of(CONFIG_DIR / "experiment" / f"{name}.yaml")
+                theirs = experiments.command_of(RECIPES / f"{name}.yaml")
                 raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
-    base, _ = _compose(config_name, [str(o.input_line) for o in chosen])
+    names = {o.key_or_group: o.value() for o in chosen}
+    words = experiments.spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
+    base, _ = _compose(config_name, words)
     for override in overrides:
         key = override.key_or_group
         group = key.partition(".")[0]
@@ -140,7 +144,14 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             raise ConfigError(f"{command} takes no {key}: choose from {keys}")
         if override not in chosen:
             check_value(base, key, override.value(), known)
-    return _compose(config_name, [str(o.input_line) for o in overrides])
+    words += [_forced(str(o.input_line)) for o in overrides if o not in chosen]
+    whole, choices = _compose(config_name, words)
+    return whole, {**choices, **names}
+
+
+def _forced(word: str) -> str:
+    """Mark the word of an open dict, whose keys are not known, as one that may add some."""
+    return f"++{word}" if word.startswith(OPEN_KEYS) else word
 
 
 def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> None:

@@ -34,6 +34,7 @@ from ssl_samix.evaluation.checkpoint import save_encoder
 from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.optim.recipe import OptimizerRecipe
 from ssl_samix.python_values import in_hydras_grammar
 from ssl_samix.run_folder import RunFolder, default_out, resumed_config
 from ssl_samix.standalone import save_mixer
@@ -138,6 +139,18 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     if trainer.is_global_zero:
         mode.save(folder, module, meta)
     return finish(trainer, folder, monitor)
+
+
+def build_optimizer(config: DictConfig) -> OptimizerRecipe:
+    """Build the optimizer; where gradients are clipped, one that is not fused.
+
+    Lightning clips no gradient of a fused optimizer in mixed precision.
+    """
+    settings = config.optimizer.copy()
+    if config.trainer.get("gradient_clip_val") is not None and "fused" in settings.optimizer:
+        settings.optimizer.fused = False
+    recipe: OptimizerRecipe = build(settings)
+    return recipe
 
 
 def _fit(

@@ -16,7 +16,7 @@ from ssl_samix.callbacks.run_summary import Run
 from ssl_samix.config import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.recipes import Recipes
-from ssl_samix.fitting import Mode, configured, train, words
+from ssl_samix.fitting import Mode, build_optimizer, configured, train, words
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.run_folder import RunFolder
@@ -72,7 +72,7 @@ class Pretraining(Mode):
         mixing: MixObjective | None,
     ) -> BaseMethod:
         """Build the method."""
-        optimizer = build(config.optimizer)
+        optimizer = build_optimizer(config)
         method: BaseMethod = build(
             config.method, backbone=backbone, optimizer=optimizer, mixing=mixing
         )

@@ -64,7 +64,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
 
         import_module(f"ssl_samix.{module}").job(words)
 
-    return Subcommand(text, command, check, job)
+    return Subcommand(text, command, check, job, late_keys=("backbone.options",))
 
 
 def _check_show_mixing(words: list[str], _sweeping: bool) -> None:

@@ -20,7 +20,7 @@ from ssl_samix.data.recipes import OneView, Recipes
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.evaluation.checkpoint import load_encoder
 from ssl_samix.evaluation.classifier import save_classifier
-from ssl_samix.fitting import Mode, configured, train, words
+from ssl_samix.fitting import Mode, build_optimizer, configured, train, words
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.methods.classifier import Classifier
 from ssl_samix.mixup.objective import MixObjective
@@ -81,7 +81,7 @@ class Supervised(Mode):
             config.classifier,
             backbone=backbone,
             classes=len(data.splits.classes),
-            optimizer=build(config.optimizer),
+            optimizer=build_optimizer(config),
             mixing=mixing,
         )
         return classifier

@@ -122,3 +122,11 @@ def test_python_values_in_hydras_grammar(value, word):
 def test_what_no_configuration_holds():
     with pytest.raises(ConfigError, match="cannot hold a object"):
         in_hydras_grammar(object())
+
+
+def test_options_of_a_library_take_any_key():
+    words = ["backbone=any", "backbone.options={patch_size:4,depth:2}"]
+    assert compose("pretrain", words)[0].backbone.options == {"patch_size": 4, "depth": 2}
+    assert check("pretrain", words)[0].backbone.options.depth == 2
+    with pytest.raises(ConfigError, match="holds keys of its own"):
+        compose("pretrain", ["backbone=any", "backbone.options=4"])

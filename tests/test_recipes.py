@@ -12,10 +12,11 @@ import torchvision
 from PIL import Image
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups, recipe_of
+from ssl_samix.choices import groups
 from ssl_samix.config import build, compose
 from ssl_samix.data.layout import DATASETS
 from ssl_samix.errors import ConfigError
+from ssl_samix.experiments import command_of
 from ssl_samix.pretraining import job as pretrain
 from ssl_samix.recipes import main, recipes
 from ssl_samix.supervised import job as supervised
@@ -47,8 +48,10 @@ RATES |= {
     for data in ("cifar10", "cifar100", "stl10", "tiny_imagenet")
     for method in ("mocov2", "simclr", "byol")
 }
-# Two steps of 4 images at 224 px; at smaller sizes, where classes need an image each, narrow ones.
+# Two steps of 2 or 4 images at 224 px; at smaller sizes, where classes need an image each,
+# narrow networks.
 SHORT = ["trainer.max_epochs=1", "callbacks.pictures.rows=1", "data.workers=0"]
+HEAVY = ("imagenet/resnet101", "imagenet/resnext101_32x4d", "imagenet/convnext_tiny")
 NARROW = ["backbone.width=8", "data.limit=null"]
 
 
@@ -124,6 +127,8 @@ def test_it_trains_a_few_steps(name, data, tmp_path):
     words = [f"experiment={name}", f"data.root={data / kind}", f"out={tmp_path / 'run'}", *SHORT]
     words += ["data.batch_size=4"] if kind != "cifar100" else ["data.batch_size=50"]
     words += NARROW if kind != "imagenet" else []
+    if name in HEAVY:
+        words += ["data.batch_size=2", "data.limit=4"]
     if recipe.command == "pretrain":
         words += ["data.limit=8"] if kind != "cifar100" else []
         words += ["method.hidden_dim=64"] if name.endswith(("byol", "simclr")) else []
@@ -217,4 +222,35 @@ def test_a_recipe_of_the_other_command_is_named(fails):
         "samix: experiment=imagenet/resnet18 is a recipe of samix supervised"
     )
     assert "did you mean 'cifar10/simclr'" in fails("pretrain", "experiment=cifar10/simcl")
-    assert recipe_of(ROOT / "configs" / "experiment" / "cifar10" / "byol.yaml") == "pretrain"
+    assert command_of(ROOT / "configs" / "experiment" / "cifar10" / "byol.yaml") == "pretrain"
+
+
+def composed(name, *words):
+    return compose(RECIPES[name].command, [f"experiment={name}", *words])
+
+
+def test_what_a_recipe_sets_is_for_its_own_choices():
+    """Another choice comes with its own settings, the rest of the recipe stays."""
+    config, choices = composed("imagenet/swin_tiny", "backbone=resnet50")
+    assert (config.backbone.name, config.backbone.options) == ("resnet50", {})
+    assert (config.trainer.max_epochs, choices["experiment"]) == (300, "imagenet/swin_tiny")
+    config, _ = composed("imagenet/vit_small", "mixup=cutmix", "mixup.alpha=0.5", "optimizer.lr=1")
+    alone, _ = compose("supervised", ["mixup=cutmix", "mixup.alpha=0.5"])
+    assert config.mixup == alone.mixup
+    assert config.backbone.options == {"patch_size": 16, "drop_path_rate": 0.1}
+    assert (config.optimizer.lr, config.data.batch_size) == (1, 1024)
+    config, _ = composed("cifar10/mocov2", "method=simclr", "optimizer=adamw")
+    alone, _ = compose("pretrain", ["method=simclr", "optimizer=adamw"])
+    assert (config.method, config.optimizer) == (alone.method, alone.optimizer)
+    assert (config.data.name, config.data.batch_size) == ("cifar10", 512)
+    assert config.views == alone.views
+    same, _ = composed("imagenet/byol", "mixup=samix", "method=byol")
+    assert same == composed("imagenet/byol")[0]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_mixers_rate_is_one_that_it_can_learn_with(name):
+    """LARS does not scale what has no weight decay: the Mixer would get the whole of it."""
+    config, _ = composed(name)
+    optimizer = build(config.optimizer)
+    assert optimizer.scaled_lr(config.data.batch_size) * config.mixup.lr <= 0.25

@@ -129,6 +129,23 @@ def test_policies_and_erasing_reach_the_images(tmp_path):
     assert compose("supervised", ["augment=randaugment"])[0].augment.erasing == 0.25
 
 
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(precision, tmp_path):
+    """A fused optimizer cannot clip in mixed precision: another is taken then."""
+    settings = {**TINY, "data.limit": 64, "trainer.max_epochs": 1, "optimizer": "sgd"}
+    settings |= {"trainer.precision": precision, "optimizer.lr": 1.0, "mixup": "none"}
+    settings |= {"optimizer.weight_decay": 0, "optimizer.warmup_epochs": 0}
+    moved = []
+    for norm in (1e-4, None):
+        clip = {"trainer.gradient_clip_val": norm}
+        run = ssl_samix.train_supervised("digits", tmp_path / f"{norm}", **settings, **clip)
+        before = torch.load(run.out / "last.ckpt", weights_only=True)
+        buffers = before["optimizer_states"][0]["state"].values()
+        moved.append(sum(s["momentum_buffer"].square().sum() for s in buffers).sqrt().item())
+    assert moved[0] == pytest.approx(1e-4, rel=1e-2)
+    assert moved[1] > 1e-2
+
+
 def refused(fails, *words):
     return fails("supervised", *words)
 
