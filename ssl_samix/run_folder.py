@@ -17,8 +17,8 @@ from ssl_samix.files import PARTIAL, write_atomically
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
-    "trainer.precision", "trainer.num_nodes", "data.root", "data.workers", "data.memory_gb",
-    "data.download", "callbacks.",
+    "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
+    "data.memory_gb", "data.download", "callbacks.",
 )  # fmt: skip
 
 

@@ -25,10 +25,11 @@ class Backbone(nn.Module):
         width: Channels of a ResNet's first stage; 64 is the published network.
         stem: ``small`` (3x3, no max-pool), ``standard``, or ``auto``: small below 64 px.
         options: Further arguments of ``timm.create_model`` for a timm model.
+        checkpointing: Compute activations again in the backward pass instead of keeping them.
 
     Raises:
-        ConfigError: For an unknown name, a width or stem that the model does not have, or an image
-            size that it cannot take.
+        ConfigError: For an unknown name, a width, stem or checkpointing that the model does not
+            have, or an image size that it cannot take.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
         width: int = 64,
         stem: Literal["auto", "small", "standard"] = "auto",
         options: dict[str, Any] | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if stem not in ("auto", "small", "standard"):
@@ -54,7 +56,7 @@ class Backbone(nn.Module):
             "stem": "small" if self.small_stem else "standard",
             "options": dict(options or {}),
         }
-        self.trunk = self._build(name, width, options)
+        self.trunk = self._build(name, width, options, checkpointing)
         self._contiguous = breaks_in_channels_last(self.trunk)
         maps, pooled = self._try_one_image()
         self.feature_dim = pooled.shape[1]
@@ -75,16 +77,22 @@ class Backbone(nn.Module):
                 f"backbone.{setting} is for ResNets, not for {name}: choose backbone=any"
             )
 
-    def _build(self, name: str, width: int, options: dict[str, Any] | None) -> nn.Module:
+    def _build(
+        self, name: str, width: int, options: dict[str, Any] | None, checkpointing: bool
+    ) -> nn.Module:
         if name in RESNETS:
-            return ResNetTrunk(name, width, self.small_stem)
+            return ResNetTrunk(name, width, self.small_stem, checkpointing)
         try:
             if _library(name) == "timm":
                 from ssl_samix.backbones.timm_trunk import TimmTrunk
 
-                return TimmTrunk(name, self.image_size, options)
+                return TimmTrunk(name, self.image_size, options, checkpointing)
             from ssl_samix.backbones.torchvision_trunk import TorchvisionTrunk
 
+            if checkpointing:
+                raise ConfigError(
+                    f"backbone.checkpointing is for ResNets and timm models, and {name} is neither"
+                )
             return TorchvisionTrunk(name)
         except ConfigError:
             raise

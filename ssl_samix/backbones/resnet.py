@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
+from ssl_samix.backbones.recomputing import recomputed
+
 # name -> block, blocks per stage, groups, width per group (torchvision.models.resnet)
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], int, int]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
@@ -32,11 +34,15 @@ class ResNetTrunk(TorchvisionResNet):
         width: Channels of the first stage; 64 is the published network.
         small_stem: A 3x3 stem of stride 1 without max-pool, for images below 64 px (SimCLR,
             arXiv 2002.05709, appendix B.9), in place of the 7x7 stem of stride 2.
+        checkpointing: Keep each block's input alone for the backward pass.
     """
 
-    def __init__(self, name: str, width: int = 64, small_stem: bool = False) -> None:
+    def __init__(
+        self, name: str, width: int = 64, small_stem: bool = False, checkpointing: bool = False
+    ) -> None:
         # torchvision's constructor fixes the width at 64: only its layer maker is used.
         nn.Module.__init__(self)
+        self.checkpointing = checkpointing
         block, blocks, self.groups, self.base_width = RESNETS[name]
         self._norm_layer: type[nn.Module] = nn.BatchNorm2d
         self.inplanes = width
@@ -63,7 +69,8 @@ class ResNetTrunk(TorchvisionResNet):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
-            x = layer(x)
+            for block in layer:
+                x = recomputed(block, x) if self.checkpointing else block(x)
             maps.append(x)
         return maps
 

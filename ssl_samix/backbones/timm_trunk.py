@@ -6,6 +6,9 @@ from typing import Any
 
 import timm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ssl_samix.errors import ConfigError
 
 
 class TimmTrunk(nn.Module):
@@ -18,13 +21,21 @@ class TimmTrunk(nn.Module):
         name: A timm model name.
         image_size: Passed to models that are built for one size (ViT, Swin).
         options: Further keyword arguments of ``timm.create_model``, such as ``patch_size``.
+        checkpointing: Keep the inputs of blocks alone for the backward pass.
 
     Raises:
         ValueError, TypeError, AssertionError: As timm raises them for sizes or options that the
             model does not take.
+        ConfigError: For checkpointing of a model with BatchNorm.
     """
 
-    def __init__(self, name: str, image_size: int, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        options: dict[str, Any] | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         arguments: dict[str, Any] = {"num_classes": 0, **(options or {})}
         if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
@@ -34,6 +45,13 @@ class TimmTrunk(nn.Module):
         if patch is not None and image_size % patch[0]:
             raise ValueError(f"{image_size} is not a multiple of its patch of {patch[0]} px")
         self._blocks = self._stage_blocks()
+        if checkpointing:
+            if any(isinstance(module, _NormBase) for module in self.model.modules()):
+                raise ConfigError(
+                    f"backbone.checkpointing would move {name}'s normalisation statistics twice a "
+                    "step: leave it out"
+                )
+            self.model.set_grad_checkpointing(True)
 
     def _stage_blocks(self) -> list[int]:
         """Return, for stages 1, 2, ..., the position of the stage's last block."""

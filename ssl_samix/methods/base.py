@@ -52,6 +52,7 @@ class BaseMethod(pl.LightningModule, ABC):
         self.predictor: nn.Module | None = None
         self.twin: EMATwin | None = None
         self.memory = StepMemory()
+        self._frozen_forward = frozen_forward
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
 
     @property
@@ -137,7 +138,7 @@ class BaseMethod(pl.LightningModule, ABC):
 
     def frozen_query(self, images: Tensor) -> Tensor:
         """Embed with the frozen teacher to (B, D); gradient reaches the images only."""
-        return self.unit(frozen_forward(self.teacher, images))
+        return self.unit(self._frozen_forward(self.teacher, images))
 
     def maps(self, images: Tensor, stage: int, source: str) -> Tensor:
         """Return a stage's maps (B, C, h, w), of a pass that has been made if there is one."""
@@ -181,8 +182,17 @@ class BaseMethod(pl.LightningModule, ABC):
         query = unit if self.predictor is None else self.unit(self.predictor(embedding))
         return Passed(unit, query, *maps)
 
+    def compile_passes(self, **options: Any) -> None:
+        """Let ``torch.compile`` with these options have the passes; losses stay as they are."""
+        options = {"dynamic": False, **options}
+        self.read = torch.compile(self.read, **options)  # type: ignore[method-assign]
+        self._frozen_forward = torch.compile(frozen_forward, **options)
+        for part in [] if self.mixing is None else self.mixing.networks:
+            part.compile(**options)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum the named loss terms of one batch and log each."""
+        torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten
         with self.memory.step():
             if self.mixing is None:
                 terms = Terms({"own": self.own_loss(batch.views).mean()}, {})

@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_samix.errors import check_range
 from ssl_samix.losses.precision import full_precision
@@ -107,6 +107,11 @@ class SAMixObjective(MixObjective):
         return Terms(
             {**terms.losses, "mixer": learning.losses["mixer"]}, {**terms.logs, **learning.logs}
         )
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The Mixer."""
+        return [self.policy.block]
 
     def learn(self, method: Method, batch: Batch, progress: float) -> Terms:
         """Return the Mixer's loss of mixtures of its own, through the frozen teacher.

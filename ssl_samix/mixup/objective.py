@@ -117,6 +117,11 @@ class MixObjective(nn.Module):
         query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
         return weighted(method.pair_loss(query, keys, parents), lam)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Parts that are worth compiling; none."""
+        return []
+
     def draw(self, images: Tensor) -> MixPlan:
         """Draw who is mixed with whom, and how much."""
         return draw_plan(len(images), self.alpha, images.device, self.fraction)

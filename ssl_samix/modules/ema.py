@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.models.utils import deactivate_requires_grad
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
@@ -38,11 +38,19 @@ class EMATwin(nn.Module):
             momentum: Share of the old weights.
             statistics: Move the normalisation statistics too: of a twin that sees no batch itself.
         """
-        update_momentum(online, self.module, m=momentum)
+        pairs: list[tuple[Tensor, Tensor]] = list(
+            zip(self.module.parameters(), online.parameters(), strict=True)
+        )
         if statistics:
-            for own, other in zip(self.module.buffers(), online.buffers(), strict=True):
-                if own.is_floating_point():
-                    own.lerp_(other, 1 - momentum)
+            pairs += [
+                (own, other)
+                for own, other in zip(self.module.buffers(), online.buffers(), strict=True)
+                if own.is_floating_point()
+            ]
+        if pairs:
+            # One call for all: a GPU would take longer to be told of each than to do it.
+            own_tensors, others = (list(tensors) for tensors in zip(*pairs, strict=True))
+            torch._foreach_lerp_(own_tensors, others, 1 - momentum)
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:

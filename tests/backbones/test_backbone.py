@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.backbones.resnet import RESNETS
 from ssl_samix.errors import ConfigError
 
 
@@ -137,3 +138,49 @@ def test_a_very_narrow_network_computes_in_its_own_layout(width, contiguous):
     backbone.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     backbone(images)
     assert seen[0].is_contiguous() == contiguous
+
+
+def gradients(backbone, images):
+    backbone.zero_grad()
+    maps, pooled = backbone.map_and_features(images, 3)
+    (pooled.square().sum() + maps.square().mean()).backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "test_vit"])
+def test_checkpointing_changes_no_number(name):
+    size, settings = (32, {"width": 8}) if name in RESNETS else (160, {})
+    plain = Backbone(name, image_size=size, **settings)
+    saving = Backbone(name, image_size=size, checkpointing=True, **settings)
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, size, size)
+    wanted, got = gradients(plain, images), gradients(saving, images)
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-5, atol=1e-6)
+    for key, tensor in plain.state_dict().items():  # among them the normalisation statistics
+        torch.testing.assert_close(saving.state_dict()[key], tensor, rtol=0, atol=0)
+
+
+def test_checkpointing_keeps_less():
+    def kept(backbone):
+        tensors = []
+
+        def keep(tensor):
+            tensors.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            backbone(torch.randn(8, 3, 32, 32))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+        return sum(size for place, size in storages.items() if place not in weights)
+
+    plain, saving = (
+        kept(Backbone("resnet18", 32, width=8, checkpointing=on)) for on in (False, True)
+    )
+    assert saving < plain / 2
+
+
+def test_a_model_that_cannot_checkpoint_says_so():
+    with pytest.raises(ConfigError, match="checkpointing"):
+        Backbone("alexnet", image_size=64, checkpointing=True)

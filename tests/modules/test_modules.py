@@ -88,3 +88,18 @@ def test_groups_are_normalised_apart_and_in_order():
 def test_no_group_has_a_single_image():
     images = torch.randn(5, 3)
     assert torch.isfinite(in_groups(one(nn.BatchNorm1d(3)), images, 4)[0]).all()
+
+
+def test_twin_moves_statistics_when_asked_and_counts_nothing():
+    net = nn.BatchNorm1d(2)
+    twin = EMATwin(net)
+    with torch.no_grad():
+        net.weight.fill_(3.0)
+    net(torch.tensor([[0.0, 4.0], [2.0, 8.0]]))
+    twin.update(net, 0.75)
+    torch.testing.assert_close(twin.module.weight, torch.full((2,), 1.5))
+    torch.testing.assert_close(twin.module.running_mean, torch.zeros(2))
+    twin.update(net, 0.5, statistics=True)
+    torch.testing.assert_close(twin.module.running_mean, net.running_mean / 2)
+    torch.testing.assert_close(twin.module.weight, torch.full((2,), 2.25))
+    assert int(twin.module.num_batches_tracked) == 0
