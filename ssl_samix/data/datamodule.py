@@ -78,7 +78,8 @@ class DataModule(pl.LightningDataModule):
         )
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
-        self.views = ViewMaker(views.specs(size, flip, crop_min), size, mean, std)
+        specs = views.specs(size, flip, crop_min)
+        self.views = ViewMaker(specs, size, mean, std, views.device)
 
     def _check_batch(self) -> None:
         images = len(self.splits.train)

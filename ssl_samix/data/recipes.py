@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 
 SMALLEST_BLURRED = 64  # pixels; SimCLR's CIFAR recipe has no blur, arXiv 2002.05709, appendix B.9
+PLACES = ("auto", "batched", "workers")
 POLICIES = ("none", "randaugment", "trivialaugment")
 HIGHEST = {  # of what may be more than 1
     "brightness": math.inf,
@@ -103,7 +104,9 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
 
 
 class Recipes(Protocol):
-    """Whatever says of which views a batch consists."""
+    """Whatever says of which views a batch consists, and where they are made."""
+
+    device: str  # one of `PLACES`
 
     def specs(
         self, image_size: int, flip: bool = True, crop_min: float = 0.0
@@ -115,14 +118,17 @@ class OneView:
     """The one view of supervised training.
 
     Args:
+        device: Where it is made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
         **settings: Fields of a `ViewSpec`.
 
     Raises:
         ConfigError: If a field is unknown, missing or out of its range.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, device: str = "auto", **settings: Any) -> None:
         """Check and keep the recipe."""
+        check_choice("augment.device", device, PLACES)
+        self.device = device
         self.spec = _spec(settings)
 
     def specs(self, image_size: int, flip: bool = True, crop_min: float = 0.0) -> tuple[ViewSpec]:
@@ -136,13 +142,21 @@ class Views:
     Args:
         a: The first view's recipe, a `ViewSpec` or its fields.
         b: The second view's.
+        device: Where they are made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
 
     Raises:
         ConfigError: If a field is unknown, missing or out of its range.
     """
 
-    def __init__(self, a: ViewSpec | Mapping[str, Any], b: ViewSpec | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        a: ViewSpec | Mapping[str, Any],
+        b: ViewSpec | Mapping[str, Any],
+        device: str = "auto",
+    ) -> None:
         """Check and keep both recipes."""
+        check_choice("views.device", device, PLACES)
+        self.device = device
         self.a = a if isinstance(a, ViewSpec) else _spec(a)
         self.b = b if isinstance(b, ViewSpec) else _spec(b)
 

@@ -121,10 +121,15 @@ def apply(images: Tensor, params: ViewParams, size: int) -> Tensor:
         (B, 3, size, size) float in [0, 1].
     """
     box = (params.top, params.left, params.height, params.width)
-    blur = partial(transforms.gaussian_blur, kernel_size=transforms.blur_kernel_size(size))
     if params.border:
         images = F.pad(images, [params.border] * 4, mode="reflect")
-    views = transforms.crop_resize(images, box, params.flip, size)
+    return recolour(transforms.crop_resize(images, box, params.flip, size), params)
+
+
+def recolour(views: Tensor, params: ViewParams) -> Tensor:
+    """Change the colours of crops, (B, 3, S, S) float in [0, 1], in place, as ``params`` say."""
+    kernel_size = transforms.blur_kernel_size(views.shape[-1])
+    blur = partial(transforms.gaussian_blur, kernel_size=kernel_size)
     _change(views, params.jitter, transforms.color_jitter, params.factors, params.order)
     _change(views, params.grayscale, transforms.grayscale)
     _change(views, params.blur, blur, params.sigma)
@@ -188,12 +193,26 @@ class BatchedViews(nn.Module):
                 "views are drawn from uint8 images (B, 3, H, W), "
                 f"got {pixels.dtype} {tuple(pixels.shape)}"
             )
+        return self._in_pieces(pixels, self._views)
+
+    @torch.no_grad()
+    def finish(self, crops: Tensor) -> tuple[Tensor, ...]:
+        """Return the views that crops become: mirrored, changed in their colours, normalised.
+
+        Args:
+            crops: (B, V, 3, size, size) uint8, one per recipe, as `WorkerCrops` makes them.
+        """
+        return self._in_pieces(crops, self._finished)
+
+    def _in_pieces(
+        self, pixels: Tensor, work: Callable[[Tensor], list[Tensor]]
+    ) -> tuple[Tensor, ...]:
         piece = len(pixels)
         if pixels.device.type == "cpu":
             piece = max(1, PIECE // (3 * self.size**2))
         # Autocast would resample in half precision, which shows in the images.
         with torch.autocast(pixels.device.type, enabled=False):
-            pieces = [self._views(part) for part in pixels.split(piece)]
+            pieces = [work(part) for part in pixels.split(piece)]
         return tuple(torch.cat(views) for views in zip(*pieces, strict=True))
 
     def _views(self, pixels: Tensor) -> list[Tensor]:
@@ -205,4 +224,14 @@ class BatchedViews(nn.Module):
             params = draw(spec, count, height, width, images.device)
             view = apply(images, params, self.size)
             views.append(transforms.normalize(view, self.mean, self.std))
+        return views
+
+    def _finished(self, crops: Tensor) -> list[Tensor]:
+        """Draw and compute, for every crop of some images, what comes after the crop."""
+        views = []
+        for spec, crop in zip(self.specs, crops.unbind(1), strict=True):
+            params = draw(spec, len(crop), self.size, self.size, crop.device)
+            view = crop.float().div_(255)
+            view = torch.where(params.flip[:, None, None, None], view.flip(3), view)
+            views.append(transforms.normalize(recolour(view, params), self.mean, self.std))
         return views

@@ -28,7 +28,7 @@ class WorkerViews:
 
     def __init__(self, specs: Sequence[ViewSpec], size: int) -> None:
         """Build one torchvision pipeline per recipe."""
-        self._pipelines = [_pipeline(spec, size) for spec in specs]
+        self._pipelines = [self._pipeline(spec, size) for spec in specs]
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the V views of one uint8 (3, h, w) ``image`` as uint8 (V, 3, size, size).
@@ -43,22 +43,29 @@ class WorkerViews:
             )
         return torch.stack([pipeline(image) for pipeline in self._pipelines])
 
+    def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
+        """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
+        jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+        blur = v2.GaussianBlur(transforms.blur_kernel_size(size), BLUR_SIGMA)
+        return v2.Compose(
+            [
+                *_crop(spec, size),
+                v2.RandomHorizontalFlip(spec.flip),
+                *_policy(spec),
+                v2.RandomApply([jitter], p=spec.jitter),
+                v2.RandomGrayscale(spec.grayscale),
+                v2.RandomApply([blur], p=spec.blur),
+                v2.RandomSolarize(threshold=128, p=spec.solarize),
+            ]
+        )
 
-def _pipeline(spec: ViewSpec, size: int) -> v2.Compose:
-    """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
-    jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
-    blur = v2.GaussianBlur(transforms.blur_kernel_size(size), BLUR_SIGMA)
-    return v2.Compose(
-        [
-            *_crop(spec, size),
-            v2.RandomHorizontalFlip(spec.flip),
-            *_policy(spec),
-            v2.RandomApply([jitter], p=spec.jitter),
-            v2.RandomGrayscale(spec.grayscale),
-            v2.RandomApply([blur], p=spec.blur),
-            v2.RandomSolarize(threshold=128, p=spec.solarize),
-        ]
-    )
+
+class WorkerCrops(WorkerViews):
+    """Crops alone: what needs the picture in full; `BatchedViews.finish` does the rest."""
+
+    def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
+        """Return the first step of a recipe."""
+        return v2.Compose(_crop(spec, size))
 
 
 def _crop(spec: ViewSpec, size: int) -> list[v2.Transform]:

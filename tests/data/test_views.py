@@ -94,9 +94,14 @@ def test_what_is_off_leaves_the_crop_bit_for_bit():
     assert not same[~off].any()
 
 
+def _span(reach, column):
+    """Where a factor of the jitter may lie."""
+    return (-reach, reach) if column == 3 else (1 - reach, 1 + reach)
+
+
 def test_draws_follow_the_recipe():
     torch.manual_seed(3)
-    n = 5000
+    n = 10_000
     spec = replace(SPEC, crop_min=0.2, crop_max=0.9, flip=0.3)
     params = draw(spec, n, 32, 40)
     shares = {"flip": 0.3, "jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
@@ -105,6 +110,12 @@ def test_draws_follow_the_recipe():
     low, high = params.factors.min(0).values, params.factors.max(0).values
     torch.testing.assert_close(low, torch.tensor([0.2, 0.2, 0.2, -0.2]), atol=0.01, rtol=0)
     torch.testing.assert_close(high, torch.tensor([1.8, 1.8, 1.8, 0.2]), atol=0.01, rtol=0)
+    for column, reach in enumerate((0.8, 0.8, 0.8, 0.2)):  # uniform: each tenth has its share
+        shares = params.factors[:, column].histc(10, *_span(reach, column)) / n
+        assert (shares - 0.1).abs().max() < 0.012, column  # four standard errors
+    assert (params.sigma.histc(10, 0.1, 2.0) / n - 0.1).abs().max() < 0.012
+    _, counts = params.order.unique(dim=0, return_counts=True)
+    assert (counts / n - 1 / 24).abs().max() < 0.008  # four standard errors
     assert len(params.order.unique(dim=0)) == 24
     assert (params.order.sort(1).values == torch.arange(4)).all()
     for slot in range(4):
@@ -115,7 +126,7 @@ def test_draws_follow_the_recipe():
 
 def test_crops_are_distributed_as_torchvisions():
     torch.manual_seed(5)
-    n, height, width, area = 3000, 32, 40, (0.2, 0.9)
+    n, height, width, area = 10_000, 32, 40, (0.2, 0.9)
     params = draw(replace(SPEC, crop_min=area[0], crop_max=area[1]), n, height, width)
     ours = torch.stack([params.top, params.left, params.height, params.width], 1).float()
     blank = torch.empty(3, height, width)
@@ -131,6 +142,8 @@ def test_crops_are_distributed_as_torchvisions():
     for column in range(4):  # top, left, height, width: the same quantiles, to a pixel
         gap = ours[:, column].quantile(levels) - theirs[:, column].quantile(levels)
         assert gap.abs().max() <= 1
+        bins = [boxes[:, column].histc(8, 0, 40) / n for boxes in (ours, theirs)]
+        assert (bins[0] - bins[1]).abs().max() < 0.03
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.5, rtol=0)
     torch.testing.assert_close(ours.T.corrcoef(), theirs.T.corrcoef(), atol=0.06, rtol=0)
     assert (ours[:, :2] + ours[:, 2:]).max(0).values.tolist() == [height, width]

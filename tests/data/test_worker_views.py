@@ -1,15 +1,17 @@
 """Views drawn image by image with torchvision, beside those of a batch."""
 
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_samix.data.views import BatchedViews, ViewSpec
-from ssl_samix.data.worker_views import WorkerViews, normalize
-from ssl_samix.errors import DataError
+from ssl_samix.data.view_maker import ViewMaker
+from ssl_samix.data.views import BatchedViews, ViewSpec, draw, recolour
+from ssl_samix.data.worker_views import WorkerCrops, WorkerViews, normalize
+from ssl_samix.errors import ConfigError, DataError
 
 SPEC = ViewSpec(
     crop_min=0.2,
@@ -98,6 +100,79 @@ def test_statistics_agree_with_batched_views():
     }.items():
         gap = (statistic(theirs) - statistic(ours)).abs().max()
         assert gap < 0.2, name
+
+
+def test_crops_are_torchvisions_and_nothing_else():
+    torch.manual_seed(2)
+    crops = WorkerCrops((SPEC, SPEC), 24)(picture())
+    torch.manual_seed(2)
+    for crop in crops:
+        box = v2.RandomResizedCrop.make_params(
+            v2.RandomResizedCrop(24, scale=(0.2, 1.0)), [picture()]
+        )
+        wanted = tv.resized_crop(picture(), *box.values(), size=[24, 24], antialias=True)
+        assert torch.equal(crop, wanted)
+
+
+def test_crops_are_finished_with_the_whole_batch():
+    crops = torch.stack([WorkerCrops((SPEC,), 24)(picture()) for _ in range(30)])
+    make = BatchedViews((SPEC,), 24, (0.0,) * 3, (1.0,) * 3)
+    torch.manual_seed(4)
+    (views,) = make.finish(crops)
+    torch.manual_seed(4)
+    params = draw(SPEC, 30, 24, 24)
+    assert params.flip.any()
+    assert not params.flip.all()
+    plain = crops[:, 0].float() / 255
+    mirrored = torch.stack(
+        [tv.horizontal_flip(c) if on else c for c, on in zip(plain, params.flip, strict=True)]
+    )
+    torch.testing.assert_close(views, recolour(mirrored, params))
+
+
+@pytest.mark.parametrize("size", [24, 112])
+def test_statistics_agree_wherever_views_are_made(size):
+    torch.manual_seed(1)
+    count, mean, std = 300, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    image = picture(2 * size, size)
+    shown = {}
+    for device in ("workers", "batched"):
+        make = ViewMaker((SPEC,), size, mean, std, device)
+        if make.per_image is None:
+            pixels = tv.resize(image, [size, size], antialias=True).expand(count, -1, -1, -1)
+        else:
+            pixels = torch.stack([make.per_image(image) for _ in range(count)])
+        (shown[device],) = make(pixels)
+        assert shown[device].shape == (count, 3, size, size)
+    for name, statistic in {
+        "mean per channel": lambda x: x.mean((0, 2, 3)),
+        "spread per channel": lambda x: x.std((0, 2, 3)),
+        "left to right": lambda x: x.mean((0, 1, 2)),
+    }.items():
+        gap = (statistic(shown["workers"]) - statistic(shown["batched"])).abs().max()
+        assert gap < 0.25, name
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "gpu", "way"),
+    [
+        ("auto", 96, False, None),
+        ("auto", 97, False, WorkerViews),
+        ("auto", 97, True, WorkerCrops),
+        ("workers", 24, True, WorkerViews),
+        ("batched", 97, False, WorkerCrops),
+    ],
+)
+def test_where_views_are_made(device, size, gpu, way, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    made = ViewMaker((SPEC,), size, (0.5,) * 3, (0.5,) * 3, device).per_image
+    assert (None if made is None else type(made)) is way
+
+
+def test_a_policy_is_not_batched():
+    spec = replace(SPEC, policy="trivialaugment")
+    with pytest.raises(ConfigError, match="image by image"):
+        ViewMaker((spec,), 24, (0.5,) * 3, (0.5,) * 3, "batched")
 
 
 def test_normalize_maps_0_and_255_to_the_ends():
