@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.data.loader import StepSampler
 from ssl_samix.evaluation.checkpoint import load_encoder
-from tests.conftest import METHODS
+from tests.conftest import METHODS, samix_here
 
 BATCH = 8
 
@@ -130,3 +130,12 @@ def test_the_command_trains_on_two_processes(command, monitor, quality, tmp_path
     encoder = load_encoder(tmp_path / "run")
     for key, tensor in encoder.backbone.state_dict().items():
         torch.testing.assert_close(tensor, checkpoint["state_dict"][f"backbone.{key}"])
+    # The order of images and the steps of an epoch depend on no number of processes.
+    longer = ["resume=run", "trainer.devices=1", "trainer.max_epochs=3"]
+    assert "1 x cpu" in samix_here(command, *longer, cwd=tmp_path)
+    after = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert after[:3] == lines
+    assert len(after) == 4
+    prolonged = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert prolonged["global_step"] == 9
+    assert all(torch.isfinite(t.float()).all() for t in prolonged["state_dict"].values())
