@@ -97,7 +97,7 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     sixths = sixths.lerp_(green - blue, (red - value).eq_(0))
     # A grey pixel has no hue: chroma 0 makes any finite number right, so avoid only 0 / 0.
     turns = sixths.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(factor.view(-1, 1, 1))
-    opposite = torch.tensor([3 / 6, 1 / 6, -1 / 6], device=images.device).view(3, 1, 1)
+    opposite = sent(torch.tensor([3 / 6, 1 / 6, -1 / 6]), images.device).view(3, 1, 1)
     distance = turns.unsqueeze(1) + opposite  # (B, 3, H, W)
     distance = distance.sub_(distance.round()).abs_()  # turns, the short way round
     share = distance.mul_(-6).add_(2).clamp_(0, 1)
@@ -112,26 +112,27 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     Args:
         images: (B, 3, H, W) float.
-        factors: (B, 4), the factors of brightness, contrast, saturation and hue.
-        order: (B, 4) int64, row b the order in which image b gets operations 0 to 3 of `JITTER`.
+        factors: (B, 4), the factors of brightness, contrast, saturation and hue, on the CPU.
+        order: (B, 4) int64, row b the order in which image b gets operations 0 to 3 of `JITTER`;
+            on the CPU, so that how many get which is known without asking a device.
 
     Returns:
         (B, 3, H, W).
     """
-    # counts[slot][operation], read once: the only wait for the device in the whole function.
-    counts = F.one_hot(order, len(JITTER)).sum(0).tolist()
-    rows = torch.arange(len(images), device=images.device)  # which image each row is, now
+    device = images.device
+    counts = F.one_hot(order, len(JITTER)).sum(0).tolist()  # [slot][operation]
+    rows = torch.arange(len(images))  # which image each row is, now
     # Two buffers take turns: fresh memory for every slot costs more than the arithmetic on CPU.
     buffers = torch.empty_like(images), torch.empty_like(images)
     for slot, count in enumerate(counts):
         # Sorted by operation, the samples of each are one contiguous piece.
         step = order[rows, slot].argsort()
         rows = rows[step]
-        values = factors[rows].split(count)
-        images = torch.index_select(images, 0, step, out=buffers[slot % 2])
+        values = sent(factors[rows], device).split(count)
+        images = torch.index_select(images, 0, sent(step, device), out=buffers[slot % 2])
         for operation, piece in enumerate(images.split(count)):
             piece.copy_(JITTER[operation](piece, values[operation][:, operation]))
-    return torch.index_select(images, 0, rows.argsort(), out=buffers[0])
+    return torch.index_select(images, 0, sent(rows.argsort(), device), out=buffers[0])
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -169,7 +170,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     count, channels, rows, columns = images.shape
     radius = kernel_size // 2
     tap = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = (-0.5 * (tap / sigma.unsqueeze(1)) ** 2).softmax(1)  # (B, k)
+    sigma = sent(sigma, images.device).unsqueeze(1)
+    kernel = (-0.5 * (tap / sigma) ** 2).softmax(1)  # (B, k)
     kernel = kernel.repeat_interleave(channels, 0)  # (B * 3, k)
     # Every channel of every image is a group of one convolution: its own kernel, no copies.
     planes = images.reshape(1, count * channels, rows, columns)
@@ -190,6 +192,12 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     result = (images - mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """Send a few numbers to a device without waiting for what it is doing."""
+    # Only CUDA copies them before it returns; elsewhere they could be gone when they are read.
+    return drawn.to(device, non_blocking=device.type == "cuda")
 
 
 def _per_image(values: Tensor) -> Tensor:

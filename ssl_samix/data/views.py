@@ -2,7 +2,8 @@
 
 Drawing (`draw`) and applying (`apply`) are apart, so that a test can give both this code and
 torchvision the same parameters. Every random number comes from torch's default generator of the
-device that the images are on, and every sample has its own.
+CPU, and every sample has its own: a seed gives the same views on every device, and a GPU is never
+asked which images an operation is for, which would let it run dry.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PIECE = 2**20  # values that the CPU's caches and memory allocator take at once 
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What was drawn for one view of B images."""
+    """What was drawn for one view of B images; on the CPU."""
 
     top: Tensor  # (B,) int64, pixels of the source, as the three below
     left: Tensor  # (B,) int64
@@ -47,21 +48,19 @@ class ViewParams:
     border: int = 0  # mirrored pixels around the source, which the box is counted from
 
 
-def draw(
-    spec: ViewSpec, n: int, height: int, width: int, device: torch.device | str = "cpu"
-) -> ViewParams:
+def draw(spec: ViewSpec, n: int, height: int, width: int) -> ViewParams:
     """Draw the parameters of one view of ``n`` images of ``height`` x ``width`` pixels."""
     border = round(spec.pad * min(height, width))
     if border:
-        top, left, crop_height, crop_width = _draw_shifts(border, n, height, width, device)
+        top, left, crop_height, crop_width = _draw_shifts(border, n, height, width)
     else:
-        top, left, crop_height, crop_width = _draw_boxes(spec, n, height, width, device)
+        top, left, crop_height, crop_width = _draw_boxes(spec, n, height, width)
     chances = [spec.flip, spec.jitter, spec.grayscale, spec.blur, spec.solarize]
-    events = torch.rand(5, n, device=device) < torch.tensor(chances, device=device).unsqueeze(1)
+    events = torch.rand(5, n) < torch.tensor(chances).unsqueeze(1)
     flip, jitter, grayscale, blur, solarize = events  # each (B,)
     reach = (spec.brightness, spec.contrast, spec.saturation)
-    low = torch.tensor([*(max(0.0, 1 - r) for r in reach), -spec.hue], device=device)
-    high = torch.tensor([*(1 + r for r in reach), spec.hue], device=device)
+    low = torch.tensor([*(max(0.0, 1 - r) for r in reach), -spec.hue])
+    high = torch.tensor([*(1 + r for r in reach), spec.hue])
     return ViewParams(
         top=top,
         left=left,
@@ -69,32 +68,32 @@ def draw(
         width=crop_width,
         flip=flip,
         jitter=jitter,
-        factors=low + (high - low) * torch.rand(n, 4, device=device),
-        order=torch.rand(n, 4, device=device).argsort(1),
+        factors=low + (high - low) * torch.rand(n, 4),
+        order=torch.rand(n, 4).argsort(1),
         grayscale=grayscale,
         blur=blur,
-        sigma=torch.empty(n, device=device).uniform_(*BLUR_SIGMA),
+        sigma=torch.empty(n).uniform_(*BLUR_SIGMA),
         solarize=solarize,
         border=border,
     )
 
 
 def _draw_shifts(
-    border: int, n: int, height: int, width: int, device: torch.device | str
+    border: int, n: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw crops of the image's own size out of the image with a border, as RandomCrop does."""
-    top, left = torch.randint(2 * border + 1, (2, n), device=device)
+    top, left = torch.randint(2 * border + 1, (2, n))
     return top, left, torch.full_like(top, height), torch.full_like(top, width)
 
 
 def _draw_boxes(
-    spec: ViewSpec, n: int, height: int, width: int, device: torch.device | str
+    spec: ViewSpec, n: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw crops as torchvision's RandomResizedCrop does, all tries of all samples at once."""
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    area = torch.empty(TRIES, n, device=device).uniform_(spec.crop_min, spec.crop_max)
+    area = torch.empty(TRIES, n).uniform_(spec.crop_min, spec.crop_max)
     area *= height * width
-    ratio = torch.empty(TRIES, n, device=device).uniform_(low, high).exp()
+    ratio = torch.empty(TRIES, n).uniform_(low, high).exp()
     wide, tall = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (TRIES, B)
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
     # One more try that always fits, the largest central crop; argmax is the first that fits.
@@ -103,7 +102,7 @@ def _draw_boxes(
     first = torch.cat([fits, fits.new_ones(1, n)]).int().argmax(0, keepdim=True)  # (1, B)
     wide, tall = wide.gather(0, first)[0], tall.gather(0, first)[0]  # (B,)
     room = torch.stack([height - tall, width - wide])  # (2, B)
-    corner = (torch.rand(2, n, device=device) * (room + 1)).floor()
+    corner = (torch.rand(2, n) * (room + 1)).floor()
     corner = torch.where(first == TRIES, (room / 2).floor(), corner)
     top, left = corner.long()
     return top, left, tall.long(), wide.long()
@@ -120,10 +119,11 @@ def apply(images: Tensor, params: ViewParams, size: int) -> Tensor:
     Returns:
         (B, 3, size, size) float in [0, 1].
     """
-    box = (params.top, params.left, params.height, params.width)
+    drawn = (params.top, params.left, params.height, params.width, params.flip)
+    *box, flip = (transforms.sent(values, images.device) for values in drawn)
     if params.border:
         images = F.pad(images, [params.border] * 4, mode="reflect")
-    return recolour(transforms.crop_resize(images, box, params.flip, size), params)
+    return recolour(transforms.crop_resize(images, tuple(box), flip, size), params)
 
 
 def recolour(views: Tensor, params: ViewParams) -> Tensor:
@@ -138,11 +138,15 @@ def recolour(views: Tensor, params: ViewParams) -> Tensor:
 
 
 def _change(images: Tensor, on: Tensor, change: Callable[..., Tensor], *values: Tensor) -> None:
-    """Change those ``images`` that are ``on`` (B,), in place; the others cost nothing."""
+    """Change those ``images`` that are ``on`` (B,), in place; the others cost nothing.
+
+    What was drawn is on the CPU, where looking at it makes nobody wait.
+    """
     rows = on.nonzero().squeeze(1)
     if len(rows) > 0:
-        chosen = images.index_select(0, rows)
-        images[rows] = change(chosen, *(value[rows] for value in values))
+        there = transforms.sent(rows, images.device)
+        changed = change(images.index_select(0, there), *(value[rows] for value in values))
+        images.index_copy_(0, there, changed)
 
 
 class BatchedViews(nn.Module):
@@ -221,7 +225,7 @@ class BatchedViews(nn.Module):
         count, _, height, width = images.shape
         views = []
         for spec in self.specs:
-            params = draw(spec, count, height, width, images.device)
+            params = draw(spec, count, height, width)
             view = apply(images, params, self.size)
             views.append(transforms.normalize(view, self.mean, self.std))
         return views
@@ -230,8 +234,8 @@ class BatchedViews(nn.Module):
         """Draw and compute, for every crop of some images, what comes after the crop."""
         views = []
         for spec, crop in zip(self.specs, crops.unbind(1), strict=True):
-            params = draw(spec, len(crop), self.size, self.size, crop.device)
+            params = draw(spec, len(crop), self.size, self.size)
             view = crop.float().div_(255)
-            view = torch.where(params.flip[:, None, None, None], view.flip(3), view)
+            _change(view, params.flip, partial(torch.flip, dims=(3,)))
             views.append(transforms.normalize(recolour(view, params), self.mean, self.std))
         return views

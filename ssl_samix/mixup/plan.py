@@ -44,6 +44,8 @@ def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1
     rows = torch.arange(count, device=device) * size // count
     # Apple's GPUs cannot draw from a Beta distribution.
     place = torch.device("cpu") if device.type == "mps" else device
-    concentration = torch.tensor(float(alpha), device=place)
-    lam = torch.distributions.Beta(concentration, concentration).sample((count,))
+    concentration = torch.full((), float(alpha), device=place)
+    # Checked above: the distribution's own check would make the host wait for the device.
+    beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
+    lam = beta.sample((count,))
     return MixPlan(lam=lam.to(device), partner=partner[rows], rows=rows)

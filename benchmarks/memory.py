@@ -1,0 +1,107 @@
+"""What a training step has to hold in memory, counted and not measured: no GPU is needed.
+
+Every tensor that autograd keeps for the backward pass is counted once, in the precision that it is
+kept in, by tracing one step on tensors without contents; weights, gradients, SGD's momentum and the
+momentum encoder are added. What it leaves out: workspaces of the libraries, fragments, and views.
+
+    python benchmarks/memory.py [--batch 256] [--checkpointing] [--precision bf16|32]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssl_samix.config import build, compose
+from ssl_samix.types import Batch
+
+NETWORKS = {  # name -> words, side of the images in px
+    "ResNet-18, 32 px": (["backbone=resnet18", "backbone.stem=small"], 32),
+    "ResNet-50, 224 px": (["backbone=resnet50"], 224),
+    "ViT-S/16, 224 px": (["backbone=vit_small"], 224),
+}
+POLICIES = {
+    "none": ["mixup=none"],
+    "mixup": ["mixup=mixup"],
+    "samix": ["mixup=samix", "mixup.update_every=1"],  # the step in which the Mixer learns
+    "samix, replace": ["mixup=samix", "mixup.update_every=1", "mixup.placement=replace"],
+}
+METHODS = ("moco", "simclr", "byol")
+
+
+@contextmanager
+def counted(own: nn.Module) -> Iterator[dict[int, int]]:
+    """Count the bytes that autograd keeps, by storage, those of the weights left out."""
+    weights = {tensor.untyped_storage()._cdata for tensor in own.state_dict().values()}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []  # a storage that is freed would give its number to another
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def bytes_of(words: list[str], size: int, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes that a step keeps for its backward pass, and those that always stay."""
+    config, _ = compose("pretrain", words)
+    backbone = build(config.backbone, image_size=size)
+    mixing = build(config.mixup, backbone=backbone) if config.mixup else None
+    method = build(
+        config.method, backbone=backbone, optimizer=build(config.optimizer), mixing=mixing
+    )
+    fixed = sum(t.numel() * t.element_size() for t in method.state_dict().values())
+    trained = sum(p.numel() * 4 for p in method.parameters() if p.requires_grad)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        method._apply(mode.from_tensor)
+        views = tuple(torch.empty(batch, 3, size, size) for _ in range(2))
+        rows = torch.arange(batch)
+        with (
+            counted(method) as kept,
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+            method.memory.step(),
+        ):
+            if method.mixing is None:
+                method.own_loss(views)
+            else:
+                method.mixing(method, Batch(views, rows, rows), 0, 1000)
+    return sum(kept.values()), fixed + 2 * trained  # gradients and momentum
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=256, help="images per GPU")
+    parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument(
+        "--networks", type=int, default=len(NETWORKS), help="only the first so many"
+    )
+    args = parser.parse_args()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    print(f"GiB at {args.batch} images per GPU, {args.precision}, ", end="")
+    print(f"checkpointing {'on' if args.checkpointing else 'off'}\n")
+    print("| network | policy | " + " | ".join(METHODS) + " |")
+    print("|---|---|" + "---|" * len(METHODS), flush=True)
+    for network, (words, size) in list(NETWORKS.items())[: args.networks]:
+        more = ["backbone.checkpointing=true"] if args.checkpointing else []
+        for policy, mixing in POLICIES.items():
+            cells = []
+            for method in METHODS:
+                given = [f"method={method}", *words, *mixing, *more]
+                kept, fixed = bytes_of(given, size, args.batch, dtype)
+                cells.append(f"{(kept + fixed) / 2**30:.2f}")
+            print(f"| {network} | {policy} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
