@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
-from ssl_samix.data.sources import UNREADABLE, PathSource, Source
+from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     _judge([chosen.name(i) for i in bad], len(chosen))
 
 
-def typical_side(source: PathSource, seed: int = 0, most: int = 200) -> int:
+def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
     """Return the median shorter side in pixels, from the headers of a random sample.
 
     Args:
-        source: N files.
+        source: N pictures.
         seed: Fixes the sample.
-        most: Files in the sample at most.
+        most: Pictures in the sample at most.
 
     Raises:
         DataError: No header in the sample can be read.
@@ -93,7 +93,7 @@ def typical_side(source: PathSource, seed: int = 0, most: int = 200) -> int:
     sides, bad = [], []
     for i in torch.randperm(len(source), generator=generator)[:most].tolist():
         try:
-            with Image.open(source.paths[i]) as image:
+            with source.open(i) as image:
                 sides.append(min(image.size))
         except UNREADABLE:
             bad.append(source.name(i))

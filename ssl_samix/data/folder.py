@@ -59,7 +59,7 @@ def scan(
         DataError: No image; classes of train and val differ; ``labels=True`` and no class folders
             or images outside them; a folder that may not be read; an unknown ``labels``.
     """
-    wanted = _wanted(labels)
+    wanted = wanted_labels(labels)
     path = os.fspath(root)
     return remembered(path, lambda listings: _scan(listings, path, wanted, key))
 
@@ -127,7 +127,12 @@ class _Tree:
     classes: dict[str, list[str]]  # folder name -> all images below it, only folders with images
 
 
-def _wanted(labels: bool | str) -> bool | None:
+def wanted_labels(labels: bool | str) -> bool | None:
+    """Return what ``data.labels`` says: true, false, or None for auto.
+
+    Raises:
+        DataError: It is none of them.
+    """
     choices = {"auto": None, "true": True, "false": False}
     key = str(labels).lower()
     if key not in choices:

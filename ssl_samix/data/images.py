@@ -103,6 +103,10 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
     def original(self, index: int) -> Tensor:
         """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
+        return torch.randperm(len(self), generator=generator)
+
 
 class MemoryImages(ImageSet):
     """Images held as one tensor; ``original`` is the stored pixels, there is nothing larger."""
@@ -177,6 +181,10 @@ class FileImages(ImageSet):
             DataError: Every image of a class is damaged.
         """
         return to_tensor(self._decode(index, None))
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch that suits where the images are, (N,) int64."""
+        return self.source.order(generator)
 
     def _decode(self, index: int, at_least: int | None) -> Image.Image:
         """Return the picture at ``index``, or the next readable one with the same label."""
