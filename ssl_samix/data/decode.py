@@ -44,12 +44,15 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     bad = _decode_into(pixels, source)
     _judge([source.name(i) for i in bad], total)
     names = [source.name(i) for i in range(total)]
+    kept_source = source if isinstance(source, EncodedSource) else None  # an array would stay alive
     if bad:
         keep = torch.ones(total, dtype=torch.bool)
         keep[bad] = False
         pixels, labels = pixels[keep], labels[keep]
         names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
-    return MemoryImages(pixels, labels, names, unreadable=len(bad))
+        if kept_source is not None:
+            kept_source = kept_source.take(keep.nonzero().flatten().tolist())
+    return MemoryImages(pixels, labels, names, len(bad), kept_source)
 
 
 def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:

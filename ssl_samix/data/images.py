@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_samix.data.sources import UNREADABLE, Source
+from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,12 @@ class MemoryImages(ImageSet):
     """Images held as one tensor; ``original`` is the stored pixels, there is nothing larger."""
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, names: Sequence[str], unreadable: int = 0
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        unreadable: int = 0,
+        source: EncodedSource | None = None,
     ) -> None:
         """Hold the images.
 
@@ -121,12 +126,15 @@ class MemoryImages(ImageSet):
             labels: (N,) int64, -1 where there is no label.
             names: N names.
             unreadable: How many were skipped while loading.
+            source: Where they were, if an epoch goes through them in its order: a run that is
+                resumed with another ``data.memory_gb`` sees the same batches.
         """
         assert len(pixels) == len(labels) == len(names)
         self.pixels = pixels
         self.labels = labels
         self.names = names
         self.unreadable = unreadable
+        self.source = source
         self.image_size = pixels.shape[-1]
 
     def name(self, index: int) -> str:
@@ -140,6 +148,10 @@ class MemoryImages(ImageSet):
     def original(self, index: int) -> Tensor:
         """Return the stored image, (3, S, S) uint8."""
         return self.pixels[index]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch, (N,) int64."""
+        return super().order(generator) if self.source is None else self.source.order(generator)
 
 
 class FileImages(ImageSet):

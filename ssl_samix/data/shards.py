@@ -199,12 +199,13 @@ def _told(root: str) -> Iterator[None]:
 
         if name not in available_protocols():
             raise DataError(nearest(name, available_protocols(), "protocol")) from error
-        missing = isinstance(error, FileNotFoundError)
-        if missing and error.__cause__ is None:  # else, over HTTP, it stands for any failure
-            named = error.filename or _line(error)
-            raise DataError(f"data.root={root}: {named} does not exist") from error
-        reason = _line((error.__cause__ if missing else None) or error)
-        raise DataError(f"data.root={root} cannot be read: {reason}") from error
+        reason: BaseException = error
+        if isinstance(error, FileNotFoundError):
+            if error.__cause__ is None:
+                missing = error.filename or _line(error)
+                raise DataError(f"data.root={root}: {missing} does not exist") from error
+            reason = error.__cause__  # over HTTP any failure is a file that is not found
+        raise DataError(f"data.root={root} cannot be read: {_line(reason)}") from error
 
 
 def _line(error: BaseException) -> str:

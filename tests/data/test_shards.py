@@ -275,7 +275,9 @@ def test_a_damaged_image_is_replaced_on_demand_and_skipped_in_memory(tmp_path, c
     (tmp_path / "a.tar").write_bytes(tar(*members))
     on_demand = load_splits("webdataset", tmp_path, 32, None, memory_gb=0).train
     assert grays(on_demand)[6:9] == [6, 8, 8]
-    assert load_splits("webdataset", tmp_path, 32, None).train.unreadable == 1
+    in_memory = load_splits("webdataset", tmp_path, 32, None).train
+    assert in_memory.unreadable == 1
+    assert sorted(in_memory.order(generator(0)).tolist()) == list(range(199))
     assert f"{tmp_path}/a.tar/007.png" in caplog.text
 
 
@@ -327,6 +329,13 @@ def test_the_order_is_the_same_on_any_number_of_ranks(tmp_path):
     assert len(set(seen)) == len(seen) == 192
     early = {index // 5 for index in seen[:80]}
     assert len(early) == 16, "the first window's shards"
+
+
+def test_the_order_is_the_same_in_memory_and_on_disk(tmp_path):
+    root = write_shards(tmp_path / "s", 40, 5)
+    images = [load_splits("webdataset", root, 16, None, memory_gb=gb).train for gb in (0, 1)]
+    assert [type(one) for one in images] == [FileImages, MemoryImages]
+    assert torch.equal(*(one.order(generator(5)) for one in images))
 
 
 def test_other_images_are_shuffled_as_ever():
