@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.loader import StepReader, StepSampler, step_seed
+from ssl_samix.data.loader import StepLoader, StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import Recipes
 from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.errors import DataError, check_range
@@ -117,7 +117,7 @@ class DataModule(pl.LightningDataModule):
                 f" a multiple of {ranks} and give each at least 2 images"
             )
         workers, images = self.worker_count(ranks), self.splits.train
-        return DataLoader(
+        return StepLoader(
             StepReader(images, self.views.per_image, self.seed, rank),
             sampler=StepSampler(
                 len(images), self.batch_size, self.seed, rank, ranks, order=images.order

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_samix.data.images import ImageSet
 
@@ -100,3 +100,14 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
             torch.manual_seed(step_seed(self.seed, step, self.rank))
             pixels = torch.stack([self.views(self.images.original(i)) for i in indices])
         return pixels, self.images.labels[index], index, step
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
+    have begun to read the batches of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

@@ -23,7 +23,7 @@ from ssl_samix.data import shard_index
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
 from ssl_samix.data.layout import check_layout
-from ssl_samix.data.loader import StepSampler
+from ssl_samix.data.loader import StepLoader, StepReader, StepSampler
 from ssl_samix.data.shard_index import index
 from ssl_samix.data.shard_source import ShardSource, windowed
 from ssl_samix.data.shards import expand_braces, find
@@ -336,6 +336,23 @@ def test_the_order_is_the_same_in_memory_and_on_disk(tmp_path):
     images = [load_splits("webdataset", root, 16, None, memory_gb=gb).train for gb in (0, 1)]
     assert [type(one) for one in images] == [FileImages, MemoryImages]
     assert torch.equal(*(one.order(generator(5)) for one in images))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_epoch_has_its_own_order(workers):
+    """As Lightning does it: an iterator, then the epoch, then the batches."""
+    images = MemoryImages(torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.zeros(50), ["x"] * 50)
+    sampler = StepSampler(50, 10, 1, 0, 1)
+    loader = StepLoader(
+        StepReader(images, None, 1, 0), sampler=sampler, batch_size=None, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    for epoch in (3, 4):
+        batches = iter(loader)
+        sampler.set_epoch(epoch)
+        read = [(step, index.tolist()) for _, _, index, step in batches]
+        assert read == list(sampler)
+        assert [step for step, _ in read] == list(range(5 * epoch, 5 * epoch + 5))
 
 
 def test_other_images_are_shuffled_as_ever():
