@@ -128,7 +128,8 @@ def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
     """Decode files in a drawn order until there are enough, (N, 3, S, S) uint8."""
     import torch
 
-    from ssl_samix.data.images import fit, resized_side, to_rgb
+    from ssl_samix.data.images import fit, resized_side
+    from ssl_samix.data.rgb import to_rgb
     from ssl_samix.data.sources import UNREADABLE, PathSource
 
     source, found, damaged = PathSource(paths), [], []
