@@ -18,7 +18,7 @@ from tests.test_resume import finish, interrupt_after, rows, start
 WORDS = [
     "pretrain", "data=webdataset", "data.root=shards/train-{000..019}.tar", "data.image_size=16",
     "data.batch_size=32", "data.memory_gb=0", "backbone.width=8", "mixup=none",
-    "callbacks.knn.every_n_epochs=2",
+    "callbacks.knn.every_n_epochs=5",
 ]  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.timeout(600)  # three starts, each with worker processes
 def test_a_killed_run_goes_on_as_the_uninterrupted_one(folder):
     words = [*WORDS, "trainer.max_epochs=5", "data.workers=1"]
     assert "144 images at 16 px, 10 classes" in finish(start(folder, *words, "out=whole"))
