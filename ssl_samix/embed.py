@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from ssl_samix.config import compose
 from ssl_samix.data.folder import scan
+from ssl_samix.data.layout import is_there
 from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
 from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
 
@@ -80,7 +81,7 @@ def _check_own_images(origin: Origin) -> None:
     if origin.run is None:
         raise ConfigError(f"run={origin.given} names no images: give images=<folder>")
     data = origin.run.load_config()[0].data
-    if data.name != "digits" and not Path(str(data.root)).is_dir():
+    if not is_there(data.name, data.root):
         raise DataError(f"the run's images are not in {data.root} any more: give images=<folder>")
 
 

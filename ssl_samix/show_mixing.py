@@ -14,6 +14,7 @@ from omegaconf import ListConfig
 
 from ssl_samix.config import compose
 from ssl_samix.data.folder import scan
+from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
 from ssl_samix.run_folder import RunFolder
 
@@ -81,7 +82,7 @@ def _check_run(run: Path, own_images: bool) -> None:
     if not config.mixup or config.mixup.get("_target_") in TRAIN_NO_MIXER:
         raise CheckpointError(f"{run} holds no Mixer: it is of a run with mixup={choices['mixup']}")
     name, root = config.data.name, config.data.root
-    if own_images and name != "digits" and not Path(str(root)).is_dir():
+    if own_images and not is_there(name, root):
         raise DataError(f"the run's images are not in {root} any more: give images=<folder>")
 
 
@@ -127,7 +128,8 @@ def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
     """Decode files in a drawn order until there are enough, (N, 3, S, S) uint8."""
     import torch
 
-    from ssl_samix.data.images import fit, resized_side, to_rgb
+    from ssl_samix.data.images import fit, resized_side
+    from ssl_samix.data.rgb import to_rgb
     from ssl_samix.data.sources import UNREADABLE, PathSource
 
     source, found, damaged = PathSource(paths), [], []

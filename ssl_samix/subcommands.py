@@ -46,9 +46,16 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         """
         from ssl_samix.config import absolute, check, parse
         from ssl_samix.data.layout import check_layout
+        from ssl_samix.errors import ConfigError
         from ssl_samix.launch import is_main_process
         from ssl_samix.run_folder import RunFolder, resumed_config
 
+        roots = sum(override.key_or_group == "data.root" for override in parse(words))
+        if roots > 1:  # the last one would count, one shard of many
+            raise ConfigError(
+                f"data.root is given {roots} times: put a pattern with braces in quotes, else the "
+                "shell writes it out"
+            )
         resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
         if resume and resume[-1] is not None:
             configs = [resumed_config(command, resume[-1], words)[0]]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.loader import StepReader, StepSampler, step_seed
+from ssl_samix.data.loader import StepLoader, StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import Recipes
 from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.errors import DataError, check_range
@@ -25,13 +25,14 @@ class DataModule(pl.LightningDataModule):
         views: Of which views a batch consists.
         seed: Of the run: orders and views derive from it and from the step.
         name: Data set name.
-        root: Its folder.
+        root: Its folder; of ``webdataset`` also a pattern or a URL.
         image_size: Side of the views in px, or ``auto``.
         limit: Train on a class-balanced subset of at most this many images.
         batch_size: Images per step, over all devices.
         flip: Whether a mirrored image still shows the same thing.
         crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
-        labels: ``auto``, true or false: whether sub-folders of a folder are classes.
+        labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
+            of shards, are classes.
         download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
         memory_gb: Hold data sets up to this many GiB in memory.
@@ -116,10 +117,12 @@ class DataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size} cannot be shared by {ranks} devices: it must be"
                 f" a multiple of {ranks} and give each at least 2 images"
             )
-        workers = self.worker_count(ranks)
-        return DataLoader(
-            StepReader(self.splits.train, self.views.per_image, self.seed, rank),
-            sampler=StepSampler(len(self.splits.train), self.batch_size, self.seed, rank, ranks),
+        workers, images = self.worker_count(ranks), self.splits.train
+        return StepLoader(
+            StepReader(images, self.views.per_image, self.seed, rank),
+            sampler=StepSampler(
+                len(images), self.batch_size, self.seed, rank, ranks, order=images.order
+            ),
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -12,7 +12,7 @@ from ssl_samix.data.decode import check_sample, memory_images, typical_side
 from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
 from ssl_samix.data.layout import check_layout, locate
 from ssl_samix.data.readers import Part, Parts, Request
-from ssl_samix.data.sources import ArraySource, PathSource
+from ssl_samix.data.sources import ArraySource, EncodedSource
 from ssl_samix.data.subsets import hold_out, stratified
 from ssl_samix.errors import DataError
 
@@ -43,6 +43,7 @@ SPECS: dict[str, Spec] = {
         readers.read_digits, (0.3056, 0.3056, 0.3056), (0.3190, 0.3190, 0.3190), 16, hold_out=0.2
     ),
     "folder": Spec(readers.read_folder, hold_out=0.1),
+    "webdataset": Spec(readers.read_webdataset, hold_out=0.1),
     # the usual ones: per channel over all pixels of the training images
     "cifar10": Spec(
         readers.read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), image_size=32
@@ -91,26 +92,28 @@ def load_splits(
 
     Args:
         name: One of ``SPECS``.
-        root: The folder that holds it; unused for ``digits``.
+        root: The folder that holds it, or the shards of ``webdataset``; unused for ``digits``.
         image_size: Side in pixels, or ``"auto"``: the usual one of the data set. For a folder, from
             the median m of the shorter sides of up to 200 files: m to the nearest multiple of 8,
             at least 16, if m is at most 96; else m down to a multiple of 32, at most 224.
         limit: Train on at most this many images, class-balanced, always the same ones; chosen
             before any image is decoded. Validation images are never limited.
         download: Let torchvision download what is missing.
-        labels: ``"auto"``, or whether the sub-folders of a folder of images are classes.
+        labels: ``"auto"``, or whether the sub-folders of a folder of images, or the ``.cls``
+            members of shards, are classes.
         memory_gb: GiB of pixels per split that may be held in memory.
         labelled: Train on the labelled images alone, where a set has others beside them (STL-10).
 
     Raises:
         DataError: The data set is unknown, missing, damaged or without images; more than 1% of
             its images are unreadable; a setting is out of range.
+        UserError: No room for copies of remote shards.
     """
     check_layout(name, root, download)
     _check_settings(image_size, limit)
     spec = SPECS[name]
     home = locate(name, root)
-    parts = _with_val(spec.read(Request(home, download, labels)), spec.hold_out)
+    parts = _with_val(spec.read(Request(home, download, labels, str(root))), spec.hold_out)
     if labelled and parts.bank is not None:
         parts = Parts(parts.bank, parts.val, parts.classes)
     size = image_size if image_size != "auto" else _auto_size(spec, parts.train)
@@ -156,7 +159,7 @@ def _limited(part: Part, limit: int | None) -> Part:
 def _auto_size(spec: Spec, train: Part) -> int:
     if spec.image_size is not None:
         return spec.image_size
-    assert isinstance(train.source, PathSource)
+    assert isinstance(train.source, EncodedSource)
     side = typical_side(train.source)
     if side <= IN_MEMORY_UP_TO:
         return max(16, (side + 4) // 8 * 8)

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
-from ssl_samix.data.sources import UNREADABLE, PathSource, Source
+from ssl_samix.data.images import MemoryImages, fit, resized_side
+from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -44,12 +45,15 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     bad = _decode_into(pixels, source)
     _judge([source.name(i) for i in bad], total)
     names = [source.name(i) for i in range(total)]
+    kept_source = source if isinstance(source, EncodedSource) else None  # an array would stay alive
     if bad:
         keep = torch.ones(total, dtype=torch.bool)
         keep[bad] = False
         pixels, labels = pixels[keep], labels[keep]
         names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
-    return MemoryImages(pixels, labels, names, unreadable=len(bad))
+        if kept_source is not None:
+            kept_source = kept_source.take(keep.nonzero().flatten().tolist())
+    return MemoryImages(pixels, labels, names, len(bad), kept_source)
 
 
 def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:
@@ -78,13 +82,13 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     _judge([chosen.name(i) for i in bad], len(chosen))
 
 
-def typical_side(source: PathSource, seed: int = 0, most: int = 200) -> int:
+def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
     """Return the median shorter side in pixels, from the headers of a random sample.
 
     Args:
-        source: N files.
+        source: N pictures.
         seed: Fixes the sample.
-        most: Files in the sample at most.
+        most: Pictures in the sample at most.
 
     Raises:
         DataError: No header in the sample can be read.
@@ -93,7 +97,7 @@ def typical_side(source: PathSource, seed: int = 0, most: int = 200) -> int:
     sides, bad = [], []
     for i in torch.randperm(len(source), generator=generator)[:most].tolist():
         try:
-            with Image.open(source.paths[i]) as image:
+            with source.open(i) as image:
                 sides.append(min(image.size))
         except UNREADABLE:
             bad.append(source.name(i))

@@ -9,7 +9,8 @@ What is a class, with ``labels="auto"``:
 - Everything else is unlabelled: all images in the tree, at any depth.
 
 ``labels=False`` declares any tree unlabelled (folders by date, by camera), ``labels=True`` demands
-class folders. Hidden files and folders are skipped, links to folders are followed.
+class folders. Hidden files and folders are skipped, links to folders are followed. The listings of
+large trees are remembered (``ssl_samix.data.listing``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssl_samix.data.layout import IMAGE_SUFFIXES, no_images
+from ssl_samix.data.layout import no_images
+from ssl_samix.data.listing import Listing, Listings, remembered
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -57,20 +59,25 @@ def scan(
         DataError: No image; classes of train and val differ; ``labels=True`` and no class folders
             or images outside them; a folder that may not be read; an unknown ``labels``.
     """
-    wanted = _wanted(labels)
-    top = _list(os.fspath(root))
+    wanted = wanted_labels(labels)
+    path = os.fspath(root)
+    return remembered(path, lambda listings: _scan(listings, path, wanted, key))
+
+
+def _scan(listings: Listings, root: str, wanted: bool | None, key: str) -> FolderIndex:
+    top = listings(root)
     folders = {os.path.basename(folder): folder for folder in top.folders}
     val_names = [name for name in _VAL_NAMES if name in folders]
     is_split = "train" in folders and (val_names or (len(folders) == 1 and not top.images))
-    tree = _tree(_list(folders["train"])) if is_split else _tree(top)
+    tree = _tree(listings, listings(folders["train"]) if is_split else top)
     if not tree.loose and not tree.classes:
         raise no_images(root, key)
     if not _is_labelled(tree, wanted):
         paths = [*tree.loose, *(path for files in tree.classes.values() for path in files)]
         return FolderIndex(Files(paths, [-1] * len(paths)), None, ())
     train, classes = _labelled(tree)
-    val = _first_val([folders[name] for name in val_names], classes) if is_split else None
-    return FolderIndex(train, val, classes)
+    val_paths = [folders[name] for name in val_names] if is_split else []
+    return FolderIndex(train, _first_val(listings, val_paths, classes), classes)
 
 
 def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]:
@@ -79,17 +86,23 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
     Raises:
         DataError: No class folder with images, or images outside the class folders.
     """
-    tree = _tree(_list(os.fspath(path)))
+    top = os.fspath(path)
+    tree = remembered(top, lambda listings: _tree(listings, listings(top)))
     _is_labelled(tree, wanted=True)
     return _labelled(tree)
 
 
 def empty_classes(root: str | os.PathLike[str]) -> list[str]:
     """Name the folders, among the classes under ``root``, that hold no image at any depth."""
-    top = _list(os.fspath(root))
-    train = [folder for folder in top.folders if os.path.basename(folder) == "train"]
-    classes = _list(train[0]).folders if train and not top.images else top.folders
-    return [os.path.basename(c) for c in classes if not _walk(c, frozenset())]
+    path = os.fspath(root)
+
+    def look(listings: Listings) -> list[str]:
+        top = listings(path)
+        train = [folder for folder in top.folders if os.path.basename(folder) == "train"]
+        classes = listings(train[0]).folders if train and not top.images else top.folders
+        return [os.path.basename(c) for c in classes if not _walk(listings, c, frozenset())]
+
+    return remembered(path, look)
 
 
 def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path: str) -> None:
@@ -108,20 +121,18 @@ def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path:
 
 
 @dataclass(frozen=True)
-class _Listing:
-    path: str
-    folders: list[str]
-    images: list[str]
-
-
-@dataclass(frozen=True)
 class _Tree:
     path: str
     loose: list[str]  # images directly in it
     classes: dict[str, list[str]]  # folder name -> all images below it, only folders with images
 
 
-def _wanted(labels: bool | str) -> bool | None:
+def wanted_labels(labels: bool | str) -> bool | None:
+    """Return what ``data.labels`` says: true, false, or None for auto.
+
+    Raises:
+        DataError: It is none of them.
+    """
     choices = {"auto": None, "true": True, "false": False}
     key = str(labels).lower()
     if key not in choices:
@@ -129,44 +140,21 @@ def _wanted(labels: bool | str) -> bool | None:
     return choices[key]
 
 
-def _list(path: str) -> _Listing:
-    """List one folder, sorted, without the hidden."""
-    folders, images = [], []
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    images.append(entry.path)
-    except PermissionError:
-        raise DataError(f"no permission to list {path}: grant it or give another folder") from None
-    return _Listing(path, sorted(folders), sorted(images))
-
-
-def _tree(top: _Listing) -> _Tree:
-    here = frozenset({_identity(top.path)})
-    below = {os.path.basename(folder): _walk(folder, here) for folder in top.folders}
+def _tree(listings: Listings, top: Listing) -> _Tree:
+    here = frozenset({top.identity})
+    below = {os.path.basename(folder): _walk(listings, folder, here) for folder in top.folders}
     return _Tree(top.path, top.images, {name: files for name, files in below.items() if files})
 
 
-def _walk(path: str, above: frozenset[tuple[int, int]]) -> list[str]:
+def _walk(listings: Listings, path: str, above: frozenset[tuple[int, int]]) -> list[str]:
     """Return all images at and below ``path``: its own first, then folder by folder."""
-    here = _identity(path)
-    if here in above:  # a link back to a folder above
+    listing = listings(path)
+    if listing.identity in above:  # a link back to a folder above
         return []
-    listing = _list(path)
     found = listing.images
     for folder in listing.folders:
-        found.extend(_walk(folder, above | {here}))
+        found.extend(_walk(listings, folder, above | {listing.identity}))
     return found
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
@@ -189,10 +177,10 @@ def _labelled(tree: _Tree) -> tuple[Files, tuple[str, ...]]:
     return Files(paths, labels), classes
 
 
-def _first_val(paths: list[str], classes: tuple[str, ...]) -> Files | None:
+def _first_val(listings: Listings, paths: list[str], classes: tuple[str, ...]) -> Files | None:
     """Return the first of the validation folders that has class folders."""
     for path in paths:
-        tree = _tree(_list(path))
+        tree = _tree(listings, listings(path))
         if _is_labelled(tree, None) or (not tree.loose and set(tree.classes) & set(classes)):
             val, val_classes = _labelled(tree)
             require_same_classes(classes, val_classes, os.path.basename(path))

@@ -11,35 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_samix.data.sources import UNREADABLE, Source
+from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
-_ORIENTATION = 0x0112  # the EXIF tag
 _CROPPED_FROM = 160  # image sides from here on are cropped out of a larger resize
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any picture upright and into 8-bit RGB.
-
-    Transparent parts become white, as on the page they were made for. 16-bit gray is scaled from
-    0..65535; 32-bit and float gray from the smallest of 0..1 (floats), 0..255 and 0..65535 that
-    holds all values, else from the picture's own minimum and maximum.
-
-    Args:
-        image: Any mode; an animation gives its current frame.
-    """
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: Image.Image, size: int) -> Tensor:
@@ -103,12 +84,21 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
     def original(self, index: int) -> Tensor:
         """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
+        return torch.randperm(len(self), generator=generator)
+
 
 class MemoryImages(ImageSet):
     """Images held as one tensor; ``original`` is the stored pixels, there is nothing larger."""
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, names: Sequence[str], unreadable: int = 0
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        unreadable: int = 0,
+        source: EncodedSource | None = None,
     ) -> None:
         """Hold the images.
 
@@ -117,12 +107,15 @@ class MemoryImages(ImageSet):
             labels: (N,) int64, -1 where there is no label.
             names: N names.
             unreadable: How many were skipped while loading.
+            source: Where they were, if an epoch goes through them in its order: a run that is
+                resumed with another ``data.memory_gb`` sees the same batches.
         """
         assert len(pixels) == len(labels) == len(names)
         self.pixels = pixels
         self.labels = labels
         self.names = names
         self.unreadable = unreadable
+        self.source = source
         self.image_size = pixels.shape[-1]
 
     def name(self, index: int) -> str:
@@ -136,6 +129,10 @@ class MemoryImages(ImageSet):
     def original(self, index: int) -> Tensor:
         """Return the stored image, (3, S, S) uint8."""
         return self.pixels[index]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch, (N,) int64."""
+        return super().order(generator) if self.source is None else self.source.order(generator)
 
 
 class FileImages(ImageSet):
@@ -178,6 +175,10 @@ class FileImages(ImageSet):
         """
         return to_tensor(self._decode(index, None))
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch that suits where the images are, (N,) int64."""
+        return self.source.order(generator)
+
     def _decode(self, index: int, at_least: int | None) -> Image.Image:
         """Return the picture at ``index``, or the next readable one with the same label."""
         position = self._stand_in.get(index, index)
@@ -209,25 +210,3 @@ class FileImages(ImageSet):
             reason,
             self.name(position),
         )
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block leaves the picture as it is stored."""
-    try:
-        if image.getexif().get(_ORIENTATION, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
-    except UNREADABLE:
-        return image
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    tops = [65535.0] if image.mode.startswith("I;16") else [255.0, 65535.0]
-    if image.mode == "F":
-        tops.insert(0, 1.0)
-    top = next((top for top in tops if low >= 0 and high <= top), None)
-    if top is None:
-        values, top = values - low, high - low
-    return Image.fromarray(np.rint(values / top * 255).astype(np.uint8))

@@ -23,6 +23,7 @@ class Layout(NamedTuple):
 DATASETS: dict[str, Layout] = {
     "digits": Layout(),
     "folder": Layout(),
+    "webdataset": Layout(),
     "cifar10": Layout(
         "cifar-10-batches-py",
         (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
@@ -62,16 +63,23 @@ def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool)
 
     Args:
         name: One of ``DATASETS``.
-        root: ``data.root``; unused for ``digits``, which comes with scikit-learn.
+        root: ``data.root``; unused for ``digits``, which comes with scikit-learn. Shards are only
+            looked for: a URL is asked once, none is opened.
         download: Whether torchvision may fetch what is missing.
 
     Raises:
         DataError: Unknown name; root not given, missing, empty, unreadable or not a folder; data
-            set not found under it; no image in a folder of images.
+            set not found under it; no image in a folder of images; no shard, or no way to its URL.
     """
     if name not in DATASETS:
         raise DataError(nearest(name, DATASETS, "data set"))
     if name == "digits":
+        return
+    if name == "webdataset":
+        from ssl_samix.data.shards import find
+
+        _given(name, root)
+        find(str(root))
         return
     path = _given(name, root)
     will_download = download and DATASETS[name].automatic
@@ -85,6 +93,15 @@ def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool)
         _check_needs(name, path)
 
 
+def is_there(name: str, root: str | os.PathLike[str] | None) -> bool:
+    """Say whether data set ``name`` lies under ``root``, as far as ``check_layout`` can tell."""
+    try:
+        check_layout(name, root, download=False)
+    except DataError:
+        return False
+    return True
+
+
 def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
     """Return the root of data set ``name``, given that root or the data set's own folder in it.
 
@@ -94,8 +111,8 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
     Raises:
         DataError: ``root`` is None, for all but ``digits``.
     """
-    if name == "digits":
-        return Path()  # they come with scikit-learn
+    if name in ("digits", "webdataset"):
+        return Path()  # the one comes with scikit-learn, the other need not be a path
     path = _given(name, root)
     parts = Path(DATASETS[name].folder).parts
     if path.joinpath(*parts).is_dir():
@@ -116,7 +133,8 @@ def no_images(root: str | os.PathLike[str], key: str = "data.root") -> DataError
 
 def _given(name: str, root: str | os.PathLike[str] | None) -> Path:
     if root is None or not os.fspath(root):
-        what = "<folder of images>" if name == "folder" else f"<folder that holds {name}>"
+        special = {"folder": "<folder of images>", "webdataset": "<folder or pattern of shards>"}
+        what = special.get(name, f"<folder that holds {name}>")
         raise DataError(f"data set '{name}' needs a folder: give data.root={what}")
     return Path(root).expanduser().absolute()
 

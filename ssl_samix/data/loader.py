@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_samix.data.images import ImageSet
 
@@ -34,11 +34,28 @@ class StepSampler(Sampler[tuple[int, list[int]]]):
 
     The shuffled order comes from seed and epoch, and a global batch is the same whatever the number
     of ranks; no index appears twice in an epoch. Lightning calls ``set_epoch``.
+
+    Args:
+        size: N images.
+        batch_size: Images per step, over all ranks.
+        seed: Of the run.
+        rank: Of this process.
+        ranks: Number of processes.
+        order: Maps a generator to the order of an epoch, (N,) int64; a shuffle of all if None.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int, ranks: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        order: Callable[[torch.Generator], Tensor] | None = None,
+    ) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.ranks = rank, ranks
+        self.order = order or (lambda generator: torch.randperm(size, generator=generator))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -50,7 +67,7 @@ class StepSampler(Sampler[tuple[int, list[int]]]):
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch, -1))
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = self.order(generator).tolist()
         share = self.batch_size // self.ranks
         for batch in range(len(self)):
             first = batch * self.batch_size + self.rank * share
@@ -83,3 +100,14 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
             torch.manual_seed(step_seed(self.seed, step, self.rank))
             pixels = torch.stack([self.views(self.images.original(i)) for i in indices])
         return pixels, self.images.labels[index], index, step
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
+    have begun to read the batches of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

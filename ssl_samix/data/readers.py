@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ssl_samix.data.folder import Files, class_folders, require_same_classes, scan
 from ssl_samix.data.layout import DATASETS
+from ssl_samix.data.shard_index import index, numbered
+from ssl_samix.data.shard_source import ShardSource
 from ssl_samix.data.sources import ArraySource, PathSource, Source
 from ssl_samix.errors import DataError
 
@@ -41,7 +43,8 @@ class Request:
 
     root: Path  # as torchvision means it: the folder above the data set's own
     download: bool  # torchvision may fetch what is missing
-    labels: bool | str  # whether sub-folders are classes; only for a folder of images
+    labels: bool | str  # whether sub-folders or .cls members are classes
+    given: str = ""  # data.root as it was given: a pattern or a URL is no path
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,14 @@ def read_folder(request: Request) -> Parts:
     """Read a person's own folder, see ``ssl_samix.data.folder``."""
     index = scan(request.root, request.labels)
     return Parts(_files(index.train), _files(index.val) if index.val else None, index.classes)
+
+
+def read_webdataset(request: Request) -> Parts:
+    """Read tar shards, see ``ssl_samix.data.shard_index``; class names are the numbers in .cls."""
+    indexed = index(request.given)
+    numbers = [number for _, members in indexed for number in members.labels]
+    labels, classes = numbered(numbers, request.labels)
+    return Parts(Part(ShardSource.of(indexed), torch.tensor(labels)), None, classes)
 
 
 def _cifar(kind: str, title: str, request: Request) -> Parts:

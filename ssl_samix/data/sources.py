@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -50,8 +51,47 @@ class Source(Protocol):
     def take(self, indices: Sequence[int]) -> Source:
         """Return the pictures at these positions."""
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
 
-class PathSource:
+
+class EncodedSource(ABC):
+    """N pictures that are stored one by one, in any format that Pillow reads."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return N."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what a person finds the picture by."""
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Return one picture of which the header alone has been decoded.
+
+        Raises:
+            One of ``UNREADABLE`` for a damaged one.
+        """
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> EncodedSource:
+        """Return the pictures at these positions."""
+
+    def image(self, index: int, at_least: int | None = None) -> Image.Image:
+        """Fully decode one picture, so that a truncated one is found here."""
+        with self.open(index) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # JPEG only: decodes at 1/2, 1/4 or 1/8
+            image.load()
+            return image
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle all pictures."""
+        return torch.randperm(len(self), generator=generator)
+
+
+class PathSource(EncodedSource):
     """Image files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -66,13 +106,9 @@ class PathSource:
         """Return the path."""
         return self.paths[index]
 
-    def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Open and fully decode one file, so that a truncated one is found here."""
-        with Image.open(self.paths[index]) as image:
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))  # JPEG only: decodes at 1/2, 1/4 or 1/8
-            image.load()
-            return image
+    def open(self, index: int) -> Image.Image:
+        """Open one file."""
+        return Image.open(self.paths[index])
 
     def take(self, indices: Sequence[int]) -> PathSource:
         """Return the files at these positions."""
@@ -116,3 +152,7 @@ class ArraySource:
         """Copy the pictures at these positions."""
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle all pictures."""
+        return torch.randperm(len(self), generator=generator)

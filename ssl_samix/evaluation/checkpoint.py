@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.checkpoint_io import META, read_checkpoint, read_safetensors
-from ssl_samix.data.images import fit, to_rgb
+from ssl_samix.data.images import fit
+from ssl_samix.data.rgb import to_rgb
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import CheckpointError
 from ssl_samix.files import write_atomically

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_samix.data.images import FileImages, ImageSet, fit, to_rgb
+from ssl_samix.data.images import FileImages, ImageSet, fit
+from ssl_samix.data.rgb import to_rgb
 from ssl_samix.data.sources import UNREADABLE
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import DataError, UserError

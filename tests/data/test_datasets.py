@@ -7,10 +7,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from ssl_samix.data import datasets
 from ssl_samix.data.datasets import SPECS, load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
 from ssl_samix.data.layout import DATASETS
+from ssl_samix.data.sources import PathSource
 from ssl_samix.errors import DataError
 
 
@@ -246,9 +246,9 @@ def test_an_unlabelled_folder_has_neither_bank_nor_val(tmp_path):
 def test_a_limit_decodes_no_more_than_it_keeps(tmp_path, monkeypatch):
     write_images(tmp_path, *range(50))
     opened = []
-    read = datasets.PathSource.image
+    read = PathSource.image
     monkeypatch.setattr(
-        datasets.PathSource, "image", lambda self, *args: opened.append(0) or read(self, *args)
+        PathSource, "image", lambda self, *args: opened.append(0) or read(self, *args)
     )
     assert len(load_splits("folder", tmp_path, 32, 7).train) == 7
     assert len(opened) == 7
