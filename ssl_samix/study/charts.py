@@ -21,7 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 48  # px around them
 FONT, LINE = 13, 19  # px, size of the text and height of a line
 SAMPLE = 26  # px of a line in the legend
 PER_ROW = 3  # panels
-TICKS = 5  # about as many per axis
+TICKS = 6  # at most about as many per axis
+ROOM = 0.05  # between the data and the ends of an axis, as a share of the data's range
 PAPER, INK, GRID = (255, 255, 255), (50, 50, 50), (228, 228, 228)
 # Okabe and Ito's, which colour-blind eyes tell apart too; black last
 COLOURS = (
@@ -166,12 +167,12 @@ class _Axes:
             )
             for sign in (-1, 1)
         ]
-        self.columns = _ticks([px for px, _ in drawn])
-        self.rows = _ticks([py for _, py in drawn])
+        self.width = _padded([px for px, _ in drawn])
+        self.height = _padded([py for _, py in drawn])
 
     def place(self, point: tuple[float, float]) -> tuple[float, float]:
         """Return where a point is in the picture."""
-        (left, right), (low, high) = _ends(self.columns), _ends(self.rows)
+        (left, right), (low, high) = self.width, self.height
         return (
             self.x + (point[0] - left) / (right - left) * WIDTH,
             self.y + HEIGHT - (point[1] - low) / (high - low) * HEIGHT,
@@ -200,12 +201,12 @@ class _Axes:
                 self.brush.mark(x, y, look, 2.5 if series.joined else 4.5)
 
     def _grid(self) -> None:
-        (left, right), (low, high) = _ends(self.columns), _ends(self.rows)
-        for value in self.columns:
+        (left, right), (low, high) = self.width, self.height
+        for value in ticks(left, right):
             self.brush.line([self.place((value, low)), self.place((value, high))], GRID)
             x, y = self.place((value, low))
             self.brush.text(x, y + 6, f"{value:g}", "ma")
-        for value in self.rows:
+        for value in ticks(low, high):
             self.brush.line([self.place((left, value)), self.place((right, value))], GRID)
             x, y = self.place((left, value))
             self.brush.text(x - 6, y, f"{value:g}", "rm")
@@ -224,17 +225,17 @@ class _Axes:
                 self.brush.line(ends, (150, 150, 150), 1.5)
 
 
-def _ends(ticks: Sequence[float]) -> tuple[float, float]:
-    return ticks[0], ticks[-1]
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Return round numbers at equal distances that enclose all values, at least two."""
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Return ends between which all values have some room."""
     low, high = min(values), max(values)
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - max(0.5, abs(low) * 0.05), high + max(0.5, abs(high) * 0.05)
+    room = ROOM * (high - low) or max(0.5, ROOM * abs(high))
+    return low - room, high + room
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return the round numbers at equal distances from ``low`` to the larger ``high``."""
     raw = (high - low) / TICKS
     unit = 10 ** math.floor(math.log10(raw))
     step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]

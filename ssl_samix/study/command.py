@@ -132,13 +132,16 @@ def _left(study: Study) -> list[Run]:
 def _check(study: Study, runs: Sequence[Run]) -> None:
     """Find mistyped words and missing data before anything is started.
 
+    Every method and every policy is composed once, not all pairs: each takes a while. What only a
+    pair does wrong its run tells within seconds.
+
     Raises:
         UserError: For the first mistake.
     """
-    told = set()
+    told: set[tuple[str, str]] = set()
     for run in runs:
-        if run.words not in told:
-            told.add(run.words)
+        if not {("method", run.method), ("policy", run.policy)} <= told:
+            told |= {("method", run.method), ("policy", run.policy)}
             words = quote_paths(run.words)
             several = [o for o in parse(words) if o.is_sweep_override()]
             if several:
@@ -227,7 +230,8 @@ def seconds_left(rows: Rows, waiting: Sequence[tuple[Run, int]]) -> float:
 def _result(row: Mapping[str, str]) -> str:
     named = {"knn_top1": "kNN", "linear_top1": "linear", "top1": "top-1"}
     found = [f"{text} {float(row[name]):.2f}%" for name, text in named.items() if row.get(name)]
-    return ", ".join([*found, f"{row['epochs']} epochs, {float(row['cpu_seconds']):.0f} CPU s"])
+    epochs = "1 epoch" if row["epochs"] == "1" else f"{row['epochs']} epochs"
+    return ", ".join([*found, f"{epochs}, {float(row['cpu_seconds']):.0f} CPU s"])
 
 
 def _shown(seconds: float) -> str:

@@ -61,16 +61,18 @@ def _curve(study: Study, row: Row) -> Curve:
 def _curve_panels(
     study: Study, curves: dict[tuple[str, str, str, str], Curve], column: int | None
 ) -> list[Panel]:
-    """Return a panel per method; over epochs if no column of the curves is named."""
+    """Return a panel per method, of the longest runs; over epochs if no column is named."""
     panels = []
     for method in study.methods:
         series = []
         for policy in study.policies:
-            for length in study.lengths:
-                key = (method, policy, str(length))
-                seeds = [curve for k, curve in curves.items() if k[:3] == key and curve]
-                if seeds:
-                    series.append(Series(policy, _mean_curve(seeds, column)))
+            of_lengths = (
+                [curve for k, curve in curves.items() if k[:3] == (method, policy, str(length))]
+                for length in reversed(study.lengths)
+            )
+            seeds = next(([c for c in found if c] for found in of_lengths if any(found)), [])
+            if seeds:
+                series.append(Series(policy, _mean_curve(seeds, column)))
         series = [s for s in series if s.points]
         if series:
             panels.append(Panel(method, series))
@@ -90,8 +92,11 @@ def _mean_curve(seeds: Sequence[Curve], column: int | None) -> list[tuple[float,
 
 
 def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) -> list[Panel]:
-    """Return a panel per method: a point per policy and length, and the front that they form."""
-    panels = []
+    """Return a panel per method: a point per policy and length.
+
+    Points of different budgets are joined by lines; those of one length, by their front.
+    """
+    panels, timed = [], cost == "cpu_seconds"
     for method in study.methods:
         series: list[Series] = []
         for policy in study.policies:
@@ -110,10 +115,10 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
                     points.append((fmean(float(row[cost]) for row in own), found.mean))
                     errors.append(found.deviation or 0.0)
             if points:
-                joined = cost == "cpu_seconds"
-                series.append(Series(policy, points, errors, joined))
+                series.append(Series(policy, points, errors, joined=timed))
+        best = [] if timed else front([p for s in series for p in s.points])
         if series:
-            panels.append(Panel(method, series, front([p for s in series for p in s.points])))
+            panels.append(Panel(method, series, best))
     return panels
 
 
