@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,15 +23,16 @@ from ssl_samix.errors import ConfigError, Interrupted, UserError
 from ssl_samix.study import command
 from ssl_samix.study.charts import COLOURS, Panel, Series, paint_chart, ticks
 from ssl_samix.study.children import Process, RunLock, Usage
-from ssl_samix.study.command import configured, main, seconds_left
+from ssl_samix.study.command import configured, main
 from ssl_samix.study.costs import COLUMNS as COSTS
 from ssl_samix.study.costs import Costs
 from ssl_samix.study.job import Job, last_words
 from ssl_samix.study.measure import measured
 from ssl_samix.study.pictures import front
-from ssl_samix.study.plan import read_study
+from ssl_samix.study.progress import seconds_left
 from ssl_samix.study.report import report, write_report
 from ssl_samix.study.runner import Runner
+from ssl_samix.study.schema import read_study
 from ssl_samix.study.statistics import paired, spread
 from ssl_samix.study.table import COLUMNS, add_row, read_table, write_table
 
@@ -468,32 +470,34 @@ def test_costs_are_measured_by_turns():
 
 
 def test_a_killed_study_goes_on(study):
-    """Processes that are really killed: rows are kept, an orphan ends, the rest is done."""
-    study(methods={"simclr": ["method=simclr"]}, length={"epochs": 1}, evaluate=["knn"])
+    """Processes that are really killed: what they left behind ends, and all is done."""
+    changed = {"methods": {"simclr": ["method=simclr"]}, "evaluate": ["knn"], "workers": 2}
+    study(**changed, length={"epochs": 1})
     words = [sys.executable, "-m", "ssl_samix", "study", "study.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(words, env=environment, start_new_session=True)
-    table, log = Path("runs/study.csv"), Path("runs/logs/simclr-samix-e1-s0.log")
-    while not (table.exists() and log.exists()):
+    runs = [Path(f"runs/simclr-{policy}-e1-s0") for policy in ("none", "samix")]
+    while not all((run / "config.yaml").exists() for run in runs):
         assert first.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = table.read_text().splitlines()
-    assert len(done) == 2
-    assert "simclr,none,e1,0,1,8,256," in done[1]
+    assert not Path("runs/study.csv").exists()
     again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "1 of 2 runs left" in again.stdout
-    assert "[2/2] simclr-samix-e1-s0: kNN " in again.stdout
-    after = table.read_text().splitlines()
-    assert after[:2] == done
-    with table.open() as file:
+    assert "2 of 2 runs left, 2 workers" in again.stdout
+    assert re.search(r"\[2/2\] simclr-\w+-e1-s0: kNN \d+", again.stdout)
+    with Path("runs/study.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [r["policy"] for r in rows] == ["none", "samix"]
+    assert [(r["policy"], r["epochs"], r["images"]) for r in rows] == [
+        ("none", "1", "256"), ("samix", "1", "256")
+    ]  # fmt: skip
     assert all(float(r["knn_top1"]) > 10 for r in rows)
     assert all(float(r["cpu_seconds"]) > 0 and float(r["step_ratio"]) > 0 for r in rows)
     assert float(rows[1]["mask_std"]) > 0
+    for run in runs:  # the same folders, and a note of both starts
+        notes = json.loads(Path(f"runs/logs/{run.name}.json").read_text())
+        assert len(notes["parts"]) == 2
     assert "2 of 2 runs." in Path("runs/study.md").read_text()
     assert {p.name for p in Path("runs").glob("*.png")} == {
         f"study-{name}.png" for name in ("epochs", "time", "front")
