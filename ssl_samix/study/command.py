@@ -14,8 +14,8 @@ from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_choice, nearest
 from ssl_samix.study.costs import Costs
 from ssl_samix.study.plan import Run, Study
-from ssl_samix.study.report import write_report
 from ssl_samix.study.progress import listed, result, seconds_left, shown
+from ssl_samix.study.report import write_report
 from ssl_samix.study.runner import Rows, Runner, stopped_by_sigterm
 from ssl_samix.study.schema import read_study
 from ssl_samix.study.table import Row, done_of, lock_of, read_table
