@@ -32,7 +32,7 @@ from ssl_samix.study.pictures import front
 from ssl_samix.study.progress import seconds_left
 from ssl_samix.study.report import report, write_report
 from ssl_samix.study.runner import Runner
-from ssl_samix.study.schema import read_study
+from ssl_samix.study.schema import KEYS, read_study
 from ssl_samix.study.statistics import paired, spread
 from ssl_samix.study.table import COLUMNS, add_row, read_table, write_table
 
@@ -116,6 +116,15 @@ def test_mistakes_of_the_command_line(study, fails):
     assert "does not exist" in fails("study", "study.yaml", "data=folder", "data.root=nowhere")
     study(base=["data=digits", "data.limit=64,128"])
     assert "has several values" in fails("study", "study.yaml")
+
+
+def test_the_benchmark_is_the_command():
+    script = ROOT / "benchmarks" / "study.py"
+    words = [sys.executable, script, "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown.startswith("samix study: a table of runs")
+    for key in KEYS:
+        assert f"\n{key}:" in shown
 
 
 def test_the_plan(study):
@@ -391,7 +400,7 @@ def test_a_run_that_another_process_has_is_waited_for(study, monkeypatch):
     monkeypatch.setattr("ssl_samix.study.runner.LOOK_AGAIN", 0.01)
     failures, told, _ = go(plan)
     assert failures == []
-    assert told == ["waiting for 1 runs that other processes do"]
+    assert told == ["waiting for what other processes do: moco-none-e2-s0"]
     assert naps
     assert len(read_table(plan)) == 2
     assert not plan.folder(first).exists()

@@ -39,8 +39,24 @@ workers: null  # runs at the same time, one thread each; null: the file's
 out: null      # folder of the runs; null: the file's
 csv: null      # the table; null: the file's
 
-Other words, as data.root=cifar10, are for all runs, after those of base. What a study file holds:
-see benchmarks/studies/ in the sources, or docs/studies.md.
+Other words, as data.root=cifar10, are for all runs, after those of base. A study file holds:
+
+base: [data=digits]         # words of all runs
+methods:                    # name: words
+  moco: [method=moco]
+policies:                   # name: words
+  none: [mixup=none]
+  samix: [mixup=samix]
+seeds: [0, 1]               # or by policy: {default: [0], none: [0, 1, 2]}
+length: {epochs: 20}        # or cpu_seconds: [240, 600], as many epochs as fit
+command: pretrain           # pretrain | supervised
+evaluate: [knn, linear]     # protocols that measure every run; of supervised: []
+workers: auto               # auto: one per processor core
+reference: none             # the policy that others are compared with
+out: runs/studies/<name>    # folder of the runs
+csv: <out>/<name>.csv       # the table
+
+More in docs/studies.md, with studies to start from in benchmarks/studies/.
 """
 
 

@@ -17,6 +17,7 @@ from ssl_samix.study.table import Row, add_row, lock_of, read_table
 
 LOOK = 0.2  # seconds between looks at the children
 LOOK_AGAIN = 2.0  # seconds between looks at runs that others have
+NAMED = 3  # runs, at most, in a sentence
 PATIENCE = 120.0  # seconds that a child has to end, once asked
 Launch = Callable[[Sequence[str], Path, RunLock], Child]
 Rows = dict[tuple[str, ...], Row]
@@ -71,7 +72,7 @@ class Runner:
                     if waiting and len(self.active) < self.study.workers:  # others have them all
                         looked = time.monotonic() + LOOK_AGAIN
                 if waiting and not self.active and not told:
-                    self.tell(f"waiting for {len(waiting)} runs that other processes do")
+                    self.tell(f"waiting for what other processes do: {_names(waiting)}")
                     told = True
                 if any([self._looked_after(active) for active in list(self.active)]):
                     looked = -LOOK_AGAIN
@@ -158,6 +159,11 @@ class Runner:
             if time.monotonic() > end:
                 for active in self.active:
                     active.child.kill()
+
+
+def _names(runs: Sequence[Run]) -> str:
+    more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+    return ", ".join(run.name for run in runs[:NAMED]) + more
 
 
 @contextmanager
