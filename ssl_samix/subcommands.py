@@ -148,6 +148,12 @@ def _convert(words: list[str]) -> str:
     return main(words)
 
 
+def _study(words: list[str]) -> str:
+    from ssl_samix.study.command import main
+
+    return main(words)
+
+
 def _check_embed(words: list[str], _sweeping: bool) -> None:
     from ssl_samix.embed import configured
 
@@ -181,6 +187,7 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
         "measure an encoder without labels, and by clustering", "measures", "measures"
     ),
     "compare": PlainSubcommand("put the results of several runs into one table", _compare),
+    "study": PlainSubcommand("do a table of runs from one file", _study),
     "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
     "embed": Subcommand(
         "write the features of a folder of images", "embed", _check_embed, _embed, sweeps=False

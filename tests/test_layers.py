@@ -30,6 +30,18 @@ ALLOWED = {
         "environment",
     },
     "export": {"evaluation", "backbones", "checkpoint_io", "choices", "config", "run_folder"},
+    "study": {
+        "evaluation",
+        "data",
+        "methods",
+        "callbacks",
+        "choices",
+        "config",
+        "run_folder",
+        "engine",
+        "fitting",
+        "text_tables",
+    },
     "callbacks": {"evaluation", "data", "modules", "run_folder", "painting"},
 }
 TOP = {

@@ -29,7 +29,7 @@ RUNS = {
 # Every way to end a run in one of them, the hardest in all.
 WAYS = [(name, signal.SIGKILL) for name in sorted(RUNS)]
 WAYS += [("moco", signal.SIGTERM), ("moco", signal.SIGINT)]
-TIMING = {"seconds", "images_per_second", "knn/seconds", "val/seconds"}
+TIMING = {"seconds", "cpu_seconds", "images_per_second", "knn/seconds", "val/seconds"}
 
 
 def start(cwd, *words):

@@ -13,7 +13,7 @@ from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.files import write_atomically
 
 BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
-AFTER = ("lr", "seconds", "images_per_second")
+AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second")
 
 
 class MetricsCSV(pl.Callback):

@@ -1,0 +1,1 @@
+"""A table of runs from one file: planned, trained, measured and put together."""

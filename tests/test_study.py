@@ -1,0 +1,522 @@
+"""``samix study``: the plan, the statistics, the table, and a study that is killed and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from scipy import stats
+
+from ssl_samix.config import check_value, compose, parse, quote_paths
+from ssl_samix.errors import ConfigError, Interrupted, UserError
+from ssl_samix.study import command
+from ssl_samix.study.charts import COLOURS, Panel, Series, paint_chart, ticks
+from ssl_samix.study.children import Process, RunLock, Usage
+from ssl_samix.study.command import configured, main
+from ssl_samix.study.costs import COLUMNS as COSTS
+from ssl_samix.study.costs import Costs
+from ssl_samix.study.job import Job, last_words
+from ssl_samix.study.measure import measured
+from ssl_samix.study.pictures import front
+from ssl_samix.study.progress import seconds_left
+from ssl_samix.study.report import report, write_report
+from ssl_samix.study.runner import Runner
+from ssl_samix.study.schema import KEYS, read_study
+from ssl_samix.study.statistics import paired, spread
+from ssl_samix.study.table import COLUMNS, add_row, read_table, write_table
+from tests.conftest import samix_here
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
+TINY = ["data.limit=256", "data.batch_size=32", "backbone.width=4"]
+STUDY = {
+    "base": ["data=digits", *TINY],
+    "methods": {"moco": ["method=moco", "method.queue_size=64"], "simclr": ["method=simclr"]},
+    "policies": {"none": ["mixup=none"], "samix": ["mixup=samix"]},
+    "seeds": [0],
+    "length": {"epochs": 2},
+    "workers": 1,
+}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Write a study file with some keys changed, and read it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**changed):
+        given = {"out": "runs", **STUDY, **changed}
+        kept = {key: value for key, value in given.items() if value is not None}
+        Path("study.yaml").write_text(json.dumps(kept))  # which is YAML
+        return read_study(Path("study.yaml"))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"polices": {}}, "unknown key 'polices': did you mean 'policies'?"),
+        ({"methods": None}, "it lacks methods"),
+        ({"length": {"epoch": 2}}, "did you mean 'epochs'"),
+        ({"length": {"epochs": 2, "cpu_seconds": 3}}, "length needs one of epochs and cpu_seconds"),
+        ({"length": {"epochs": [1, 0]}}, "length.epochs needs whole numbers from 1, got 0"),
+        ({"seeds": {"default": [0], "samx": [1]}}, "did you mean 'samix'"),
+        ({"seeds": {"none": [0]}}, "seeds says nothing of samix"),
+        ({"seeds": [-1]}, "seeds.default needs whole numbers from 0, got -1"),
+        ({"base": ["seed=3"]}, "seed is given by the study"),
+        ({"base": "data=digits"}, "base must be a list"),
+        ({"policies": {"none": ["mixup"]}}, "'mixup', which is not of the form key=value"),
+        ({"policies": {"a-b": []}}, "a name is of letters"),
+        ({"reference": "nine"}, "did you mean 'none'"),
+        ({"evaluate": ["lineal"]}, "did you mean 'linear'"),
+        ({"workers": 0}, "workers must be a number at least 1"),
+        ({"command": "pretrian"}, "did you mean 'pretrain'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence(changed, sentence, study):
+    with pytest.raises(ConfigError) as caught:
+        study(**changed)
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("study.yaml: ")
+
+
+def test_what_is_no_study_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the study nowhere\.yaml"):
+        read_study(Path("nowhere.yaml"))
+    texts = {
+        "a: [": "is no YAML",
+        "- a": "needs keys",
+        "seeds: [0]\nlength: {epochs: 1}\nmethods: {a: []}\npolicies: {off: []}": "got False",
+    }
+    for text, sentence in texts.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=sentence):
+            read_study(tmp_path / "bad.yaml")
+
+
+def test_mistakes_of_the_command_line(study, fails):
+    study(policies={"none": ["mixup=none"], "odd": ["mixup=samx"]})
+    assert "moco with odd: unknown mixup 'samx': did you mean 'samix'?" in fails(
+        "study", "study.yaml"
+    )
+    assert "did you mean 'report'" in fails("study", "study.yaml", "reprot=true")
+    assert "study needs one file" in fails("study")
+    assert "unknown list 'yes'" in fails("study", "study.yaml", "list=yes")
+    assert "does not exist" in fails("study", "study.yaml", "data=folder", "data.root=nowhere")
+    study(base=["data=digits", "data.limit=64,128"])
+    assert "has several values" in fails("study", "study.yaml")
+
+
+def test_the_benchmark_is_the_command():
+    script = ROOT / "benchmarks" / "study.py"
+    words = [sys.executable, script, "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown.startswith("samix study: a table of runs")
+    for key in KEYS:
+        assert f"\n{key}:" in shown
+
+
+def test_the_plan(study):
+    plan = study(seeds={"default": [0], "none": [1, 0]}, length={"epochs": [4, 1]})
+    names = [run.name for run in plan.runs()]
+    assert names[:6] == [
+        "moco-none-e1-s0", "moco-samix-e1-s0", "simclr-none-e1-s0", "simclr-samix-e1-s0",
+        "moco-none-e1-s1", "simclr-none-e1-s1",
+    ]  # fmt: skip
+    assert len(names) == 12
+    assert plan.training(plan.runs()[1], 7) == [
+        "pretrain", "data=digits", *TINY, "method=moco", "method.queue_size=64", "mixup=samix",
+        "trainer.max_epochs=7", "seed=0", "out=runs/moco-samix-e1-s0",
+    ]  # fmt: skip
+    assert (plan.reference, plan.evaluate) == ("none", ("knn", "linear"))
+    assert plan.csv == Path("runs/study.csv")
+    assert study(command="supervised").evaluate == ()
+
+
+def test_words_of_the_command_line_come_last(study):
+    study()
+    request = configured(["study.yaml", "data.limit=8", "workers=3", "out=o", "list=true"])
+    assert request.study.base[-1] == "data.limit=8"
+    assert (request.study.workers, str(request.study.out)) == (3, "o")
+    assert request.listing
+
+
+def test_a_list_tells_what_is_done_before_torch_is_imported(study):
+    study(length={"cpu_seconds": [60]})
+    code = (
+        "import sys; from ssl_samix.cli import main; main(['study', 'study.yaml', 'list=true'])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["0 of 4 done", "False"]
+    assert "'trainer.max_epochs=<measured>' seed=0 out=runs/moco-none-t60-s0" in lines[1]
+    assert lines[2].split() == [
+        "samix", "knn", "run=runs/moco-none-t60-s0", "out=runs/moco-none-t60-s0/results/study-knn"
+    ]  # fmt: skip
+
+
+@cache
+def composed(*choices):
+    return compose("pretrain", choices)[0]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_that_come_with_it(path):
+    plan = read_study(path)
+    for method, policy in product(plan.methods, plan.policies):
+        given = dict(word.split("=") for word in plan.words(method, policy))
+        mixup = given["mixup"] if method == next(iter(plan.methods)) else "none"
+        config = composed("data=folder", f"method={given['method']}", f"mixup={mixup}")
+        for override in parse(quote_paths(plan.words(method, policy))):
+            key = override.key_or_group
+            if "." in key and (mixup != "none" or not key.startswith("mixup.")):
+                check_value(config, key, override.value())
+    assert plan.csv == Path("docs/results") / f"{path.stem}.csv"
+    assert f"{len(plan.runs())} runs" in path.read_text().replace("\n# ", " ")
+
+
+def test_statistics_agree_with_scipy():
+    ours, theirs = {"0": 45.1, "1": 46.0, "2": 44.8}, {"0": 44.0, "1": 45.5, "2": 44.4, "3": 40.0}
+    gap = paired(ours, theirs)
+    expected = stats.ttest_rel([45.1, 46.0, 44.8], [44.0, 45.5, 44.4]).confidence_interval(0.95)
+    assert gap.count == 3
+    assert (gap.mean - gap.half_width, gap.mean + gap.half_width) == pytest.approx(expected)
+    assert spread([1, 2, 4]).deviation == pytest.approx(1.5275, abs=1e-4)
+    assert spread([1]).deviation is None
+    assert paired({"0": 3.0}, {"0": 1.0}).half_width is None
+    assert paired({"0": 3.0}, {"1": 1.0}) is None
+
+
+def row(run, **numbers):
+    method, policy, length, seed = run.key
+    given = {
+        "method": method, "policy": policy, "length": length, "seed": seed, "epochs": 2,
+        "seconds": 20, "cpu_seconds": 30, "settings": run.settings, **numbers,
+    }  # fmt: skip
+    return {name: str(value) for name, value in given.items()}
+
+
+def test_rows_are_merged_and_compared_with_the_reference(study):
+    plan = study()
+    none, samix = plan.runs()[:2]
+    plan.csv.parent.mkdir()
+    stranger = row(none) | {"policy": "gone"}
+    write_table(plan.csv, COLUMNS, [stranger])
+    rows = add_row(plan, row(samix, cpu_ms_per_step=30))
+    assert rows[samix.key]["step_ratio"] == ""
+    rows = add_row(plan, row(none, cpu_ms_per_step=20))
+    assert rows[samix.key]["step_ratio"] == "1.500"
+    with plan.csv.open() as file:
+        written = list(csv.DictReader(file))
+    assert [r["policy"] for r in written] == ["none", "samix", "gone"], "in the plan's order"
+    other = study(base=["data=digits", "data.limit=300"])
+    with pytest.raises(UserError, match=r"moco-none-e2-s0 with other words .*data.limit=300"):
+        read_table(other)
+    moved = study(base=[*STUDY["base"], "data.root=/elsewhere"])
+    assert len(read_table(moved)) == 3, "the same runs on another machine"
+    plan.csv.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="damaged"):
+        read_table(plan)
+
+
+def test_the_report(study):
+    plan = study(seeds=[0, 1, 2], methods={"moco": []}, length={"epochs": 2})
+    tops = {("none", 0): 40, ("none", 1): 41, ("none", 2): 42, ("samix", 0): 42, ("samix", 1): 42}
+    rows = [
+        row(run, knn_top1=tops[run.policy, run.seed], step_ratio=1.5)
+        for run in plan.runs()
+        if (run.policy, run.seed) in tops
+    ]
+    text = "\n".join(report(plan, rows))
+    assert "5 of 6 runs." in text
+    assert "| moco | none | 3 | 2 | 1.50 | 30 | – | 41.00 ± 1.00 | – |" in text
+    assert (
+        "| moco | samix | 2 | 2 | 1.50 | 30 | – | 42.00 ± 0.00 | +1.50 (-4.85 to +7.85) |" in text
+    )
+    assert "42.00 ± – | +2.00 (–)" in "\n".join(report(plan, [rows[0], rows[1]]))
+    plan.csv.parent.mkdir()
+    write_report(plan, rows)
+    assert "![](study-front.png)" in plan.csv.with_suffix(".md").read_text()
+    assert not plan.csv.with_name("study-epochs.png").exists(), "no run folder is here"
+
+
+def test_ticks_are_round():
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(38.7, 47.2) == [40, 42, 44, 46]
+
+
+def test_a_chart_shows_each_series_and_the_front():
+    assert front([(1, 40), (1.5, 39), (2, 43), (3, 43)]) == [(1, 40), (2, 43)]
+    series = [Series("a", [(0, 1), (1, 2)], [0.5, 0.0]), Series("b", [(0.5, 1.5)])]
+    picture = paint_chart([Panel("one", series, [(0, 1), (1, 2)])] * 4, "x", "y")
+    assert isinstance(picture, Image.Image)
+    colours = {colour for _, colour in picture.getcolors(1 << 24)}
+    assert {COLOURS[0], COLOURS[1]} <= colours
+
+
+class Stub:
+    """A child that does at once what a command would leave behind."""
+
+    fails = ""  # runs whose name holds it
+
+    def __init__(self, arguments, log, lock):
+        self.words = dict(word.partition("=")[::2] for word in arguments[3:])
+        self.status = 1 if self.fails and self.fails in log.name else 0
+        log.write_text("samix: the loss is nan\n" if self.status else "fine\n")
+        self.asked = False
+        if not self.status:
+            {"pretrain": self.train}.get(arguments[2], self.measure)()
+
+    def train(self):
+        out = Path(self.words["out"])
+        out.mkdir(parents=True)
+        epochs = [
+            {"epoch": i, "step": 4 * i + 4, "seconds": 2, "cpu_seconds": 1 + i, "knn/top1": 40 + i}
+            | {"images_per_second": 64, "mixer/mask_std": 0.1}
+            for i in range(int(self.words["trainer.max_epochs"]))
+        ]
+        write_table(out / "metrics.csv", ("epoch",), epochs)
+        (out / "last.ckpt").touch()
+
+    def measure(self):
+        found = {"variant": "heads", "numbers": {"top1": 50.0}, "settings": {}}
+        chosen = {"variant": "chosen", "numbers": {"top1": 45.0}, "settings": {"k": 20}}
+        chosen["settings"]["temperature"] = 0.07
+        k200 = {"variant": "k200-T0.1", "numbers": {"top1": 44.0}, "settings": {}}
+        out = Path(self.words["out"])
+        out.mkdir(parents=True)
+        results = [found] if out.name == "study-linear" else [chosen, k200]
+        (out / "results.json").write_text(json.dumps({"results": results}))
+
+    def poll(self):
+        return Usage(self.status, 5.0, 4.0, 100.0)
+
+    def stop(self):
+        self.asked = True
+
+
+def go(plan, launch=Stub):
+    plan.logs.mkdir(parents=True, exist_ok=True)
+    told = []
+    runner = Runner(plan, lambda run: 2, lambda *_: None, told.append, launch)
+    return runner.run(), told, runner
+
+
+def test_every_run_gets_a_row(study):
+    plan = study(workers=3)
+    assert go(plan)[0] == []
+    rows = read_table(plan)
+    assert list(rows) == [run.key for run in plan.runs()]
+    first = rows[plan.runs()[0].key]
+    assert {name: first[name] for name in ("epochs", "steps", "images", "cpu_seconds")} == {
+        "epochs": "2", "steps": "8", "images": "256", "cpu_seconds": "4.0"
+    }  # fmt: skip
+    assert (first["knn_top1"], first["knn_k200_top1"], first["linear_top1"]) == ("45", "44", "50")
+    assert (first["cpu_ms_per_step"], first["step_ratio"]) == ("375.00", "1.000")
+    assert (first["mask_std"], first["peak_mib"]) == ("0.1", "100")
+    before = plan.csv.read_bytes()
+    go(plan, launch=None)  # nothing is left to be started
+    assert plan.csv.read_bytes() == before
+    assert seconds_left(rows, [(plan.runs()[0], 4)]) == 10.0
+
+
+def test_rows_count_without_folders(study):
+    """A committed table goes on on another machine."""
+    plan = study()
+    plan.csv.parent.mkdir()
+    write_table(plan.csv, COLUMNS, [row(run) for run in plan.runs()[1:]])
+    go(plan)
+    assert [path.name for path in plan.out.glob("*-s0")] == ["moco-none-e2-s0"]
+    assert len(read_table(plan)) == 4
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(study, monkeypatch, capsys):
+    plan = study()
+    monkeypatch.setattr(Stub, "fails", "moco-samix")
+    monkeypatch.setattr(command, "Runner", lambda *given: Runner(*given, Stub))
+    with pytest.raises(SystemExit) as caught:
+        main(["study.yaml"])
+    assert caught.value.code == 1
+    shown = capsys.readouterr()
+    sentence = "moco-samix-e2-s0 failed (exit status 1): the loss is nan; its log is runs/logs/"
+    assert sentence in shown.err
+    assert "[3/4] simclr-samix-e2-s0: kNN 45.00%, linear 50.00%, 2 epochs, 4 CPU s; 1 left" in (
+        shown.out
+    )
+    assert len(read_table(plan)) == 3
+    monkeypatch.setattr(Stub, "fails", "")
+    assert main(["study.yaml"]) == "runs/study.md"
+    assert len(read_table(plan)) == 4
+    assert "![](study-time.png)" in Path("runs/study.md").read_text()
+
+
+def test_an_interrupted_study_stops_its_children(study, monkeypatch):
+    study()
+    asked = []
+
+    class Stopped(Stub):
+        def poll(self):
+            if not self.asked:
+                raise KeyboardInterrupt
+            asked.append(self.words["out"])
+            return Usage(130, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(command, "Runner", lambda *given: Runner(*given, Stopped))
+    with pytest.raises(Interrupted, match=r"0 of 4 runs done: samix study study\.yaml goes"):
+        main(["study.yaml"])
+    assert asked == ["runs/moco-none-e2-s0"]
+    lock = RunLock(Path("runs/logs/moco-none-e2-s0.lock"))
+    assert lock.take()
+
+
+def test_a_run_that_another_process_has_is_waited_for(study, monkeypatch):
+    plan = study(methods={"moco": []})
+    plan.logs.mkdir(parents=True)
+    first = plan.runs()[0]
+    lock = RunLock(plan.logs / f"{first.name}.lock")
+    assert lock.take()
+    assert not RunLock(lock.path).take()
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if list(read_table(plan)) == [plan.runs()[1].key] and lock.descriptor >= 0:
+            add_row(plan, row(first))  # the other process has done it
+            lock.give_back()
+
+    monkeypatch.setattr("ssl_samix.study.runner.time.sleep", sleep)
+    monkeypatch.setattr("ssl_samix.study.runner.LOOK_AGAIN", 0.01)
+    failures, told, _ = go(plan)
+    assert failures == []
+    assert told == ["waiting for what other processes do: moco-none-e2-s0"]
+    assert naps
+    assert len(read_table(plan)) == 2
+    assert not plan.folder(first).exists()
+
+
+def test_a_lock_is_held_by_the_process_that_works_on_the_run(tmp_path):
+    lock = RunLock(tmp_path / "lock")
+    assert lock.take()
+    child = Process(["-c", "import time; time.sleep(60)"], tmp_path / "log", lock)
+    lock.give_back()  # as when the study is killed
+    assert not RunLock(tmp_path / "lock").take()
+    child.kill()
+    while (usage := child.poll()) is None:
+        time.sleep(0.05)
+    assert usage.status == -signal.SIGKILL
+    assert RunLock(tmp_path / "lock").take()
+
+
+def test_what_was_lost_is_made_up_from_the_epochs(study):
+    """Of a process whose end nobody saw, the epochs that it wrote count."""
+    plan = study()
+    plan.logs.mkdir(parents=True)
+    job = Job(plan, plan.runs()[0], 3)
+    Stub(["-m", "ssl_samix", *job.next_words()], job.log, None)
+    job.notes.parts = [{"before": 0}, {"before": 2, **vars(Usage(0, 9.0, 7.0, 50.0))}]
+    job.notes.trained, job.notes.epochs = True, 3
+    job.notes.write()
+    again = Job(plan, plan.runs()[0], 99)
+    assert again.epochs == 3, "a run that has begun keeps its length"
+    assert again.next_words()[0] == "knn"
+    for protocol in plan.evaluate:
+        Stub(["-m", "ssl_samix", *plan.measuring(again.run, protocol)], again.log, None)
+    assert again.next_words() is None
+    assert again.row()["cpu_seconds"] == "10.0"  # epochs of 1 and 2 seconds, and 7
+    assert again.row()["seconds"] == "13.0"
+
+
+def test_the_last_words_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    assert last_words(log) == "it said nothing"
+    log.write_text("samix: old\n")
+    log.write_text(log.read_text() + "Traceback\nRuntimeError: no\n")
+    assert last_words(log) == "old"
+    assert last_words(log, len("samix: old\n")) == "RuntimeError: no"
+
+
+def test_epochs_that_fit_a_budget(study):
+    plan = study(length={"cpu_seconds": [1, 240]}, methods={"moco": []})
+    costs = Costs(plan)
+    assert costs.epochs(plan.runs()[0]) is None
+    plan.csv.parent.mkdir()
+    known = {"cpu_ms_per_step": 500, "ratio": 1, "steps_per_epoch": 78, "rounds": 5}
+    rows = [
+        {**dict.fromkeys(COSTS, ""), **known, "method": "moco", "policy": name}
+        | {"settings": " ".join(sorted(plan.words("moco", name)))}
+        for name in plan.policies
+    ]
+    write_table(costs.path, COSTS, rows)
+    epochs = {run.name: costs.epochs(run) for run in plan.runs()}
+    assert epochs["moco-none-t1-s0"] == 1
+    assert epochs["moco-none-t240-s0"] == 6  # 39 seconds each
+    costs.measure(pytest.fail)
+    changed = study(length={"cpu_seconds": [240]}, methods={"moco": ["method.queue_size=128"]})
+    assert Costs(changed).epochs(changed.runs()[0]) is None, "it was measured with other words"
+
+
+def test_costs_are_measured_by_turns():
+    words = ["data=digits", *TINY, "data.batch_size=8"]
+    found = measured("pretrain", [[*words, "mixup=none"], [*words, "mixup=samix"]], rounds=1)
+    [[none, samix]] = found["cpu_seconds_per_step"]
+    assert none > 0
+    assert samix > 0
+    assert found["steps_per_epoch"] == [32, 32]
+    supervised = measured("supervised", [[*words, "mixup=mixup"]], rounds=1)
+    assert supervised["steps_per_epoch"] == [32]
+
+
+def test_a_killed_study_goes_on(study):
+    """Processes that are really killed: what they left behind ends, and all is done."""
+    changed = {"methods": {"simclr": ["method=simclr"]}, "workers": 2, "length": {"epochs": 1}}
+    study(**changed, evaluate=[])
+    words = [sys.executable, "-m", "ssl_samix", "study", "study.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(words, env=environment, start_new_session=True)
+    runs = [Path(f"runs/simclr-{policy}-e1-s0") for policy in ("none", "samix")]
+    while not all((run / "config.yaml").exists() for run in runs):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not Path("runs/study.csv").exists()
+    again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "2 of 2 runs left, 2 workers" in again.stdout
+    assert re.search(r"\[2/2\] simclr-\w+-e1-s0: 1 epoch, \d+ CPU s", again.stdout)
+    with Path("runs/study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["policy"], r["epochs"], r["images"]) for r in rows] == [
+        ("none", "1", "256"), ("samix", "1", "256")
+    ]  # fmt: skip
+    assert all(float(r["cpu_seconds"]) > 0 and float(r["step_ratio"]) > 0 for r in rows)
+    assert float(rows[1]["mask_std"]) > 0
+    for run in runs:  # the same folders, and a note of both starts
+        notes = json.loads(Path(f"runs/logs/{run.name}.json").read_text())
+        assert len(notes["parts"]) == 2
+    assert "2 of 2 runs." in Path("runs/study.md").read_text()
+    assert {p.name for p in Path("runs").glob("*.png")} == {
+        f"study-{name}.png" for name in ("epochs", "time")
+    }
+    # Measured as the study does it, but in this process, which has its imports.
+    plan = study(**changed, evaluate=["knn"])
+    job = Job(plan, plan.runs()[0], 1)
+    samix_here(*job.next_words(), cwd=".")
+    assert job.next_words() is None
+    found = job.row()
+    assert float(found["knn_top1"]) > 10
+    assert float(found["knn_k200_top1"]) > 10
+    assert int(found["knn_k"]) in (10, 20, 100, 200)
