@@ -66,7 +66,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Options(
         __doc__,
         cpu={"batch": 128, "size": 32, "width": 16, "images": 1280, "rounds": 2, "workers": 2},
-        cuda={"batch": 256, "size": 32, "width": 64, "images": 50_000, "rounds": 3, "workers": 16},
+        cuda={"batch": 256, "size": 32, "width": 64, "images": 25_600, "rounds": 3, "workers": 16},
         about={
             "batch": "images per step",
             "size": "side of the views in px",

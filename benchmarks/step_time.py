@@ -154,6 +154,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", default="none,mixup,samix,samix-paper", help="likewise")
     parser.add_argument("--precision", default="auto", help="ours, likewise; lightly's is float32")
     parser.add_argument("--lightly", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--goals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory", action="store_true", help="on a CPU, measure it as well")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
@@ -191,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             contest.round(warm=number > 0)
         contests.append(contest)
     print_table(COLUMNS, [row for contest in contests for row in contest.rows(memory)])
-    print_goals({key: value for contest in contests for key, value in contest.goals().items()})
+    if args.goals:
+        print_goals({key: value for contest in contests for key, value in contest.goals().items()})
 
 
 if __name__ == "__main__":

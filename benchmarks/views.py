@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(
         __doc__,
         cpu={"batch": 64, "pictures": 8, "rounds": 3},
-        cuda={"batch": 256, "pictures": 64, "rounds": 7},
+        cuda={"batch": 256, "pictures": 32, "rounds": 7},
         about={
             "batch": "images of a batch from memory",
             "pictures": "of a round, one by one or out of files",
