@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ssl_samix.errors import UserError
 
 METHODS = ("moco", "simclr", "byol")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as lightly's default
@@ -69,6 +72,16 @@ class Options(argparse.ArgumentParser):
             if name not in known:
                 self.error(f"--{option}: {name!r} is not one of {', '.join(known)}")
         return names
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """End with one sentence and status 2 where a user's words cannot be followed; decorates."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def seconds(work: Callable[[], object], device: str, *, wall: bool = False) -> float:

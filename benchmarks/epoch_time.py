@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from common import METHODS, Options, print_header, print_table, progress
+from common import METHODS, Options, print_header, print_table, progress, refusing
 from epoch_data import TimedLoader, random_splits, words
 from epoch_sides import LightlyEpochs, Turns
 from flop_model import POLICIES
@@ -65,7 +65,7 @@ def contest(method: str, splits: Splits | None, args: argparse.Namespace) -> tup
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Options(
         __doc__,
-        cpu={"batch": 128, "size": 32, "width": 16, "images": 1280, "rounds": 2, "workers": 2},
+        cpu={"batch": 64, "size": 32, "width": 16, "images": 512, "rounds": 2, "workers": 2},
         cuda={"batch": 256, "size": 32, "width": 64, "images": 25_600, "rounds": 3, "workers": 16},
         about={
             "batch": "images per step",
@@ -92,6 +92,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@refusing()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     quieten()

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
-from common import Options, print_header, print_table
+from common import Options, print_header, print_table, refusing
 from torch import nn
 
 from ssl_samix.config import build, compose
-from ssl_samix.errors import UserError
 
 
 def rows(words: Sequence[str], device: str) -> list[list[str]]:
@@ -34,14 +33,12 @@ def rows(words: Sequence[str], device: str) -> list[list[str]]:
     return measured
 
 
+@refusing()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(__doc__, cpu={}, cuda={}, about={})
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of samix pretrain")
     args = parser.read(arguments)
-    try:
-        measured = rows(args.words, args.device)
-    except UserError as error:
-        parser.error(str(error))
+    measured = rows(args.words, args.device)
     print_header("Baselines of kNN", args, precision="32-true")
     print_table(("", "kNN top-1, k = 20", "k = 200", "RankMe"), measured)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 import torch
-from common import METHODS, MIB, Options, print_header, print_table, progress, warm_cublas
+from common import METHODS, MIB, Options, print_header, print_table, progress, refusing, warm_cublas
 from flop_model import POLICIES
 from goals import print_goals
 from lightly_examples import LightlySide
@@ -139,7 +139,7 @@ def print_resident(method: str, name: str, precision: str, args: argparse.Namesp
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Options(
         __doc__,
-        cpu={"batch": 64, "size": 32, "width": 16, "rounds": 3, "period": 4},
+        cpu={"batch": 32, "size": 32, "width": 16, "rounds": 2, "period": 4},
         cuda={"batch": 256, "size": 32, "width": 64, "rounds": 10, "period": 4},
         about={
             "batch": "images per step",
@@ -169,6 +169,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@refusing()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     quieten()
