@@ -14,7 +14,7 @@ folder: CIFAR-10 (`cifar-10-batches-py`), or pictures.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -98,20 +98,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     splits = None if args.data else random_splits(args.images, args.size)
     print_header("An epoch with views and loader", args)
-    results = {}
-    for method in args.methods:
-        progress(method)
-        results[method] = contest(method, splits, args)
-    rows = [turns.rows(method, images) for method, (turns, images) in results.items()]
-    print_table(COLUMNS, [row for pair in rows for row in pair])
-    every = [turns for turns, _ in results.values()]
-    print_goals(
-        {
-            f"epoch {args.device}": min(turns.ratio for turns in every),
-            "wait": max(turns.waiting for turns in every),
-            "monitor": max(turns.monitoring for turns in every),
-        }
-    )
+    every: list[Turns] = []
+
+    def rows() -> Iterator[list[str]]:
+        for method in args.methods:
+            progress(method)
+            turns, images = contest(method, splits, args)
+            every.append(turns)
+            yield from turns.rows(method, images)
+
+    try:  # what is there is printed, whatever becomes of the next method
+        print_table(COLUMNS, rows())
+    finally:
+        print_goals(goals(every, args.device))
+
+
+def goals(every: Sequence[Turns], device: str) -> dict[str, float]:
+    """Return what the targets ask for: of all methods, the worst."""
+    if not every:
+        return {}
+    return {
+        f"epoch {device}": min(turns.ratio for turns in every),
+        "wait": max(turns.waiting for turns in every),
+        "monitor": max(turns.monitoring for turns in every),
+    }
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import targets
 from common import METHODS, Options, print_table, progress
 
 HERE = Path(__file__).resolve().parent
+GRACE = 10  # seconds that a part has to end in
 SHORTEST = 10  # seconds: with less left, a part is not begun
 
 
@@ -98,9 +99,11 @@ def run(name: str, part: Part, folder: Path, limit: float) -> tuple[str, float]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a part and the processes that it started, if any are left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for wish in (signal.SIGINT, signal.SIGKILL):  # upon the first, it prints what it has
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, wish)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def _paths() -> list[str]:

@@ -158,6 +158,7 @@ def flops(work: Callable[[], nn.Module | Tensor]) -> int:
 
 def row(channels: int, side: int, args: argparse.Namespace) -> list[str]:
     """Measure one shape of maps."""
+    progress(f"{channels} channels, {side} x {side}")
     passes = Passes(channels, side, args)
     memory = []
     for attention in ATTENTIONS.values():  # warms up, too
@@ -192,12 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.precision = choose_precision(args.device)
     warm_cublas(args.device)
     print_header("The Mixer, forward and backward", args)
-    rows = []
-    for side in args.sides:
-        for channels in args.channels:
-            progress(f"{channels} channels, {side} x {side}")
-            rows.append(row(int(channels), int(side), args))
-    print_table(COLUMNS, rows)
+    shapes = [(int(channels), int(side)) for side in args.sides for channels in args.channels]
+    print_table(COLUMNS, (row(*shape, args) for shape in shapes))
     print()
     names = ("backbone", "px", "maps", "GMAC of an image", "GMAC of a mixture's mask", "share %")
     print_table(names, shares())

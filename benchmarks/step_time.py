@@ -169,6 +169,19 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def rows(
+    args: argparse.Namespace, memory: dict[tuple[str, str, str], float], found: dict[str, float]
+) -> Iterator[list[str]]:
+    """Yield the rows of each method as soon as it is measured, and fill in what targets ask for."""
+    for method in args.methods:
+        contest = Contest(method, args)
+        for number in range(args.rounds + 1):
+            progress(f"{method}: round {number} of {args.rounds}")  # round 0 warms up
+            contest.round(warm=number > 0)
+        found.update(contest.goals())
+        yield from contest.rows(memory)
+
+
 @refusing()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
@@ -185,16 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every = [(method, key) for method in args.methods for key in keys(args)]
         of = ["--memory-of"]
         memory = {(m, *key): resident(__file__, [*words, *of, m, *key]) for m, key in every}
-    contests = []
-    for method in args.methods:
-        contest = Contest(method, args)
-        for number in range(args.rounds + 1):
-            progress(f"{method}: round {number} of {args.rounds}")  # round 0 warms up
-            contest.round(warm=number > 0)
-        contests.append(contest)
-    print_table(COLUMNS, [row for contest in contests for row in contest.rows(memory)])
-    if args.goals:
-        print_goals({key: value for contest in contests for key, value in contest.goals().items()})
+    found: dict[str, float] = {}
+    try:  # what is there is printed, whatever becomes of the next method
+        print_table(COLUMNS, rows(args, memory, found))
+    finally:
+        if args.goals:
+            print_goals(found)
 
 
 if __name__ == "__main__":

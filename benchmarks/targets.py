@@ -26,7 +26,7 @@ RUNS = {
         "step": f"step_time.py {STEPS}",
         "mixing": "step_time.py --no-lightly --policies none,samix",
         "epoch": "epoch_time.py",
-        "eval": "eval_time.py --threads 2",
+        "eval": "eval_time.py",
     },
     "cuda": {
         "step": "step_time.py --policies none,samix",

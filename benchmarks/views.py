@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -125,6 +125,17 @@ def row(times: Sequence[float]) -> list[str]:
     return [*(f"{time:.1f}" for time in times), name, f"{times[0] / best:.1f}"]
 
 
+def rows(folder: Path, args: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield a row per size, method and source, as soon as it is measured."""
+    for size in args.sizes:
+        pictures = Pictures(folder, size, args)
+        for method in args.methods:
+            progress(f"{method}, {size} px")
+            for name, ways in (("memory", from_memory), ("JPEG", from_files)):
+                times = measured(ways(pictures, method, args.device), args)
+                yield [method, str(size), name, *row(times)]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(
         __doc__,
@@ -146,16 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Freeing a large block once lets malloc keep large blocks, as after a first training step.
     torch.empty(30 * 2**20, dtype=torch.uint8).zero_()
     print_header("Views", args)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in args.sizes:
-            pictures = Pictures(Path(folder), size, args)
-            for method in args.methods:
-                progress(f"{method}, {size} px")
-                for name, ways in (("memory", from_memory), ("JPEG", from_files)):
-                    times = measured(ways(pictures, method, args.device), args)
-                    rows.append([method, str(size), name, *row(times)])
-    print_table(COLUMNS, rows)
+        print_table(COLUMNS, rows(Path(folder), args))
 
 
 if __name__ == "__main__":

@@ -215,6 +215,6 @@ def test_a_part_that_takes_too_long_does_not_stop_the_others(bench, tmp_path, ca
     assert gpu.main([str(tmp_path), *words]) == 1
     printed = capsys.readouterr().out
     for name in ("eval", "mixer", "views"):
-        assert f"| {name} | stopped after 1 s | 1 |" in printed
+        assert f"| {name} | stopped after 1 s |" in printed
         assert (tmp_path / f"{name}.log").exists()
     assert "not measured" in (tmp_path / "targets.md").read_text()
