@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import platform
 import sys
 import time
@@ -145,8 +146,8 @@ def shown(value: object) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a Markdown table."""
-    for row in (columns, ["---"] * len(columns), *rows):
+    """Print a Markdown table, each row as soon as there is one."""
+    for row in itertools.chain((columns, ["---"] * len(columns)), rows):
         assert len(row) == len(columns)
         print(f"| {' | '.join(row)} |", flush=True)
 

@@ -196,6 +196,18 @@ def test_all_forms_of_attention_agree(monkeypatch):
         torch.testing.assert_close(attention(query, key, value), expected)
 
 
+def test_a_stopped_table_keeps_its_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def rows():
+        yield ["1", "2"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("common").print_table(("a", "b"), rows())
+    assert capsys.readouterr().out == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
 def test_targets_collects_what_was_printed(bench, tmp_path, capsys):
     goals = importlib.import_module("goals")
     goals.print_goals({"heads": 11.0, "wait": 6.5})
