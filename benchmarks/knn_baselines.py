@@ -1,31 +1,46 @@
 """What a pretrained encoder has to beat: raw pixels and the same encoder untrained.
 
-python benchmarks/knn_baselines.py data=folder data.root=<folder> [any key of samix pretrain]
+    python benchmarks/knn_baselines.py [--device cuda] data=folder data.root=<folder>
+
+The words are keys of `samix pretrain`, any of them.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
+from common import Options, print_header, print_table, refusing
 from torch import nn
 
 from ssl_samix.config import build, compose
 
 
-def main() -> None:
-    config, _ = compose("pretrain", sys.argv[1:])
+def rows(words: Sequence[str], device: str) -> list[list[str]]:
+    """Measure both encoders on the data that the words choose."""
+    config, _ = compose("pretrain", list(words))
     data = build(config.data, views=build(config.views), seed=config.seed)
     monitor = build(config.callbacks.knn)
     pl.seed_everything(config.seed, verbose=False)
     backbone = build(config.backbone, image_size=data.splits.image_size)
     encoders = {"raw pixels": nn.Flatten(), "untrained encoder": backbone}
-    print(f"{'':<20}{'kNN top-1 k=20':>16}{'k=200':>8}{'RankMe':>8}")
+    measured = []
     for name, encoder in encoders.items():
-        got = monitor.measure(encoder, data, torch.device("cpu"))
-        cells = [got["knn/top1"], got.get("knn/top1_k200", float("nan")), got["rankme"]]
-        print(f"{name:<20}{cells[0]:>16.2f}{cells[1]:>8.2f}{cells[2]:>8.1f}")
+        got = monitor.measure(encoder.to(device), data, torch.device(device))
+        keys = ("knn/top1", "knn/top1_k200", "rankme")
+        measured.append([name, *(f"{got.get(key, float('nan')):.2f}" for key in keys)])
+    return measured
+
+
+@refusing()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Options(__doc__, cpu={}, cuda={}, about={})
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of samix pretrain")
+    args = parser.read(arguments)
+    measured = rows(args.words, args.device)
+    print_header("Baselines of kNN", args, precision="32-true")
+    print_table(("", "kNN top-1, k = 20", "k = 200", "RankMe"), measured)
 
 
 if __name__ == "__main__":

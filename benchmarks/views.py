@@ -1,97 +1,164 @@
-"""Microseconds per view: lightly's PIL transforms against our batched views, one CPU thread.
+"""Microseconds per view, by three ways from a picture to its views, on one core.
 
-Both sides make the same views of the same images; below 64 px neither blurs. The two take turns
-in one process, and the median round counts, so that a busy machine slows both alike.
+    python benchmarks/views.py [--device cuda] [--sizes 32,96,224]
 
-    python benchmarks/views.py [--device cuda] [--batch 256] [--rounds 7]
+PIL is lightly's transform as shipped; torchvision is our `WorkerViews`, image by image, as a
+loader's process draws them; batched is our `BatchedViews` of a whole batch, on the device. All make
+the same views of the same pictures; below 64 px none blurs. Then the same from JPEG files on the
+disk, larger than their views from 224 px on, as photographs are: decoding (and, for the batch,
+fitting) one picture included, shared by its two views. The ways take turns in one process; the
+median round counts. A GPU
+computes the batches, all else stays on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
-from lightly.transforms import BYOLTransform, MoCoV2Transform, SimCLRTransform
-from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+from common import (
+    MEAN,
+    METHODS,
+    STD,
+    Options,
+    print_header,
+    print_table,
+    progress,
+    seconds,
+    smooth_images,
+)
+from lightly_examples import lightly_transform
 from omegaconf import OmegaConf
-from torch import Tensor
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
+from ssl_samix.data.images import FileImages
+from ssl_samix.data.sources import PathSource
 from ssl_samix.data.views import BatchedViews, Views
+from ssl_samix.data.worker_views import WorkerViews
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "views"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as lightly's default
-PIL_IMAGES = 32  # per round: one at a time, so more would only take longer
+SIZES = ("32", "64", "96", "224")
+WAYS = ("PIL (lightly)", "torchvision", "batched")
+COLUMNS = ("method", "px", "from", *(f"{way} us" for way in WAYS), "fastest", "PIL / fastest")
+PHOTOGRAPH = 400  # px, side of the files that views of 224 px are made of; ImageNet's mean is so
+VIEWS = 2  # per picture
 
 
-def lightly_transform(method: str, size: int) -> Callable[..., object]:
-    blur = {} if size >= 64 else {"gaussian_blur": 0.0}
-    if method == "moco":
-        return MoCoV2Transform(input_size=size, **blur)
-    if method == "simclr":
-        return SimCLRTransform(input_size=size, **blur)
-    return BYOLTransform(
-        BYOLView1Transform(input_size=size, **blur), BYOLView2Transform(input_size=size, **blur)
-    )
+class Pictures:
+    """The same pictures in memory and on the disk.
+
+    Args:
+        folder: Is filled with JPEG files.
+        size: Side of the views in px.
+        args: The command line.
+    """
+
+    def __init__(self, folder: Path, size: int, args: argparse.Namespace) -> None:
+        self.pixels = smooth_images(args.batch, size)  # what is in memory is fitted
+        self.pil = [to_pil_image(image) for image in self.pixels[: args.pictures]]
+        side = PHOTOGRAPH if size >= 224 else size
+        self.paths = [str(folder / f"{size}-{i}.jpg") for i in range(args.pictures)]
+        for path, image in zip(self.paths, smooth_images(args.pictures, side), strict=True):
+            to_pil_image(image).save(path, quality=90)
+        labels = torch.zeros(args.pictures, dtype=torch.int64)
+        self.files = FileImages(PathSource(self.paths), labels, size)
 
 
-def our_transform(method: str, size: int, device: str) -> BatchedViews:
+def decoded(path: str) -> Image.Image:
+    """Read a file as torchvision's data sets, which lightly's examples use, do."""
+    with open(path, "rb") as file:
+        return Image.open(io.BytesIO(file.read())).convert("RGB")
+
+
+def from_memory(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
+    """Return, per way, the work of a round and the pictures that it goes through."""
+    size = pictures.pixels.shape[-1]
+    theirs, single, batched = transforms(method, size, device)
+    pixels, few = pictures.pixels.to(device), pictures.pixels[: len(pictures.pil)]
+    return [
+        (lambda: [theirs(picture) for picture in pictures.pil], len(few)),
+        (lambda: [single(image) for image in few], len(few)),
+        (lambda: batched(pixels), len(pixels)),
+    ]
+
+
+def from_files(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
+    """Return the same, decoding included."""
+    size, files = pictures.pixels.shape[-1], pictures.files
+    theirs, single, batched = transforms(method, size, device)
+    every = range(len(files))
+    return [
+        (lambda: [theirs(decoded(path)) for path in pictures.paths], len(files)),
+        (lambda: [single(files.original(i)) for i in every], len(files)),
+        (lambda: batched(files.load(every).to(device)), len(files)),
+    ]
+
+
+def transforms(
+    method: str, size: int, device: str
+) -> tuple[Callable[..., object], WorkerViews, BatchedViews]:
+    """Return the three ways of a method."""
     config = OmegaConf.load(CONFIGS / f"{method}.yaml")
     specs = Views(config.a, config.b).specs(size, flip=True)
-    return BatchedViews(specs, size, MEAN, STD).to(device)
+    batched = BatchedViews(specs, size, MEAN, STD).to(device)
+    return lightly_transform(method, size), WorkerViews(specs, size), batched
 
 
-def smooth_images(count: int, size: int) -> Tensor:
-    """Return random uint8 (count, 3, size, size) images, smooth with some noise on top."""
-    coarse = torch.rand(count, 3, 4, 4)
-    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
-    noise = 0.05 * torch.randn(count, 3, size, size)
-    return (255 * (smooth + noise).clamp(0, 1)).to(torch.uint8)
+def measured(ways: Sequence[tuple[Callable, int]], args: argparse.Namespace) -> list[float]:
+    """Return microseconds per view of each way, the median of rounds in which they take turns."""
+    rounds = [
+        [seconds(work, args.device) / count / VIEWS * 1e6 for work, count in ways]
+        for _ in range(args.rounds + 1)  # the first one warms up
+    ]
+    return [median(times) for times in zip(*rounds[1:], strict=True)]
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def row(times: Sequence[float]) -> list[str]:
+    best = min(times)
+    name = WAYS[list(times).index(best)]
+    return [*(f"{time:.1f}" for time in times), name, f"{times[0] / best:.1f}"]
 
 
-def measure(method: str, size: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Return microseconds per view of lightly's transform and of ours."""
-    images = smooth_images(args.batch, size)
-    pictures = [to_pil_image(image) for image in images[:PIL_IMAGES]]
-    pixels = images.to(args.device)
-    theirs, ours = lightly_transform(method, size), our_transform(method, size, args.device)
-    rounds: list[tuple[float, float]] = []
-    for _ in range(args.rounds + 1):  # the first one warms up
-        slow = seconds(lambda: [theirs(picture) for picture in pictures], "cpu")
-        fast = seconds(lambda: ours(pixels), args.device)
-        rounds.append((slow / len(pictures) / 2 * 1e6, fast / args.batch / 2 * 1e6))
-    slow_rounds, fast_rounds = zip(*rounds[1:], strict=True)
-    return statistics.median(slow_rounds), statistics.median(fast_rounds)
+def rows(folder: Path, args: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield a row per size, method and source, as soon as it is measured."""
+    for size in args.sizes:
+        pictures = Pictures(folder, size, args)
+        for method in args.methods:
+            progress(f"{method}, {size} px")
+            for name, ways in (("memory", from_memory), ("JPEG", from_files)):
+                times = measured(ways(pictures, method, args.device), args)
+                yield [method, str(size), name, *row(times)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=int, default=256, help="images per batch of ours")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Options(
+        __doc__,
+        cpu={"batch": 64, "pictures": 8, "rounds": 3},
+        cuda={"batch": 256, "pictures": 32, "rounds": 7},
+        about={
+            "batch": "images of a batch from memory",
+            "pictures": "of a round, one by one or out of files",
+            "rounds": "rounds that count",
+        },
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
+    parser.add_argument("--sizes", default="32,96,224", help="of the views in px, likewise")
+    args = parser.read(arguments)
+    args.methods = parser.some("methods", args.methods, METHODS)
+    args.sizes = [int(size) for size in parser.some("sizes", args.sizes, SIZES)]
+    args.batch = max(args.batch, args.pictures)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     # Freeing a large block once lets malloc keep large blocks, as after a first training step.
     torch.empty(30 * 2**20, dtype=torch.uint8).zero_()
-    print(f"us per view, batch {args.batch}; lightly: one CPU core; ours: {args.device}, 1 thread")
-    print(f"{'method':8s}{'px':>5s}{'lightly':>10s}{'ours':>10s}{'ratio':>8s}")
-    for method in ("moco", "simclr", "byol"):
-        for size in (32, 64, 96):
-            slow, fast = measure(method, size, args)
-            print(f"{method:8s}{size:5d}{slow:10.0f}{fast:10.1f}{slow / fast:7.1f}x")
+    print_header("Views", args)
+    with tempfile.TemporaryDirectory() as folder:
+        print_table(COLUMNS, rows(Path(folder), args))
 
 
 if __name__ == "__main__":

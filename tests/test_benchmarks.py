@@ -2,112 +2,231 @@
 
 from __future__ import annotations
 
-import os
-import runpy
-import subprocess
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def benchmark(name, *words):
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / name, *words],
-        cwd=BENCHMARKS.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+TINY = ["--width", "4", "--size", "16", "--batch", "8", "--rounds", "1"]
 
 
-def step_times(*words):
-    """Run step_time.py on something tiny; return its header and its table's rows as dicts."""
-    tiny = ["--width", "8", "--size", "16", "--batch", "8", "--rounds", "1"]
-    lines = benchmark("step_time.py", *tiny, *words).stdout.splitlines()
-    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    head, rule, *rows = table
-    assert set(rule) == {"---"}
-    assert all(len(row) == len(head) == len(rule) for row in rows)
-    header = "\n".join(line for line in lines if not line.startswith("|"))
-    return header, [dict(zip(head, row, strict=True)) for row in rows]
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run a benchmark in this process, which saves it its imports; return its header and tables."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+
+    def run(name, *words):
+        importlib.import_module(name).main([str(word) for word in words])
+        return read(capsys.readouterr().out)
+
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_step_time_has_a_row_per_method():
-    header, rows = step_times()
-    for part in ("torch ", " on cpu (", "threads 1", "precision ", "batch 8"):
-        assert part in header
-    labels = [row["method"] for row in rows]
-    assert labels == ["moco, bn_groups=1", "moco, bn_groups=4", "simclr", "byol"]
+def read(text):
+    """Split what a benchmark prints into its header and its tables, rows as dicts."""
+    header, *parts = text.split("\n\n")
+    header += "\n" + parts[0]
+    tables = []
+    for part in parts[1:]:
+        cells = [line[2:-2].split(" | ") for line in part.strip().splitlines()]
+        assert all(len(row) == len(cells[0]) for row in cells), part
+        assert set(cells[1]) == {"---"}
+        tables.append([dict(zip(cells[0], row, strict=True)) for row in cells[2:]])
+    return header, tables
+
+
+def check_goals(rows):
     for row in rows:
-        for column in ("lightly ms", "ours ms", "lightly images/s", "ours images/s"):
-            assert float(row[column]) > 0
-        assert row["target"] == "2.2"
-        assert float(row["measured"]) > 0
+        assert list(row) == ["what", "target", "measured", "met"]
         assert row["met"] in ("yes", "no")
-        assert 0 <= float(row["wait %"]) + float(row["views %"]) < 100
-        assert row["lightly peak MiB"] == row["ours peak MiB"] == "n/a"  # on a CPU
-    # The times that both rows are compared with are those of the same steps.
-    assert rows[0]["lightly ms"] == rows[1]["lightly ms"]
 
 
-def test_step_time_takes_a_precision_and_some_methods():
-    header, rows = step_times("--methods", "byol", "--precision", "bf16-mixed", "--threads", "1")
-    assert "precision bf16-mixed (lightly 32-true)" in header
-    assert [row["method"] for row in rows] == ["byol"]
+def test_step_time(bench):
+    policies = "none,samix,samix-paper"
+    words = ["--methods", "byol", "--policies", policies, "--precision", "auto,32-true"]
+    header, (rows, goals) = bench("step_time", *TINY, *words)
+    for part in ("torch ", " on cpu (", "threads 1", "precision ", "batch 8", "width 4"):
+        assert part in header
+    assert [row["side"] for row in rows][:4] == ["lightly as shipped", *policies.split(",")]
+    for row in rows:
+        assert min(float(row["ms"]), float(row["images/s"])) > 0
+        if row["side"] != "lightly as shipped":
+            # What the model leaves out, the Mixer and the losses, shows, but not by much.
+            counted, model = float(row["FLOPs / plain"]), float(row["passes / plain"])
+            assert abs(counted / model - 1) < 0.05, row
+    assert [row["what"].split()[:2] for row in goals] == [["BYOL", "step:"], *[["BYOL", "+"]] * 2]
+    check_goals(goals)
 
 
-@pytest.mark.parametrize("words", [("--methods", "moco,dino"), ("--rounds", "0")])
-def test_step_time_refuses_what_it_cannot_measure(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["step_time.py", *words])
-    with pytest.raises(
-        SystemExit
-    ) as caught:  # before anything is measured, so no process is needed
-        runpy.run_path(str(BENCHMARKS / "step_time.py"), run_name="__main__")
+def test_step_time_without_lightly_and_memory_of_a_process(bench, capsys):
+    words = ["--methods", "simclr", "--policies", "none", "--no-lightly"]
+    _, (rows,) = bench("step_time", *TINY, *words, "--set", "optimizer.lr=0.1")
+    assert [row["side"] for row in rows] == ["none"]
+    importlib.import_module("step_time").main(
+        [*TINY, "--memory-of", "simclr", "samix", "32-true"]  # what its own process prints
+    )
+    assert float(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("step_time", ("--methods", "moco,dino"), "--methods: 'dino' is not one of"),
+        ("step_time", ("--policies", "x"), "--policies: 'x' is not one of"),
+        ("step_time", ("--rounds", "0"), "--rounds is at least 1"),
+        ("step_time", ("--batch", "4"), "--batch is at least 8"),
+        ("step_time", ("--set", "optimizer.lrr=1", "--no-lightly"), "optimizer.lr"),
+        ("epoch_time", ("--batch", "99999"), "--batch is at least 8, and at most"),
+        ("epoch_time", ("--data", "nowhere"), "--data: nowhere is no folder"),
+        ("knn_baselines", ("data.limmit=64",), "data.limit"),
+        ("views", ("--sizes", "33"), "--sizes: '33' is not one of"),
+        ("mixer", ("--batch", "1"), "--batch is at least 2"),
+        ("targets", ("nowhere",), "nowhere is no folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(name, words, said, bench, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench(name, *words)
     assert caught.value.code == 2
-    assert words[0] in capsys.readouterr().err
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_knn_baselines():
+def test_the_flop_model_says_what_the_design_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    model = importlib.import_module("flop_model")
+    expected = {"samix": (1.88, 1.58, 1.44), "samix-paper": (2.42, 2.07, 1.62)}
+    for policy, ratios in expected.items():
+        for method, ratio in zip(("moco", "simclr", "byol"), ratios, strict=True):
+            assert model.ratio(method, policy) == pytest.approx(ratio, abs=0.01)
+
+
+def test_knn_baselines(bench):
     words = [
         "data.limit=64",
         "backbone.width=8",
         "data.batch_size=32",
         "callbacks.knn.val_limit=50",
     ]
-    lines = benchmark("knn_baselines.py", *words).stdout.splitlines()
-    rows = {line[:20].strip(): [float(cell) for cell in line[20:].split()] for line in lines[1:]}
-    assert list(rows) == ["raw pixels", "untrained encoder"]
-    for top1, _, rank in rows.values():
-        assert 0 <= top1 <= 100
-        assert rank >= 1
+    _, (rows,) = bench("knn_baselines", *words)
+    assert [row[""] for row in rows] == ["raw pixels", "untrained encoder"]
+    for row in rows:
+        assert 0 <= float(row["kNN top-1, k = 20"]) <= 100
+        assert float(row["RankMe"]) >= 1
 
 
-def test_views():
-    lines = benchmark("views.py", "--batch", "8", "--rounds", "1").stdout.splitlines()
-    rows = [line.split() for line in lines[2:]]
-    assert [row[:2] for row in rows] == [
-        [method, size] for method in ("moco", "simclr", "byol") for size in ("32", "64", "96")
+def test_views(bench):
+    words = ["--batch", "4", "--pictures", "2", "--rounds", "1", "--methods", "moco,byol"]
+    header, (rows,) = bench("views", *words, "--sizes", "32,224")
+    assert "batch 4" in header
+    assert [(row["px"], row["method"], row["from"]) for row in rows] == [
+        (size, method, source)
+        for size in ("32", "224")
+        for method in ("moco", "byol")
+        for source in ("memory", "JPEG")
     ]
-    assert all(float(cell.rstrip("x")) > 0 for row in rows for cell in row[2:])
+    for row in rows:
+        times = {
+            way: float(row[f"{way} us"]) for way in ("PIL (lightly)", "torchvision", "batched")
+        }
+        assert times[row["fastest"]] == min(times.values()) > 0
 
 
-def test_mixing_cost():
-    sizes = ["--batch", "8", "--size", "16", "--width", "4", "--rounds", "1", "--methods", "byol"]
-    lines = benchmark("mixing_cost.py", *sizes, "--no-memory").stdout.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[1] for row in rows][:4] == ["none", "mixup", "mixup, replace", "samix as published"]
-    assert rows[0][2:4] == ["1.00", "1.00"]
-    assert all(float(row[2]) > 0 for row in rows)
-    assert float(benchmark("mixing_cost.py", *sizes, "--memory-of", "byol", "samix").stdout) > 100
-
-
-def test_eval_time():
+def test_eval_time(bench):
     sizes = ["--train", "600", "--test", "300", "--dim", "256", "--classes", "3"]
-    lines = benchmark("eval_time.py", *sizes).stdout.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert [row[0].split(",")[0] for row in rows] == ["kNN", "heads", "L-BFGS"]
-    assert all(50 < float(row[3]) <= 100 for row in rows)
+    _, (rows,) = bench("eval_time", *sizes)  # and no target, which is for other sizes
+    assert [row[""].split(",")[0] for row in rows] == [
+        "24 heads on all images",
+        "kNN",
+        "heads",
+        "L-BFGS",
+    ]
+    assert all(50 < float(row["top-1"]) <= 100 for row in rows)
+
+
+def test_epoch_time(bench):
+    sizes = ["--images", "64", "--batch", "16", "--workers", "1", "--methods", "byol"]
+    _, (rows, goals) = bench("epoch_time", *TINY, *sizes, "--policy", "samix")
+    assert [row["side"] for row in rows] == ["lightly as shipped", "ours"]
+    for row in rows:
+        assert float(row["epoch s"]) > 0
+        assert 0 <= float(row["waiting %"]) < 100
+    assert float(rows[1]["lightly / ours"]) > 0
+    assert len(goals) == 3
+    check_goals(goals)
+
+
+def test_epoch_time_of_files(bench, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            pixels = torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    sizes = ["--images", "16", "--batch", "8", "--workers", "1", "--methods", "simclr"]
+    _, (rows, goals) = bench("epoch_time", *TINY, *sizes, "--data", tmp_path)
+    assert len(rows) == 2
+    check_goals(goals)
+
+
+def test_mixer(bench):
+    words = ["--channels", "64,128", "--sides", "4,8", "--batch", "2", "--rounds", "1"]
+    _, (rows, shares) = bench("mixer", *words)
+    assert [(row["channels"], row["positions"]) for row in rows] == [
+        (channels, side) for side in ("4 x 4", "8 x 8") for channels in ("64", "128")
+    ]
+    for row in rows:
+        assert min(float(row[f"{name} ms"]) for name in ("explicit", "chunked", "fused")) > 0
+    # A small stem's third stage is small beside its ResNet; a bottleneck's has many channels.
+    assert [row["backbone"] for row in shares] == ["resnet18", "resnet18", "resnet50", "resnet50"]
+    assert 0.5 < float(shares[0]["share %"]) < float(shares[2]["share %"]) < 20
+
+
+def test_all_forms_of_attention_agree(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    attentions = importlib.import_module("mixer").ATTENTIONS
+    query, key, value = torch.randn(2, 8, 900), torch.randn(2, 8, 900), torch.randn(2, 1, 900)
+    expected = attentions["explicit"](query, key, value)
+    for attention in attentions.values():
+        torch.testing.assert_close(attention(query, key, value), expected)
+
+
+def test_a_stopped_table_keeps_its_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def rows():
+        yield ["1", "2"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("common").print_table(("a", "b"), rows())
+    assert capsys.readouterr().out == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_targets_collects_what_was_printed(bench, tmp_path, capsys):
+    goals = importlib.import_module("goals")
+    goals.print_goals({"heads": 11.0, "wait": 6.5})
+    (tmp_path / "eval.md").write_text("## Protocols\n" + capsys.readouterr().out)
+    importlib.import_module("targets").main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(goals.GOALS)
+    found = {cells[0]: cells[1:] for cells in (line[2:-2].split(" | ") for line in lines)}
+    assert found[goals.GOALS["heads"].what] == ["<= 15 s", "11.00 s", "yes", "eval.md"]
+    assert found[goals.GOALS["wait"].what][1:3] == ["6.50%", "no"]
+    assert found[goals.GOALS["cifar"].what][1:] == ["not measured", "", ""]
+
+
+def test_a_part_that_takes_too_long_does_not_stop_the_others(bench, tmp_path, capsys):
+    gpu = importlib.import_module("gpu")
+    words = ["--device", "cpu", "--parts", "eval,mixer,views", "--limit", "1"]
+    assert gpu.main([str(tmp_path), *words]) == 1
+    printed = capsys.readouterr().out
+    for name in ("eval", "mixer", "views"):
+        assert f"| {name} | stopped after 1 s |" in printed
+        assert (tmp_path / f"{name}.log").exists()
+    assert "not measured" in (tmp_path / "targets.md").read_text()

@@ -1,7 +1,8 @@
 """The same recipes, executed image by image with torchvision inside DataLoader workers.
 
-For images that are decoded on demand at 224 px: there, on CPU, torchvision's uint8 kernels in
-several workers keep level with a batched computation, and workers have the time.
+For images that are decoded on demand at 224 px: there, on CPU, Pillow's operations keep level with
+a batched computation, and workers have the time. torchvision's own uint8 operations on tensors take
+1.4 to 1.8 times as long (``benchmarks/views.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from ssl_samix.data import transforms
 from ssl_samix.data.recipes import BLUR_SIGMA, ViewSpec
@@ -41,7 +43,8 @@ class WorkerViews:
                 "views are drawn from a uint8 image (3, h, w), "
                 f"got {image.dtype} {tuple(image.shape)}"
             )
-        return torch.stack([pipeline(image) for pipeline in self._pipelines])
+        picture = F.to_pil_image(image)
+        return torch.stack([F.pil_to_tensor(pipeline(picture)) for pipeline in self._pipelines])
 
     def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
         """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""

@@ -73,7 +73,8 @@ def test_each_operation_alone_is_torchvisions():
     }
     for name, expected in only.items():
         (view,) = WorkerViews((ViewSpec(**off | {name: 1.0}),), 24)(image)
-        assert torch.equal(view, expected), name
+        # Pillow rounds where torchvision cuts off.
+        assert (view.int() - expected.int()).abs().max() <= 1, name
     (view,) = WorkerViews((ViewSpec(**off),), 24)(image)
     assert torch.equal(view, image)
     for settings in ({"blur": 1.0}, {"jitter": 1.0, "hue": 0.5}, {"jitter": 1.0, "contrast": 1}):

@@ -1,0 +1,128 @@
+"""An epoch with views and loader: ours in Lightning's trainer beside lightly's examples as shipped.
+
+    python benchmarks/epoch_time.py [--device cuda] [--data <folder>] [--policy samix]
+
+lightly's side is its PIL transform in the processes of a DataLoader and the step of its example;
+ours is the data module and the trainer of `samix pretrain`, without callbacks. Both have the same
+images, network and batch. After each of our epochs comes one of lightly's in the same process, and
+every such pair gives a ratio, the first one excepted; seconds are wall-clock seconds, and medians.
+`waiting` is the time that the loader's next batch was waited for, `views` that of drawing and
+computing views on the device, both as shares of the epoch. Images are random, or those of a
+folder: CIFAR-10 (`cifar-10-batches-py`), or pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+from common import METHODS, Options, print_header, print_table, progress, refusing
+from epoch_data import TimedLoader, random_splits, words
+from epoch_sides import LightlyEpochs, Turns
+from flop_model import POLICIES
+from goals import print_goals
+from our_step import configuration, our_method
+
+from ssl_samix.config import build
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.datasets import Splits
+from ssl_samix.engine import PRECISIONS, choose_precision, quieten
+
+COLUMNS = ("method", "side", "epoch s", "images/s", "lightly / ours", "waiting %", "views %")
+
+
+def contest(method: str, splits: Splits | None, args: argparse.Namespace) -> tuple[Turns, int]:
+    """Train both sides of a method; return what was timed, and the images of an epoch."""
+    chosen = [*words(args.data, args.images, args.size), f"data.batch_size={args.batch}"]
+    config = configuration(
+        method, args.backbone, args.width, [*POLICIES[args.policy].words, *chosen]
+    )
+    with ExitStack() as stack:
+        if splits is not None:
+            target = "ssl_samix.data.datamodule.load_splits"
+            stack.enter_context(patch(target, return_value=splits))
+        data: DataModule = build(config.data, views=build(config.views), seed=0)
+    config.trainer.max_epochs = args.rounds + 1
+    config.trainer.accelerator = {"cuda": "gpu"}.get(args.device, args.device)
+    config.trainer.devices = 1
+    config.trainer.precision = args.precision
+    turns = Turns(LightlyEpochs(method, data, args), build(config.callbacks.knn))
+    trainer = build(
+        config.trainer,
+        wants_sync_batchnorm=False,
+        callbacks=[turns],
+        logger=False,
+        enable_checkpointing=False,
+    )
+    with patch("ssl_samix.data.datamodule.DataLoader", TimedLoader):
+        trainer.fit(our_method(config, args.size, args.device), data)
+    return turns, trainer.num_training_batches * args.batch
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Options(
+        __doc__,
+        cpu={"batch": 64, "size": 32, "width": 16, "images": 512, "rounds": 2, "workers": 2},
+        cuda={"batch": 256, "size": 32, "width": 64, "images": 25_600, "rounds": 3, "workers": 16},
+        about={
+            "batch": "images per step",
+            "size": "side of the views in px",
+            "width": "channels of the first stage",
+            "images": "of an epoch",
+            "rounds": "epochs that count",
+            "workers": "processes of lightly's loader",
+        },
+    )
+    parser.add_argument("--backbone", choices=("resnet18", "resnet50"), default="resnet18")
+    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
+    parser.add_argument("--policy", choices=tuple(POLICIES), default="none", help="of ours")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="ours")
+    parser.add_argument("--data", metavar="FOLDER", help="of images; random ones without it")
+    args = parser.read(arguments)
+    args.methods = parser.some("methods", args.methods, METHODS)
+    if args.precision == "auto":
+        args.precision = choose_precision(args.device)
+    if not 8 <= args.batch <= args.images:
+        parser.error("--batch is at least 8, and at most the number of images")
+    if args.data is not None and not Path(args.data).is_dir():
+        parser.error(f"--data: {args.data} is no folder")
+    return args
+
+
+@refusing()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parsed(arguments)
+    quieten()
+    splits = None if args.data else random_splits(args.images, args.size)
+    print_header("An epoch with views and loader", args)
+    every: list[Turns] = []
+
+    def rows() -> Iterator[list[str]]:
+        for method in args.methods:
+            progress(method)
+            turns, images = contest(method, splits, args)
+            every.append(turns)
+            yield from turns.rows(method, images)
+
+    try:  # what is there is printed, whatever becomes of the next method
+        print_table(COLUMNS, rows())
+    finally:
+        print_goals(goals(every, args.device))
+
+
+def goals(every: Sequence[Turns], device: str) -> dict[str, float]:
+    """Return what the targets ask for: of all methods, the worst."""
+    if not every:
+        return {}
+    return {
+        f"epoch {device}": min(turns.ratio for turns in every),
+        "wait": max(turns.waiting for turns in every),
+        "monitor": max(turns.monitoring for turns in every),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""How many passes a step takes, in F: one forward pass over one view of the batch.
+
+Forward and backward take 3F; through frozen weights, with gradient to the images, 2F; forward
+alone 1F; the first three of a ResNet's four stages, for the Mixer's maps, 0.7F. What the Mixer
+itself takes (`mixer.py`), losses and optimizer are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEARNING, FROZEN, MAPS = 3.0, 2.0, 0.7
+# MoCo: a query and a key; SimCLR: two queries; BYOL: two queries and two targets
+PLAIN = {"moco": 4.0, "simclr": 6.0, "byol": 8.0}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A setting of mixing, and what it adds to the plain method.
+
+    Attributes:
+        words: Of the command line.
+        beside: Whether mixtures come beside the plain views, or in their place.
+        every: The Mixer learns in every n-th step; 0: there is none.
+        maps: Passes for the Mixer's maps that no other pass gives, per method.
+    """
+
+    words: tuple[str, ...]
+    beside: bool = True
+    every: int = 0
+    maps: tuple[int, int, int] = (0, 0, 0)
+
+    def passes(self, method: str) -> float:
+        """Return the passes of a mean step, in F."""
+        total = PLAIN[method]
+        if "mixup=none" in self.words:
+            return total
+        if self.beside:
+            total += LEARNING
+        if self.every:
+            total += FROZEN / self.every
+        return total + MAPS * self.maps[list(PLAIN).index(method)]
+
+
+POLICIES = {
+    "none": Policy(("mixup=none",)),
+    "mixup": Policy(("mixup=mixup",)),
+    "mixup-replace": Policy(("mixup=mixup", "mixup.placement=replace"), beside=False),
+    "cutmix": Policy(("mixup=cutmix",)),
+    "samix": Policy(("mixup=samix",), every=4),
+    "samix-online": Policy(("mixup=samix", "mixup.update_every=1"), every=1),
+    "samix-paper": Policy(("mixup=samix_paper",), every=1, maps=(1, 2, 0)),
+    "samix-replace": Policy(
+        ("mixup=samix", "mixup.placement=replace"), beside=False, every=4, maps=(1, 1, 1)
+    ),
+}
+
+
+def ratio(method: str, policy: str) -> float:
+    """Return a step's passes over those of the plain method."""
+    return POLICIES[policy].passes(method) / PLAIN[method]

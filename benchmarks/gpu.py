@@ -1,0 +1,156 @@
+"""All that is to be measured on a GPU, for when there is one for some minutes only.
+
+    python benchmarks/gpu.py results/ [--budget 570] [--parts step,epoch]
+
+Runs the tests that need a GPU, every benchmark, and the throughput of ResNet-18 at 32 px and of
+ResNet-50 at 224 px. Each part has its own time limit and its own files in the folder (`<part>.md`,
+what it prints; `<part>.log`, its progress and errors), so that none takes the others with it; what
+does not fit into the budget is named as left out. `summary.md` says how each part ended, and
+`targets.md` what of the targets is met. Exit status 1: a part failed, or was left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import targets
+from common import METHODS, Options, print_table, progress
+
+HERE = Path(__file__).resolve().parent
+GRACE = 10  # seconds that a part has to end in
+SHORTEST = 10  # seconds: with less left, a part is not begun
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and its limit.
+
+    Attributes:
+        words: Of the command, without the interpreter.
+        limit: Seconds.
+    """
+
+    words: tuple[str, ...]
+    limit: int
+
+
+def benchmark(line: str, limit: int) -> Part:
+    script, *options = line.split()
+    return Part((str(HERE / script), *options), limit)
+
+
+def throughput(backbone: str, size: int, batch: int, rounds: int) -> str:
+    """Return the command of images per second, with and without SAMix."""
+    sizes = f"--backbone {backbone} --size {size} --batch {batch} --rounds {rounds}"
+    return f"step_time.py --no-lightly --no-goals --policies none,samix {sizes}"
+
+
+def parts(device: str) -> dict[str, Part]:
+    """Return the parts, what matters most first."""
+    tests = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(HERE.parent / "tests"))
+    large = throughput("resnet50", 224, 128, 3)
+    found = {
+        "step": benchmark("step_time.py", 150),
+        "epoch": benchmark("epoch_time.py", 240),
+        "tests": Part(tests, 150),
+        "resnet18": benchmark(throughput("resnet18", 32, 512, 5), 120),
+        **{f"resnet50_{m}": benchmark(f"{large} --methods {m}", 90) for m in METHODS},
+        "mixer": benchmark("mixer.py", 120),
+        "views": benchmark("views.py", 120),
+        "eval": benchmark("eval_time.py", 120),
+    }
+    on = ("--device", device)
+    return {
+        name: part if name == "tests" else Part((*part.words, *on), part.limit)
+        for name, part in found.items()
+    }
+
+
+def run(name: str, part: Part, folder: Path, limit: float) -> tuple[str, float]:
+    """Run a part; return how it ended, and the seconds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    with (folder / f"{name}.md").open("w") as out, (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *part.words],
+            stdout=out,
+            stderr=log,
+            cwd=HERE.parent,
+            env=environment,
+            start_new_session=True,  # so that its own processes can be ended with it
+        )
+        try:
+            code = process.wait(timeout=limit)
+            ended = "done" if code == 0 else f"failed with status {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {limit:.0f} s"
+        finally:
+            _end(process)
+    return ended, time.monotonic() - start
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a part and the processes that it started, if any are left."""
+    for wish in (signal.SIGINT, signal.SIGKILL):  # upon the first, it prints what it has
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, wish)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+
+
+def _paths() -> list[str]:
+    given = os.environ.get("PYTHONPATH")
+    return [str(HERE.parent), *([given] if given else [])]
+
+
+def summary(ended: dict[str, tuple[str, float]], folder: Path) -> None:
+    """Write how the parts ended, and the targets."""
+    rows = [[name, how, f"{spent:.0f}"] for name, (how, spent) in ended.items()]
+    with (folder / "summary.md").open("w") as out, contextlib.redirect_stdout(out):
+        print_table(("part", "end", "seconds"), rows)
+    with (folder / "targets.md").open("w") as out, contextlib.redirect_stdout(out):
+        targets.main([str(folder)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Options(
+        __doc__,
+        cpu={"budget": 570},
+        cuda={"budget": 570},
+        about={"budget": "seconds for everything"},
+    )
+    parser.set_defaults(device="cuda")
+    parser.add_argument("folder", type=Path, help="is filled")
+    known = parts("cuda")
+    parser.add_argument("--parts", default=",".join(known), help="with commas between")
+    parser.add_argument("--limit", type=int, help="seconds for a part, in place of its own")
+    args = parser.read(arguments)
+    chosen = parser.some("parts", args.parts, known)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.budget
+    ended: dict[str, tuple[str, float]] = {}
+    for name in chosen:
+        part = parts(args.device)[name]
+        left = end - time.monotonic()
+        progress(f"{name}: {' '.join(part.words)}")
+        if left < SHORTEST:
+            ended[name] = ("left out: the budget is spent", 0.0)
+        else:
+            ended[name] = run(name, part, args.folder, min(left, args.limit or part.limit))
+        progress(f"{name}: {ended[name][0]}, {ended[name][1]:.0f} s")
+        summary(ended, args.folder)  # after every part: what is there stays there
+    print((args.folder / "summary.md").read_text())
+    print((args.folder / "targets.md").read_text(), end="")
+    return 0 if all(how == "done" for how, _ in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

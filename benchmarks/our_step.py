@@ -1,0 +1,90 @@
+"""Our step of MoCo, SimCLR and BYOL, with any policy and precision, outside of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightly_examples import QUEUE
+from pytorch_lightning.plugins import MixedPrecision, Precision
+from torch import Tensor
+
+from ssl_samix.config import build, compose
+from ssl_samix.engine import memory_format
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.types import Batch
+
+# The sizes of lightly's examples; a projector's hidden width is the features', as is our default.
+SIZES = {
+    "moco": ["method.hidden_dim=null", "method.output_dim=128", f"method.queue_size={QUEUE}"],
+    "simclr": ["method.hidden_dim=null", "method.output_dim=128"],
+    "byol": ["method.hidden_dim=1024", "method.output_dim=256"],
+}
+STEPS = 1000  # of the imaginary run
+
+
+def configuration(method: str, backbone: str, width: int, words: Sequence[str]) -> Any:
+    """Return the configuration of a run of `samix pretrain` with lightly's sizes."""
+    network = [f"backbone={backbone}", f"backbone.width={width}"]
+    return compose("pretrain", [f"method={method}", *SIZES[method], *network, *words])[0]
+
+
+def our_method(config: Any, size: int, device: str) -> BaseMethod:
+    """Build what a run with this configuration would train."""
+    backbone = build(config.backbone, image_size=size)
+    mixing = build(config.mixup, backbone=backbone) if config.mixup else None
+    optimizer = build(config.optimizer)
+    method: BaseMethod = build(config.method, backbone=backbone, optimizer=optimizer, mixing=mixing)
+    return method.to(device, memory_format=memory_format(method))  # type: ignore[call-overload]
+
+
+class OurSide:
+    """A method as `samix pretrain` trains it, in the order of Lightning's automatic optimization.
+
+    What Lightning's loop adds around the step is left out, as is what a plain loop adds around
+    lightly's.
+
+    Args:
+        config: Of the run.
+        size: Side of the images in px.
+        batch: Images per step.
+        precision: Lightning's name of it.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, config: Any, size: int, batch: int, precision: str, device: str) -> None:
+        self.model = our_method(config, size, device)
+        # What methods ask of a trainer; a real one would not let several sides take turns.
+        self.trainer = SimpleNamespace(
+            global_step=0,
+            estimated_stepping_batches=STEPS,
+            max_epochs=10,
+            accumulate_grad_batches=1,
+            datamodule=SimpleNamespace(batch_size=batch),
+        )
+        self.model.trainer = self.trainer  # type: ignore[assignment]
+        self.model.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        optimization = self.model.configure_optimizers()
+        self.optimizer = optimization["optimizer"]
+        self.schedule = optimization["lr_scheduler"]["scheduler"]
+        mixed = precision.endswith("-mixed")
+        self.precision = MixedPrecision(precision, device) if mixed else Precision()  # type: ignore[arg-type]
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "16-mixed")
+        self.label = torch.full((batch,), -1, device=device)
+        self.index = torch.arange(batch, device=device)
+
+    def step(self, views: tuple[Tensor, ...]) -> None:
+        """Train on one batch."""
+        with self.precision.train_step_context():
+            loss = self.model.training_step(Batch(views, self.label, self.index), 0)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.model.on_before_optimizer_step(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.after_step()
+        self.model.after_batch()
+        self.schedule.step()
+        self.trainer.global_step += 1
