@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from ssl_samix.data.view_maker import ViewMaker
 from ssl_samix.data.views import BatchedViews, ViewSpec, draw, recolour
-from ssl_samix.data.worker_views import WorkerCrops, WorkerViews, normalize
+from ssl_samix.data.worker_views import SeparableBlur, WorkerCrops, WorkerViews, normalize
 from ssl_samix.errors import ConfigError, DataError
 
 SPEC = ViewSpec(
@@ -81,6 +81,16 @@ def test_each_operation_alone_is_torchvisions():
         make = WorkerViews((ViewSpec(**off | settings),) * 8, 24)
         # Any of eight, for a blur of 0.1 pixels changes nothing.
         assert not torch.equal(make(image), image.expand(8, -1, -1, -1)), settings
+
+
+def test_the_blur_is_torchvisions():
+    image = tv.to_pil_image(picture())
+    for seed in range(5):
+        torch.manual_seed(seed)
+        blurred = tv.pil_to_tensor(SeparableBlur(7)(image))
+        torch.manual_seed(seed)
+        wanted = v2.GaussianBlur(7, (0.1, 2.0))(picture())
+        assert (blurred.int() - wanted.int()).abs().max() <= 1
 
 
 def test_statistics_agree_with_batched_views():
