@@ -56,12 +56,14 @@ def throughput(backbone: str, size: int, batch: int, rounds: int) -> str:
 def parts(device: str) -> dict[str, Part]:
     """Return the parts, what matters most first."""
     tests = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(HERE.parent / "tests"))
-    large = throughput("resnet50", 224, 128, 3)
+    small, large = throughput("resnet18", 32, 512, 5), throughput("resnet50", 224, 128, 3)
     found = {
         "step": benchmark("step_time.py", 150),
         "epoch": benchmark("epoch_time.py", 240),
         "tests": Part(tests, 150),
-        "resnet18": benchmark(throughput("resnet18", 32, 512, 5), 120),
+        "resnet18": benchmark(small, 120),
+        "compiled": benchmark(f"{small} --compile default", 240),
+        "graphs": benchmark(f"{small} --compile reduce-overhead", 240),
         **{f"resnet50_{m}": benchmark(f"{large} --methods {m}", 90) for m in METHODS},
         "mixer": benchmark("mixer.py", 120),
         "views": benchmark("views.py", 120),

@@ -24,10 +24,18 @@ class Meter:
         make: Makes the side, so that what it allocates is known.
         device: ``cpu`` or ``cuda``.
         period: Steps of a round.
+        compiled: How ``torch.compile`` is to go about our side: ``default`` or
+            ``reduce-overhead``; ``no`` leaves it as it is, as lightly's always is.
     """
 
-    def __init__(self, make: Callable[[], LightlySide | OurSide], device: str, period: int) -> None:
-        self.device, self.period = device, period
+    def __init__(
+        self,
+        make: Callable[[], LightlySide | OurSide],
+        device: str,
+        period: int,
+        compiled: str = "no",
+    ) -> None:
+        self.device, self.period, self.compiled = device, period, compiled
         before = self._allocated()
         self.side = make()
         self.held = self._allocated() - before  # bytes; the other sides' are not this one's peak
@@ -41,6 +49,10 @@ class Meter:
         with FlopCounterMode(display=False) as counter:
             self._period(views)
         self.flops = counter.get_total_flops() / self.period
+        if self.compiled != "no" and isinstance(self.side, OurSide):
+            # After counting, which sees nothing inside of compiled code.
+            self.side.model.compile_passes(mode=self.compiled)
+            self._period(views)
         self.held += self._allocated() - before
 
     def run(self, views: Views) -> None:

@@ -46,7 +46,7 @@ class Contest:
     def __init__(self, method: str, args: argparse.Namespace) -> None:
         self.method, self.args = method, args
         self.meters = {
-            key: Meter(lambda k=key: side(method, *k, args), args.device, args.period)
+            key: Meter(lambda k=key: side(method, *k, args), args.device, args.period, args.compile)
             for key in keys(args)
         }
 
@@ -153,6 +153,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
     parser.add_argument("--policies", default="none,mixup,samix,samix-paper", help="likewise")
     parser.add_argument("--precision", default="auto", help="ours, likewise; lightly's is float32")
+    parser.add_argument("--compile", choices=("no", "default", "reduce-overhead"), default="no")
     parser.add_argument("--lightly", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--goals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory", action="store_true", help="on a CPU, measure it as well")

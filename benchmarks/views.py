@@ -1,10 +1,11 @@
-"""Microseconds per view, by three ways from a picture to its views, on one core.
+"""Microseconds per view, by four ways from a picture to its views, on one core.
 
     python benchmarks/views.py [--device cuda] [--sizes 32,96,224]
 
-PIL is lightly's transform as shipped; torchvision is our `WorkerViews`, image by image, as a
-loader's process draws them; batched is our `BatchedViews` of a whole batch, on the device. All make
-the same views of the same pictures; below 64 px none blurs. Then the same from JPEG files on the
+PIL is lightly's transform as shipped; workers is our `WorkerViews`, image by image, as a loader's
+process draws them; batched is our `BatchedViews` of a whole batch, on the device; in two parts, the
+crops are cut image by image and finished as a batch on the device. All make the same views of the
+same pictures; below 64 px none blurs. Then the same from JPEG files on the
 disk, larger than their views from 224 px on, as photographs are: decoding (and, for the batch,
 fitting) one picture included, shared by its two views. The ways take turns in one process; the
 median round counts. A GPU
@@ -35,16 +36,17 @@ from common import (
 from lightly_examples import lightly_transform
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import stack
 from torchvision.transforms.functional import to_pil_image
 
 from ssl_samix.data.images import FileImages
 from ssl_samix.data.sources import PathSource
 from ssl_samix.data.views import BatchedViews, Views
-from ssl_samix.data.worker_views import WorkerViews
+from ssl_samix.data.worker_views import WorkerCrops, WorkerViews
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "views"
 SIZES = ("32", "64", "96", "224")
-WAYS = ("PIL (lightly)", "torchvision", "batched")
+WAYS = ("PIL (lightly)", "workers", "batched", "in two parts")
 COLUMNS = ("method", "px", "from", *(f"{way} us" for way in WAYS), "fastest", "PIL / fastest")
 PHOTOGRAPH = 400  # px, side of the files that views of 224 px are made of; ImageNet's mean is so
 VIEWS = 2  # per picture
@@ -79,35 +81,41 @@ def decoded(path: str) -> Image.Image:
 def from_memory(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
     """Return, per way, the work of a round and the pictures that it goes through."""
     size = pictures.pixels.shape[-1]
-    theirs, single, batched = transforms(method, size, device)
+    theirs, single, batched, crops = transforms(method, size, device)
     pixels, few = pictures.pixels.to(device), pictures.pixels[: len(pictures.pil)]
     return [
         (lambda: [theirs(picture) for picture in pictures.pil], len(few)),
         (lambda: [single(image) for image in few], len(few)),
         (lambda: batched(pixels), len(pixels)),
+        (lambda: batched.finish(stack([crops(image) for image in few]).to(device)), len(few)),
     ]
 
 
 def from_files(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
     """Return the same, decoding included."""
     size, files = pictures.pixels.shape[-1], pictures.files
-    theirs, single, batched = transforms(method, size, device)
+    theirs, single, batched, crops = transforms(method, size, device)
     every = range(len(files))
     return [
         (lambda: [theirs(decoded(path)) for path in pictures.paths], len(files)),
         (lambda: [single(files.original(i)) for i in every], len(files)),
         (lambda: batched(files.load(every).to(device)), len(files)),
+        (
+            lambda: batched.finish(stack([crops(files.original(i)) for i in every]).to(device)),
+            len(files),
+        ),
     ]
 
 
 def transforms(
     method: str, size: int, device: str
-) -> tuple[Callable[..., object], WorkerViews, BatchedViews]:
-    """Return the three ways of a method."""
+) -> tuple[Callable[..., object], WorkerViews, BatchedViews, WorkerCrops]:
+    """Return what makes the views of a method, by each way; the last one only cuts the crops."""
     config = OmegaConf.load(CONFIGS / f"{method}.yaml")
     specs = Views(config.a, config.b).specs(size, flip=True)
     batched = BatchedViews(specs, size, MEAN, STD).to(device)
-    return lightly_transform(method, size), WorkerViews(specs, size), batched
+    crops = WorkerCrops(specs, size)
+    return lightly_transform(method, size), WorkerViews(specs, size), batched, crops
 
 
 def measured(ways: Sequence[tuple[Callable, int]], args: argparse.Namespace) -> list[float]:

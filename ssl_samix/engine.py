@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ssl_samix.backbones.layout import breaks_in_channels_last
+from ssl_samix.compiling import check_setting
 from ssl_samix.errors import ConfigError, check_range, nearest
 
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")  # weights are always float32
@@ -42,6 +43,7 @@ def build_trainer(
     devices: int | str | list[int],
     sync_batchnorm: bool | str,
     wants_sync_batchnorm: bool,
+    compile: bool | str = False,
     **arguments: Any,
 ) -> pl.Trainer:
     """Build the trainer from its configuration.
@@ -52,6 +54,7 @@ def build_trainer(
         devices: Lightning's.
         sync_batchnorm: true, false or ``auto``.
         wants_sync_batchnorm: What ``auto`` means for this method; only GPUs can do it.
+        compile: Checked here; ``compiling.compile_if_wanted`` does it.
         **arguments: Further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
@@ -59,6 +62,7 @@ def build_trainer(
     """
     quieten()
     check_range("trainer.max_epochs", arguments["max_epochs"], 1)
+    check_setting(compile)
     if str(precision) not in PRECISIONS:
         raise ConfigError(nearest(str(precision), PRECISIONS, "trainer.precision"))
     if precision == "auto":

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -24,7 +24,7 @@ from ssl_samix.callbacks.recluster import Recluster
 from ssl_samix.callbacks.run_summary import Run, announce, finish
 from ssl_samix.checkpoint_io import AtomicCheckpointIO
 from ssl_samix.choices import groups
-from ssl_samix.compiling import check_setting, compile_if_wanted
+from ssl_samix.compiling import compile_if_wanted
 from ssl_samix.config import absolute, build, compose, dotted, parse, quoted
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.recipes import Recipes
@@ -127,10 +127,10 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     mixing = build(config.mixup, backbone=backbone) if config.mixup else None
     module = mode.module(config, data, folder, backbone, mixing)
     module.to(memory_format=memory_format(module))
-    compiling = check_setting(config.trainer.get("compile", False))
     meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
     monitor = mode.monitor(config)
     trainer = _trainer(config, folder, module, data, monitor, meta)
+    compiling = config.trainer.get("compile", False)  # a run from before it existed has none
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
     if is_main_process():
         folder.create(config, choices)
@@ -206,9 +206,8 @@ def _trainer(
     pictures = config.callbacks.get("pictures")  # a run from before they existed has no such key
     if pictures is not None:
         watchers.append(build(pictures, folder=folder.pictures))
-    settings = OmegaConf.masked_copy(config.trainer, [k for k in config.trainer if k != "compile"])
     trainer: pl.Trainer = build(
-        settings,
+        config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
         callbacks=[*watchers, *checkpoints],
         logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),

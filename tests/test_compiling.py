@@ -12,7 +12,7 @@ from ssl_samix.compiling import compile_if_wanted
 from ssl_samix.errors import ConfigError
 from ssl_samix.mixup.mixer import MixBlock
 from ssl_samix.types import Batch
-from tests.conftest import METHODS, mixed_method
+from tests.conftest import METHODS, MIXINGS, mixed_method
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,38 @@ def test_the_compilers_code_gives_the_plain_mask_and_gradient():
     torch.testing.assert_close(same_mask, mask, rtol=1e-5, atol=1e-5)
     for key, slope in slopes.items():
         torch.testing.assert_close(same_slopes[key], slope, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moco", "simclr"])
+def test_checkpointing_gives_the_same_losses_and_weights(name):
+    """The frozen pass is recomputed when its modules are back in training mode."""
+    runs = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        method = mixed_method(name, "samix", update_every=1)
+        for part in method.modules():
+            if hasattr(part, "checkpointing"):
+                part.checkpointing = checkpointing
+        runs.append(steps(method))
+    (losses, state), (same_losses, same_state) = runs
+    for wanted, got in zip(losses, same_losses, strict=True):
+        for term, loss in wanted.items():
+            torch.testing.assert_close(got[term], loss, rtol=1e-5, atol=1e-5)
+    for key, tensor in state.items():
+        torch.testing.assert_close(same_state[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpointed_transformer_learns_beside_a_frozen_pass():
+    options = {"drop_path_rate": 0.5}  # active in training alone
+    backbone = Backbone("test_vit", image_size=160, options=options, checkpointing=True)
+    method = METHODS["simclr"](backbone, mixing=MIXINGS["samix"](backbone, update_every=1))
+    views = tuple(torch.randn(4, 3, 160, 160) for _ in range(2))
+    with method.memory.step():
+        batch = Batch(views, torch.zeros(4), torch.arange(4))
+        losses = method.mixing(method, batch, 0, 9).losses
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+    assert method.mixing.policy.block.gamma.grad is not None
 
 
 class Recorder(nn.Module):

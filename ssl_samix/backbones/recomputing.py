@@ -14,25 +14,32 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(block: nn.Module, images: Tensor) -> Tensor:
     """Run a block, keep its input alone, and run it again in the backward pass.
 
-    The second run leaves normalisation statistics where they are: they would move twice.
+    The second run finds the modes of the first, whatever they are by then, and leaves normalisation
+    statistics where they are: they would move twice.
     """
     if not torch.is_grad_enabled():
         return block(images)
+    modes = [(module, module.training) for module in block.modules()]
     return checkpoint(
-        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _held(block))
+        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_before(modes))
     )
 
 
 @contextmanager
-def _held(block: nn.Module) -> Iterator[None]:
-    """Normalise by the batch, as in training, without counting the batch once more."""
-    norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.training]
+def _as_before(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Give modules the modes that they had, and normalise without counting the batch once more."""
+    now = [(module, module.training) for module, _ in modes]
+    norms = [module for module, training in modes if isinstance(module, _NormBase) and training]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for module, training in modes:
+        module.training = training
     for norm, _, counted in before:
         norm.momentum = 0.0
         norm.num_batches_tracked = None if counted is None else counted.clone()
     try:
         yield
     finally:
+        for module, training in now:
+            module.training = training
         for norm, momentum, counted in before:
             norm.momentum, norm.num_batches_tracked = momentum, counted

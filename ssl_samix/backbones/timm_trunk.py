@@ -51,7 +51,8 @@ class TimmTrunk(nn.Module):
                     f"backbone.checkpointing would move {name}'s normalisation statistics twice a "
                     "step: leave it out"
                 )
-            self.model.set_grad_checkpointing(True)
+            self.model.set_grad_checkpointing(True)  # raises where there is none
+        self.checkpointing = checkpointing
 
     def _stage_blocks(self) -> list[int]:
         """Return, for stages 1, 2, ..., the position of the stage's last block."""
@@ -62,6 +63,15 @@ class TimmTrunk(nn.Module):
             return [round(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         return [i for i, stride in enumerate(strides) if stride >= 4]
 
+    def _now(self) -> nn.Module:
+        """Return the model, which keeps all in evaluation.
+
+        The Mixer's frozen pass is one, and what is computed again later would be in training mode.
+        """
+        if self.checkpointing:
+            self.model.set_grad_checkpointing(self.training)
+        return self.model
+
     @property
     def stages(self) -> int:
         """Number of stages whose maps can be read."""
@@ -69,7 +79,7 @@ class TimmTrunk(nn.Module):
 
     def stage_maps(self, images: Tensor, last: int) -> list[Tensor]:
         """Return the maps of stages 1 to ``last``, each (B, C, h, w)."""
-        return self.model.forward_intermediates(
+        return self._now().forward_intermediates(
             images,
             indices=self._blocks[:last],
             stop_early=True,
@@ -79,11 +89,11 @@ class TimmTrunk(nn.Module):
 
     def forward_both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps of all stages and the pooled features (B, C) of one pass."""
-        final, maps = self.model.forward_intermediates(
+        final, maps = self._now().forward_intermediates(
             images, indices=self._blocks, output_fmt="NCHW"
         )
         return maps, self.model.forward_head(final, pre_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C)."""
-        return self.model(images)
+        return self._now()(images)
