@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.methods import moco
 from tests.conftest import METHODS
 
 
@@ -109,6 +110,29 @@ def test_moco_pushes_its_keys_after_the_losses_only(views):
     assert not torch.equal(method.queue.keys[:6], before[:6])
     assert torch.equal(method.queue.keys[6:], before[6:])
     assert int(method.queue.pointer) == 6
+
+
+@pytest.mark.parametrize(
+    ("devices", "groups", "here", "across"),
+    [(1, 4, 4, False), (2, 4, 2, False), (4, 4, 1, True), (8, 4, 1, True), (2, 1, 1, True)],
+)
+def test_moco_moves_images_only_where_devices_are_groups(
+    devices, groups, here, across, monkeypatch
+):
+    """Groups are as large on any number of devices."""
+    method = METHODS["moco"](Backbone("resnet18", image_size=16, width=4), bn_groups=groups)
+    seen = []
+
+    def shuffled(images, distributed):
+        seen.append(distributed)
+        return images, torch.arange(len(images))
+
+    monkeypatch.setattr(moco, "world_size", lambda: devices)
+    monkeypatch.setattr(moco, "batch_shuffle", shuffled)
+    monkeypatch.setattr(moco, "batch_unshuffle", lambda rows, order, distributed: rows)
+    method.embed_targets(torch.randn(8, 3, 16, 16))
+    assert method.groups_here == here
+    assert seen == [across]
 
 
 def test_moco_normalises_queries_and_keys_in_different_groups():

@@ -63,7 +63,7 @@ class TimmTrunk(nn.Module):
             return [round(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         return [i for i, stride in enumerate(strides) if stride >= 4]
 
-    def _now(self) -> nn.Module:
+    def _now(self) -> Any:
         """Return the model, which keeps all in evaluation.
 
         The Mixer's frozen pass is one, and what is computed again later would be in training mode.

@@ -19,10 +19,10 @@ from ssl_samix.modules.queue import Queue
 class MoCo(MomentumMethod):
     """MoCo v2, on any number of devices.
 
-    BatchNorm lets a query recognise the batch that its key was normalised with. As published, keys
-    are therefore shuffled between devices; and on each device both encoders normalise in
-    ``bn_groups`` groups of the batch, keys in another order than queries (as in the authors' CIFAR
-    demo, which has one device).
+    BatchNorm lets a query recognise the batch that its key was normalised with. Both encoders
+    therefore normalise in ``bn_groups`` groups of the whole batch, keys in another order than
+    queries: in groups on each device (as in the authors' CIFAR demo, which has one), or, if each
+    device is one group, with keys shuffled between devices, as published.
 
     Args:
         backbone: The encoder that is trained.
@@ -32,7 +32,8 @@ class MoCo(MomentumMethod):
         queue_size: Number of negatives.
         momentum: Of the key encoder's moving average.
         symmetric: Use each view as query and as key; doubles the cost.
-        bn_groups: Groups that a batch is normalised in, per device; 1 switches this off.
+        bn_groups: Groups that a batch is normalised in, over all devices and at least one for each;
+            1 on one device switches this off.
         **base: Arguments of ``BaseMethod``.
     """
 
@@ -65,17 +66,24 @@ class MoCo(MomentumMethod):
         self.directions = ((0, 1), (1, 0)) if symmetric else ((0, 1),)
         self._new_keys: list[Tensor] = []
 
+    @property
+    def groups_here(self) -> int:
+        """Groups that this device's part of the batch is normalised in."""
+        return max(1, self.bn_groups // world_size())
+
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
         """Make the pass of the query encoder."""
-        return in_groups(lambda part: self.read(self.embedder, part), images, self.bn_groups)
+        return in_groups(lambda part: self.read(self.embedder, part), images, self.groups_here)
 
     def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:
         """Make the pass of the key encoder, its batches shuffled."""
-        distributed = world_size() > 1
-        if not distributed and self.bn_groups == 1:
+        # Images move between devices only where no device can keep statistics apart by itself.
+        groups = self.groups_here
+        distributed = groups == 1 and world_size() > 1
+        if not distributed and groups == 1:
             return self.read(self.teacher, images)
         shuffled, order = batch_shuffle(images, distributed)
-        given = in_groups(lambda part: self.read(self.teacher, part), shuffled, self.bn_groups)
+        given = in_groups(lambda part: self.read(self.teacher, part), shuffled, groups)
         return tuple(batch_unshuffle(rows, order, distributed) for rows in given)
 
     def keys(self, images: Tensor) -> Tensor:
