@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ssl_samix.data.sources import ArraySource, EncodedSource
 from ssl_samix.data.subsets import hold_out, stratified
 from ssl_samix.errors import DataError
 
+_log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
 
 IN_MEMORY_UP_TO = 96  # px; larger sets are decoded on demand, crops then see the full picture
@@ -171,7 +173,15 @@ def _image_set(part: Part, size: int, memory_gb: float) -> ImageSet:
     if isinstance(source, ArraySource) and source.pixels.shape[1:3] == (size, size):
         names = [source.name(i) for i in range(len(source))]
         return MemoryImages(source.stacked(), part.labels, names)
-    if size <= IN_MEMORY_UP_TO and len(source) * 3 * size * size <= memory_gb * 2**30:
-        return memory_images(source, part.labels, size)
+    if size <= IN_MEMORY_UP_TO:
+        needed = len(source) * 3 * size * size / 2**30
+        if needed <= memory_gb:
+            return memory_images(source, part.labels, size)
+        if memory_gb > 0:  # else they are meant to stay on the disk
+            _log.warning(
+                "%d images of %d px are %.3g GiB, more than data.memory_gb=%g: they are decoded "
+                "again in every epoch",
+                *(len(source), size, needed, memory_gb),
+            )
     check_sample(source, size)
     return FileImages(source, part.labels, size)

@@ -265,11 +265,14 @@ def test_auto_size(side, expected, tmp_path):
     assert splits.train.load([0]).shape[-1] == expected
 
 
-def test_a_split_that_does_not_fit_in_memory_stays_on_disk(tmp_path):
+def test_a_split_that_does_not_fit_in_memory_stays_on_disk(tmp_path, caplog):
     write_images(tmp_path, 1, 2)
     fits = 2 * 3 * 32 * 32 / 2**30
     in_memory = load_splits("folder", tmp_path, "auto", None, memory_gb=fits).train
+    assert not caplog.messages
     on_disk = load_splits("folder", tmp_path, "auto", None, memory_gb=0.9 * fits).train
+    assert len(caplog.messages) == 1
+    assert "decoded again in every epoch" in caplog.text
     assert isinstance(in_memory, MemoryImages)
     assert isinstance(on_disk, FileImages)
     assert torch.equal(in_memory.load([0, 1]), on_disk.load([0, 1]))
