@@ -69,10 +69,15 @@ class ResNetTrunk(TorchvisionResNet):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
-            for block in layer:
-                x = recomputed(block, x) if self.checkpointing else block(x)
+            x = self._block_by_block(layer, x) if self.checkpointing else layer(x)
             maps.append(x)
         return maps
+
+    @staticmethod
+    def _block_by_block(layer: nn.Module, x: Tensor) -> Tensor:
+        for block in layer.children():
+            x = recomputed(block, x)
+        return x
 
     def pool(self, final: Tensor) -> Tensor:
         """Average the last map (B, C, h, w) to (B, C)."""
