@@ -151,7 +151,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backbone", choices=("resnet18", "resnet50"), default="resnet18")
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
-    parser.add_argument("--policies", default="none,mixup,samix,samix-paper", help="likewise")
+    parser.add_argument("--policies", default="none,samix", help="likewise")
     parser.add_argument("--precision", default="auto", help="ours, likewise; lightly's is float32")
     parser.add_argument("--compile", choices=("no", "default", "reduce-overhead"), default="no")
     parser.add_argument("--lightly", action=argparse.BooleanOptionalAction, default=True)
