@@ -8,7 +8,7 @@ from ssl_samix.files import write_atomically
 from ssl_samix.study.pictures import paint_study
 from ssl_samix.study.plan import Length, Study
 from ssl_samix.study.statistics import Difference, Spread, paired, spread
-from ssl_samix.study.table import ACCURACIES, Row
+from ssl_samix.study.table import ACCURACIES, Row, key_of
 from ssl_samix.text_tables import MISSING, Table, markdown
 
 NOTE = (
@@ -30,7 +30,7 @@ def write_report(study: Study, rows: Sequence[Row]) -> None:
         UserError: If a file cannot be written.
     """
     wanted = {run.key for run in study.runs()}
-    rows = [r for r in rows if (r["method"], r["policy"], r["length"], r["seed"]) in wanted]
+    rows = [row for row in rows if key_of(row) in wanted]
     pictures = paint_study(study, rows)
     text = "\n\n".join([*report(study, rows), *(f"![]({p.name})" for p in pictures)]) + "\n"
     path = study.csv.with_suffix(".md")
