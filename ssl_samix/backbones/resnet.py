@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ssl_samix.backbones.recomputing import recomputed
 
-# name -> block, blocks per stage, groups, width per group (torchvision.models.resnet)
+# name -> block, blocks per stage, groups, width per group (torchvision.models.resnet; resnet10: one
+# block a stage, for studies on a processor)
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], int, int]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
     "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
@@ -86,8 +86,3 @@ class ResNetTrunk(TorchvisionResNet):
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C)."""
         return self.pool(self.stage_maps(images)[-1])
-
-
-def resnet_names() -> Sequence[str]:
-    """Names that ``ResNetTrunk`` builds."""
-    return list(RESNETS)

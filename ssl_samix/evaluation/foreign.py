@@ -20,6 +20,7 @@ from ssl_samix.errors import CheckpointError, ConfigError
 NESTED = ("state_dict", "model", "model_state_dict", "teacher", "net")  # keys that hold weights
 CLASSIFIER = ("fc.", "head.", "heads.", "classifier.")  # what an encoder does without
 TWINS = ("encoder_k.", "momentum_", "teacher.", "target_", "key_encoder")  # averaged copies
+UNPUBLISHED = "no published weights are known for '{}': give weights=random"
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +48,8 @@ def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, An
 def _torchvisions(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import torchvision
 
+    if name not in torchvision.models.list_models():
+        raise ConfigError(UNPUBLISHED.format(name))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     shown = weights.transforms()
     meta = {
@@ -62,7 +65,7 @@ def _timms(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import timm
 
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
-        raise ConfigError(f"no published weights are known for '{name}': give weights=random")
+        raise ConfigError(UNPUBLISHED.format(name))
     model = timm.create_model(name, pretrained=True, num_classes=0)
     shown = model.pretrained_cfg
     meta = {

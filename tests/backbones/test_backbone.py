@@ -24,6 +24,12 @@ def test_parameter_counts_are_torchvisions(name):
     assert weights(Backbone(name, image_size=224)) == weights(reference)
 
 
+def test_resnet10_has_one_block_a_stage():
+    reference = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    reference.fc = nn.Identity()
+    assert weights(Backbone("resnet10", image_size=224)) == weights(reference)
+
+
 def test_parameter_count_of_resnext101_32x4d():
     """torchvision has no such model, but the block it would be made of; timm's count agrees."""
     block = torchvision.models.resnet.Bottleneck

@@ -208,6 +208,12 @@ def test_published_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
         load("resnet18", weights="pretrained")
 
 
+@pytest.mark.parametrize("name", ["resnet10", "resnext101_32x4d"])
+def test_a_model_whose_weights_nobody_published(name):
+    with pytest.raises(ConfigError, match=f"no published weights are known for '{name}'"):
+        load(name, weights="pretrained")
+
+
 def test_published_weights_of_timm(monkeypatch):
     real = timm.create_model
     asked = []
