@@ -77,21 +77,10 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from ssl_samix.choices import CONFIG_DIR, describe_groups
-    from ssl_samix.config import quote_paths
     from ssl_samix.launch import COMMAND
+    from ssl_samix.submitting import jobs_reported
 
-    flags = [word for word in words if word.startswith("-")]
-    sweeping = "--multirun" in flags or "-m" in flags
-    if sweeping and not command.sweeps:
-        raise ConfigError(f"{name} does one thing at a time and takes no --multirun")
-    words = quote_paths(words, sweeping)
-    if all(flag in ("--multirun", "-m") for flag in flags):  # others ask for help or information
-        settings = [word for word in words if word not in flags]
-        if sweeping:
-            words += _sweep_folder(settings)
-        else:
-            _refuse_several(settings, command.sweeps)
-        command.check(settings, sweeping)
+    words, launcher, sweep = _checked(name, command, words)
     # Hydra knows no data set until the run says which, and would refuse its keys: what has been
     # checked is forced on it.
     words = [f"{FORCED}{word}" if word.startswith(command.late_keys) else word for word in words]
@@ -102,6 +91,8 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
         try:
             _run_job(command)
         except (UserError, KeyboardInterrupt) as error:
+            if os.environ[COMMAND] != str(os.getpid()):  # a job that a launcher started elsewhere
+                _stop(f"samix: {error}", 2)
             raise _Stopped(error) from error
 
     OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
@@ -109,19 +100,48 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
     os.environ[COMMAND] = str(os.getpid())
     sys.argv = [before[0], *words]
     try:
-        app()
+        with jobs_reported(launcher, sweep):
+            app()
     except _Stopped as stopped:
         raise stopped.error from None
     finally:
         sys.argv = before
 
 
-def _sweep_folder(words: list[str]) -> list[str]:
-    """Tell Hydra where a sweep writes its record: in ``out``, if it is given."""
-    from ssl_samix.config import parse, quoted
+def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str], str, str]:
+    """Refuse what can be refused before heavy imports.
 
-    out = [o.value() for o in parse(words) if o.key_or_group == "out"]
-    return [f"hydra.sweep.dir={quoted(out[-1])}"] if out and out[-1] is not None else []
+    Returns:
+        The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
+    """
+    from ssl_samix.config import quote_paths, quoted
+    from ssl_samix.submitting import GROUP, check_launcher
+
+    flags = [word for word in words if word.startswith("-")]
+    sweeping = "--multirun" in flags or "-m" in flags
+    if sweeping and not command.sweeps:
+        raise ConfigError(f"{name} does one thing at a time and takes no --multirun")
+    words = quote_paths(words, sweeping)
+    if any(flag not in ("--multirun", "-m") for flag in flags):  # for help or information
+        return words, "", ""
+    settings = [word for word in words if word not in flags]
+    launcher, sweep = _last(settings, GROUP) or "", _last(settings, "out") or "runs"
+    if launcher:
+        check_launcher(launcher, sweeping)
+    if not sweeping:
+        _refuse_several(settings, command.sweeps)
+    command.check(settings, sweeping)
+    if sweeping:
+        settings.append(f"hydra.sweep.dir={quoted(sweep)}")
+    return [*flags, *settings], launcher, sweep  # Hydra takes no flag between settings
+
+
+def _last(words: list[str], key: str) -> str | None:
+    """Return what the last of the words that set a key gives it."""
+    from ssl_samix.config import parse
+
+    given = [o.value() for o in parse(words) if o.key_or_group == key]
+    return None if not given or given[-1] is None else str(given[-1])
 
 
 def _refuse_several(words: list[str], sweeps: bool) -> None:
