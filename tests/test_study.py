@@ -106,6 +106,16 @@ def test_what_is_no_study_file(tmp_path):
             read_study(tmp_path / "bad.yaml")
 
 
+def test_of_several_words_for_a_key_the_last_wins(study):
+    plan = study(
+        base=["data.root=file", "data=folder", "data.limit=64", "data.root=typed"],
+        methods={"moco": ["method=moco"]},
+        policies={"none": ["mixup=none", "data.limit=128"]},
+    )
+    words = ("data=folder", "data.root=typed", "method=moco", "mixup=none", "data.limit=128")
+    assert plan.runs()[0].words == words
+
+
 def test_mistakes_of_the_command_line(study, fails):
     study(policies={"none": ["mixup=none"], "odd": ["mixup=samx"]})
     assert "moco with odd: unknown mixup 'samx': did you mean 'samix'?" in fails(

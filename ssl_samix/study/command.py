@@ -22,6 +22,7 @@ from ssl_samix.study.table import Row, done_of, lock_of, read_table
 
 CHANGED = ("workers", "out", "csv")  # keys of the file that the command line may change
 DOES = ("list", "report")  # what is done instead of the runs
+SHOWN = 5  # failures that are told again at the end
 HELP = """samix study: a table of runs from one file, trained, measured and put together.
 
 Usage: samix study <study.yaml> [key=value]...
@@ -108,7 +109,8 @@ def main(words: list[str]) -> str:
             sentence = f"interrupted with {len(done)} of {len(runs)} runs done: {again} goes on"
             raise Interrupted(sentence) from interrupt
     if failures:
-        print(f"samix: {len(failures)} runs failed:", *failures, sep="\n  ", file=sys.stderr)
+        some = failures[:SHOWN] + ["..."] * (len(failures) > SHOWN)
+        print(f"samix: {len(failures)} runs failed:", *some, sep="\n  ", file=sys.stderr)
         sys.exit(1)
     return str(study.csv.with_suffix(".md"))
 

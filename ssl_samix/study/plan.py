@@ -100,8 +100,13 @@ class Study:
     csv: Path
 
     def words(self, method: str, policy: str) -> tuple[str, ...]:
-        """Return the words of a cell of the table; a policy's come last and win."""
-        return (*self.base, *self.methods[method], *self.policies[policy])
+        """Return the words of a cell of the table; of those for one key the last wins."""
+        last: dict[str, str] = {}
+        for word in (*self.base, *self.methods[method], *self.policies[policy]):
+            key = word.partition("=")[0].lstrip("+")
+            last.pop(key, None)  # its place, too, is that of the last
+            last[key] = word
+        return tuple(last.values())
 
     def runs(self) -> list[Run]:
         """Return all runs: the shortest first, and the first seed of all before the second."""
