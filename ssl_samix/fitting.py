@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -132,16 +133,17 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     trainer = _trainer(config, folder, module, data, monitor, meta)
     compiling = config.trainer.get("compile", False)  # a run from before it existed has none
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
-    if is_main_process():
-        folder.create(config, choices)
-        record_start(folder.environment)
-    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
-    _fit(mode.command, trainer, module, data, folder)
-    if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
-        trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
-    if trainer.is_global_zero:
-        mode.save(folder, module, meta)
-    return finish(trainer, folder, monitor)
+    with folder.claimed() if is_main_process() else nullcontext():
+        if is_main_process():
+            folder.create(config, choices)
+            record_start(folder.environment)
+        announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+        _fit(mode.command, trainer, module, data, folder)
+        if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
+            trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
+        if trainer.is_global_zero:
+            mode.save(folder, module, meta)
+        return finish(trainer, folder, monitor)
 
 
 def build_optimizer(config: DictConfig) -> OptimizerRecipe:

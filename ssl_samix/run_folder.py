@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,30 @@ class RunFolder:
                     f"{now.get(key)} here): choose another out"
                 )
 
-    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
-        """Make the folder and write the configuration.
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training in it.
+
+        The claim ends with the process, however that ends. Where folders cannot be locked (Windows,
+        some network disks) there is none.
 
         Raises:
-            UserError: If it cannot be made or written.
+            UserError: If the folder cannot be made, or somebody trains in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot make the run folder {self.path}: {reason}") from error
+        descriptor = _locked(self.path)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
+        """Write the configuration."""
         text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
         write_atomically(self.config, lambda temporary: temporary.write_text(text, "utf-8"))
 
@@ -153,6 +167,36 @@ def default_out(choices: dict[str, str], seed: int) -> Path:
         copy += 1
         path = Path("runs") / f"{stem}-{stamp}-{copy}"
     return path
+
+
+def _locked(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another process trains in {folder}: wait for its end, or choose another out"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return None
+    # A worker that outlives a killed run for some seconds must not keep the claim.
+    os.register_at_fork(after_in_child=lambda: _close(descriptor, folder))
+    return descriptor
+
+
+def _close(descriptor: int, folder: Path) -> None:
+    """Close a descriptor of the folder, if it still is one."""
+    try:
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            os.close(descriptor)
+    except OSError:
+        return
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,9 +38,8 @@ def run(tmp_path):
 
     def make(name, words=(), *evaluations):
         folder = tmp_path / "runs" / name
-        if words is None:
-            folder.mkdir(parents=True)
-        else:
+        folder.mkdir(parents=True)
+        if words is not None:
             RunFolder(folder).create(*composed(*words))
         for rows in evaluations:
             common = {**BASE, "folder": f"results/{next(_numbers)}", "encoder": name}

@@ -12,6 +12,8 @@ import time
 import pytest
 import torch
 
+from ssl_samix.run_folder import RunFolder
+
 WORDS = [
     "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",
 ]  # fmt: skip
@@ -118,3 +120,18 @@ def test_a_finished_run_is_left_alone(uninterrupted):
     assert "kNN top-1" in out
     assert (whole / "encoder.safetensors").read_bytes() == before
     assert len(rows(whole)) == 12
+
+
+def test_two_processes_do_not_train_in_one_folder(fails, tmp_path, monkeypatch):
+    words = [*RUNS["byol"], *WORDS, "data.workers=1", "out=run"]
+    process, run = start(tmp_path, *words), tmp_path / "run"
+    while not rows(run):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.chdir(tmp_path)
+    assert "another process trains in run" in fails(*words)
+    process.kill()
+    process.wait(timeout=100)
+    with RunFolder(run).claimed():  # at once, though its worker may still be there
+        assert len(rows(run)) < 12
