@@ -114,9 +114,11 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
             has.
     """
     classes, labels = data.splits.classes, data.splits.train.labels
+    bare = empty_classes(config.data.root) if config.data.name == "folder" else []
     if not classes:
+        hint = f" (no image is in {listed(bare)})" if bare else ""
         raise DataError(
-            "supervised training needs labels: give a folder of images per class, or use "
+            f"supervised training needs labels{hint}: give a folder of images per class, or use "
             "samix pretrain, which needs none"
         )
     outside = labels[(labels < 0) | (labels >= len(classes))]
@@ -127,10 +129,8 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
         )
     counts = torch.bincount(labels, minlength=len(classes))
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
-    if config.data.name == "folder":
-        empty += empty_classes(config.data.root)
-    if empty:
-        raise DataError(f"no training image of {listed(empty)}: add some, or drop the class")
+    if empty + bare:
+        raise DataError(f"no training image of {listed(empty + bare)}: add some, or drop the class")
 
 
 def _start_from(init: str, backbone: Backbone) -> None:

@@ -163,6 +163,10 @@ def test_a_class_without_images_is_refused(fails, tmp_path):
     (root / "train" / "violet").mkdir()
     words = ["data=folder", f"data.root={root}", "data.batch_size=4", f"out={tmp_path / 'r'}"]
     assert "no training image of violet" in refused(fails, *words)
+    for name in sorted(p.name for p in (root / "train").iterdir())[1:]:
+        for image in (root / "train" / name).glob("*"):
+            image.unlink()
+    assert "needs labels (no image is in " in refused(fails, *words)
 
 
 def test_a_label_outside_the_class_list_is_refused(tmp_path, monkeypatch):
