@@ -91,7 +91,7 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
         try:
             _run_job(command)
         except (UserError, KeyboardInterrupt) as error:
-            if os.environ[COMMAND] != str(os.getpid()):  # a job that a launcher started elsewhere
+            if os.environ.get(COMMAND) != str(os.getpid()):  # a job, started elsewhere
                 _stop(f"samix: {error}", 2)
             raise _Stopped(error) from error
 
