@@ -92,7 +92,7 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
             _run_job(command)
         except (UserError, KeyboardInterrupt) as error:
             if os.environ.get(COMMAND) != str(os.getpid()):  # a job, started elsewhere
-                _stop(f"samix: {error}", 2)
+                _stop(f"samix: {error}", 2 if isinstance(error, UserError) else 130)
             raise _Stopped(error) from error
 
     OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
@@ -125,14 +125,15 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     if any(flag not in ("--multirun", "-m") for flag in flags):  # for help or information
         return words, "", ""
     settings = [word for word in words if word not in flags]
-    launcher, sweep = _last(settings, GROUP) or "", _last(settings, "out") or "runs"
+    launcher, out = _last(settings, GROUP) or "", _last(settings, "out")
     if launcher:
         check_launcher(launcher, sweeping)
     if not sweeping:
         _refuse_several(settings, command.sweeps)
     command.check(settings, sweeping)
-    if sweeping:
-        settings.append(f"hydra.sweep.dir={quoted(sweep)}")
+    if sweeping and out:
+        settings.append(f"hydra.sweep.dir={quoted(out)}")
+    sweep = _last(settings, "hydra.sweep.dir") or "runs"
     return [*flags, *settings], launcher, sweep  # Hydra takes no flag between settings
 
 
