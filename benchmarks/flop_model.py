@@ -23,12 +23,14 @@ class Policy:
         beside: Whether mixtures come beside the plain views, or in their place.
         every: The Mixer learns in every n-th step; 0: there is none.
         maps: Passes for the Mixer's maps that no other pass gives, per method.
+        targets: Forward passes for targets that the plain method does not make, per method.
     """
 
     words: tuple[str, ...]
     beside: bool = True
     every: int = 0
     maps: tuple[int, int, int] = (0, 0, 0)
+    targets: tuple[int, int, int] = (0, 0, 0)
 
     def passes(self, method: str) -> float:
         """Return the passes of a mean step, in F."""
@@ -39,7 +41,8 @@ class Policy:
             total += LEARNING
         if self.every:
             total += FROZEN / self.every
-        return total + MAPS * self.maps[list(PLAIN).index(method)]
+        place = list(PLAIN).index(method)
+        return total + MAPS * self.maps[place] + self.targets[place]
 
 
 POLICIES = {
@@ -49,7 +52,7 @@ POLICIES = {
     "cutmix": Policy(("mixup=cutmix",)),
     "samix": Policy(("mixup=samix",), every=4),
     "samix-online": Policy(("mixup=samix", "mixup.update_every=1"), every=1),
-    "samix-paper": Policy(("mixup=samix_paper",), every=1, maps=(1, 2, 0)),
+    "samix-paper": Policy(("mixup=samix_paper",), every=1, maps=(0, 2, 0), targets=(1, 0, 0)),
     "samix-replace": Policy(
         ("mixup=samix", "mixup.placement=replace"), beside=False, every=4, maps=(1, 1, 1)
     ),

@@ -101,7 +101,7 @@ def test_a_mistake_is_one_sentence(name, words, said, bench, capsys):
 def test_the_flop_model_says_what_the_design_says(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     model = importlib.import_module("flop_model")
-    expected = {"samix": (1.88, 1.58, 1.44), "samix-paper": (2.42, 2.07, 1.62)}
+    expected = {"samix": (1.88, 1.58, 1.44), "samix-paper": (2.5, 2.07, 1.62)}
     for policy, ratios in expected.items():
         for method, ratio in zip(("moco", "simclr", "byol"), ratios, strict=True):
             assert model.ratio(method, policy) == pytest.approx(ratio, abs=0.01)

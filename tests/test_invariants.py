@@ -187,6 +187,56 @@ def test_rows_outside_the_fraction_stay_plain(name):
         assert same.tolist() == [False, True, True, True, False, True, True, True]
 
 
+KINDS_OF_PAIRS = [
+    # pairs, targets, view of the partner's pixels, view of its target
+    ("cross", "shared", 1, 1),
+    ("cross", "sibling", 1, 0),
+    ("same", "shared", 0, 1),
+    ("same", "sibling", 0, 1),
+]
+kinds_of_pairs = pytest.mark.parametrize(("pairs", "targets", "shown", "told"), KINDS_OF_PAIRS)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@placements
+@kinds_of_pairs
+def test_each_parent_is_told_by_the_view_that_is_asked_for(
+    name, placement, pairs, targets, shown, told
+):
+    """Mixtures that show one parent alone cost what it costs against that view of it."""
+    method = mixed_method(name, "mixup", placement=placement, pairs=pairs, targets=targets).eval()
+    method.directions = method.directions[:1]
+    images = batch()
+    partner = torch.arange(8).roll(1)
+    parents = torch.stack([torch.arange(8), partner], dim=1)
+    for lam, column, pixels, target in ((1.0, 0, 0, 1), (0.0, 1, shown, told)):
+        fixed(method, MixPlan(torch.full((8,), lam), partner, torch.arange(8)))
+        given = terms_of(method, images=images).losses["mix"]
+        query = method.query(images.views[pixels][parents[:, column]])
+        costs = [
+            method.pair_loss(query, method.targets(view), parents)[:, column].mean()
+            for view in images.views
+        ]
+        torch.testing.assert_close(given, costs[target])
+        assert not torch.isclose(given, costs[1 - target], rtol=1e-5)
+        method.after_batch()
+
+
+@kinds_of_pairs
+def test_the_mixer_is_told_of_parents_by_the_same_views(pairs, targets, shown, told):
+    method = mixed_method("simclr", "samix", pairs=pairs, targets=targets).eval()
+    images, seen = batch(), []
+    original = method.likeness
+    method.likeness = lambda query, target, parents, temperature: (
+        seen.append(target) or original(query, target, parents, temperature)
+    )
+    terms_of(method, images=images)
+    expected = [1] if told == 1 else [1, 0]
+    assert len(seen) == len(expected)
+    for target, view in zip(seen, expected, strict=True):
+        torch.testing.assert_close(target, method.targets(images.views[view]))
+
+
 def count_passes(method):
     """Count images that pass the whole online and teacher backbones, and their third stages."""
     counted = {"online": 0, "teacher": 0, "maps": 0}
@@ -214,6 +264,9 @@ def count_passes(method):
         ("moco", "mixup", {"placement": "replace"}, (8, 8)),  # what plain MoCo costs
         ("simclr", "mixup", {"placement": "replace"}, (16, 0)),  # what plain SimCLR costs
         ("byol", "mixup", {"placement": "replace"}, (16, 16)),  # what plain BYOL costs
+        ("moco", "mixup", {"targets": "sibling"}, (16, 16)),  # keys of both views
+        ("simclr", "mixup", {"targets": "sibling"}, (24, 0)),  # both are embedded anyway
+        ("byol", "mixup", {"targets": "sibling"}, (24, 16)),
         ("moco", "samix", {}, (16, 16)),  # keys, and the Mixer's own pass
         ("moco", "samix", {"placement": "replace"}, (8, 16)),
         ("moco", "samix", {"fraction": 0.5}, (12, 12)),
@@ -246,6 +299,10 @@ def maps_only(method, **settings):
 )
 def test_features_of_passes_that_happen_anyway_are_not_computed_again(name, features, images):
     assert maps_only(mixed_method(name, "samix", features=features)) == images
+
+
+def test_keys_of_both_views_give_the_maps_of_both():
+    assert maps_only(mixed_method("moco", "samix", features="teacher", targets="sibling")) == 0
 
 
 @learned
@@ -364,6 +421,7 @@ def test_lam_can_be_the_share_of_the_mask():
         ({"update_every": 0}, "mixup.update_every must be"),
         ({"eta": -1.0}, "mixup.eta must be"),
         ({"lam": "image"}, "unknown mixup.lam"),
+        ({"targets": "siblings"}, "unknown mixup.targets 'siblings': did you mean 'sibling'"),
     ],
 )
 def test_settings_are_checked(settings, sentence):

@@ -71,7 +71,12 @@ class ClusterObjective(SAMixObjective):
         return ids[plan.rows] == ids[plan.partner]
 
     def global_loss(
-        self, method: Method, query: Tensor, target: Tensor, plan: MixPlan, batch: Batch
+        self,
+        method: Method,
+        query: Tensor,
+        targets: tuple[Tensor, Tensor],
+        plan: MixPlan,
+        batch: Batch,
     ) -> Tensor:
         """Tell the clusters of a mixture's parents, through the head's frozen weights, (K,)."""
         ids = self.of(batch)[plan.parents]  # (K, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ssl_samix.errors import check_range
 from ssl_samix.losses.precision import full_precision
 from ssl_samix.mixup.blend import share
-from ssl_samix.mixup.objective import MixObjective, weighted
+from ssl_samix.mixup.objective import MixObjective, towards, weighted
 from ssl_samix.mixup.samix import SAMix
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
@@ -122,25 +123,31 @@ class SAMixObjective(MixObjective):
             progress: Share of the run that is done, in [0, 1].
         """
         images, partners = self.sources(batch, 0, 1)
-        target = method.targets(batch.views[1])
+        targets = self.both_targets(method, batch, method.targets(batch.views[1]))
         maps = self.maps(method, images, partners)
         assert maps is not None
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
         query = method.frozen_query(mixed.images)
-        likeness = method.likeness(query, target, plan.parents, self.temperature)
+        like = partial(method.likeness, temperature=self.temperature)
+        likeness = towards(like, query, targets, plan.parents)
         local = local_loss(likeness, plan.lam).mean()
-        global_ = self.global_loss(method, query, target, plan, batch).mean()
+        global_ = self.global_loss(method, query, targets, plan, batch).mean()
         masks = self.mask_loss(mixed, progress)
         loss = local + self.eta * global_ + masks
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
         return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
 
     def global_loss(
-        self, method: Method, query: Tensor, target: Tensor, plan: MixPlan, batch: Batch
+        self,
+        method: Method,
+        query: Tensor,
+        targets: tuple[Tensor, Tensor],
+        plan: MixPlan,
+        batch: Batch,
     ) -> Tensor:
         """Tell a mixture's parents from all other images, by the method's criterion, (K,)."""
-        return weighted(method.contrast(query, target, plan.parents), plan.lam)
+        return weighted(towards(method.contrast, query, targets, plan.parents), plan.lam)
 
     def mask_loss(self, mixed: Mixed, progress: float) -> Tensor:
         """Hold each mask's share near its ratio, ever less so; and, if wanted, away from flat."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,10 @@ class MixObjective(nn.Module):
             training, as they were published, add everywhere else.
         fraction: Share of the batch that is mixed.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
+        targets: Of the parents of ``cross`` pairs. ``shared``: both of the view that the partner's
+            pixels are of, which every method has anyway; the partner is told by that very view.
+            ``sibling``: each parent's is of the view that its pixels are not of, as in OpenMixup's
+            moco_samix.py; a method that embeds one view only (MoCo) makes a pass for it.
         stage: Of the backbone, whose maps the policy reads; None if it reads none.
         features: ``teacher``: maps are the teacher's. ``online``: those of a pass of either branch
             that happens anyway, so that no pass is made for them.
@@ -56,6 +61,7 @@ class MixObjective(nn.Module):
         placement: Literal["auto", "add", "replace"] = "auto",
         fraction: float = 1.0,
         pairs: Literal["cross", "same"] = "cross",
+        targets: Literal["shared", "sibling"] = "shared",
         stage: int | None = None,
         features: Literal["teacher", "online"] = "teacher",
         backbone: StagedBackbone | None = None,
@@ -66,12 +72,13 @@ class MixObjective(nn.Module):
         check_range("mixup.fraction", fraction, SMALLEST, 1)
         check_choice("mixup.placement", placement, ("auto", "add", "replace"))
         check_choice("mixup.pairs", pairs, ("cross", "same"))
+        check_choice("mixup.targets", targets, ("shared", "sibling"))
         check_choice("mixup.features", features, ("teacher", "online"))
         if stage is not None and backbone is not None:
             backbone.map_spec(stage)
         self.policy = policy
         self.alpha, self.weight, self.fraction = alpha, weight, fraction
-        self.placement, self.pairs = placement, pairs
+        self.placement, self.pairs, self.targets = placement, pairs, targets
         self.stage, self.features = stage, features
 
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
@@ -99,10 +106,11 @@ class MixObjective(nn.Module):
 
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         plan = self.draw(batch.views[0])
+        # Before the mixtures: what these passes give may be the maps that masks are made from.
+        targets = self.both_targets(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
         query = method.query(mixed.images.detach())
-        losses = method.pair_loss(query, method.targets(batch.views[1]), plan.parents)
-        return weighted(losses, mixed.lam)
+        return weighted(towards(method.pair_loss, query, targets, plan.parents), mixed.lam)
 
     def _in_place(self, method: Method, batch: Batch, first: int, second: int) -> Tensor:
         """View ``first`` is the mixture; what is not mixed is a mixture with lam = 1, (B,)."""
@@ -115,7 +123,28 @@ class MixObjective(nn.Module):
         lam = torch.ones(len(images), device=images.device, dtype=mixed.lam.dtype)
         lam = lam.index_copy(0, plan.rows, mixed.lam.detach())
         query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
-        return weighted(method.pair_loss(query, keys, parents), lam)
+        targets = self.both_targets(method, batch, keys, first)
+        return weighted(towards(method.pair_loss, query, targets, parents), lam)
+
+    def both_targets(
+        self, method: Method, batch: Batch, own: Tensor, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return what mixtures are compared with, for the images and for their partners.
+
+        Args:
+            method: Embeds.
+            batch: Views of B images.
+            own: (B, D), targets of the view that the images' pixels are not of.
+            first: View that the images' pixels are of.
+
+        Returns:
+            Twice (B, D); one and the same tensor if both are of one view.
+        """
+        image = batch.views[first]
+        crossed = self.pairs == "cross" and any(view is not image for view in batch.views)
+        if self.targets == "shared" or not crossed:
+            return own, own
+        return own, method.targets(image)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -155,6 +184,30 @@ class MixObjective(nn.Module):
     def complaint(self) -> str | None:
         """Say what went wrong in the steps so far; None if nothing did."""
         return None
+
+
+def towards(
+    criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    targets: tuple[Tensor, Tensor],
+    parents: Tensor,
+) -> Tensor:
+    """Compare mixtures with both parents, each among the targets of its own view.
+
+    Args:
+        criterion: Called with queries, targets (B, D) and parents, gives (K, 2).
+        query: (K, D).
+        targets: (B, D) for the images and for their partners.
+        parents: (K, 2) rows; neither is a negative of its mixture in either column.
+
+    Returns:
+        (K, 2).
+    """
+    of_image, of_partner = targets
+    losses = criterion(query, of_image, parents)
+    if of_partner is of_image:
+        return losses
+    return torch.stack([losses[:, 0], criterion(query, of_partner, parents)[:, 1]], dim=1)
 
 
 def weighted(losses: Tensor, lam: Tensor) -> Tensor:
