@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import samix_here
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -105,6 +107,22 @@ def test_the_flop_model_says_what_the_design_says(monkeypatch):
     for policy, ratios in expected.items():
         for method, ratio in zip(("moco", "simclr", "byol"), ratios, strict=True):
             assert model.ratio(method, policy) == pytest.approx(ratio, abs=0.01)
+
+
+def test_mixer_learning(bench, tmp_path):
+    run = tmp_path / "run"
+    small = ["data.limit=64", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1"]
+    samix_here("pretrain", "method=simclr", "mixup=none", *small, f"out={run}", cwd=tmp_path)
+    resting = "mixup.mask=anchored mixup.lr=1e-6"
+    _, (rows,) = bench("mixer_learning", "--epochs", "1", run, "mixup=samix", resting)
+    assert [row.pop("Mixer") for row in rows] == ["mixup=samix", resting]
+    first, second = ({name: float(cell) for name, cell in row.items()} for row in rows)
+    assert first["flat local"] == second["flat local"]
+    assert first["local"] != first["flat local"]
+    # A Mixer of the anchored form that does not move is plain mixup.
+    assert second["local"] == second["flat local"]
+    assert second["global"] == second["flat global"]
+    assert (second["slope"], second["mask_std"]) == (1.0, 0.0)
 
 
 def test_knn_baselines(bench):
