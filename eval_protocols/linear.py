@@ -1,7 +1,8 @@
 """Linear probe: how well a linear classifier reads the frozen features.
 
 ``protocol=cached`` computes the features once, trains a grid of heads together, and fits
-scikit-learn's logistic regression as an independent check. ``protocol=augmented`` is the papers'
+scikit-learn's logistic regression as an independent check, which it leaves with the backbone as
+``classifier.safetensors``. ``protocol=augmented`` is the papers'
 way: stochastic gradient descent on random crops and flips through the frozen backbone. Both choose
 their setting on a held-out part of the training labels and look at the test images once.
 """
@@ -9,21 +10,25 @@ their setting on a held-out part of the training labels and look at the test ima
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from ssl_samix.callbacks.progress import RunProgress
 from ssl_samix.config import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
 from ssl_samix.evaluation.augmented import augmented_probe
+from ssl_samix.evaluation.classifier import save_classifier
 from ssl_samix.evaluation.linear import logistic_regression, probe
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.evaluation.training import Recipe
+
+# The rows, details for results.json, and the layer that classifies features, if one is kept.
+Found = tuple[list[Row], dict[str, Any], nn.Linear | None]
 
 
 def check(config: DictConfig) -> None:
@@ -51,13 +56,15 @@ def run(request: Request) -> Path:
     task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
     report = Report(request)
     measure = cached if request.config.protocol == "cached" else augmented
-    rows, details = measure(request, task, report)
+    rows, details, head = measure(request, task, report)
     report.write(task, rows, details)
+    if head is not None:
+        save(report.folder / "classifier.safetensors", request, task, head)
     print(table(rows))
     return report.folder
 
 
-def cached(request: Request, task: Task, report: Report) -> tuple[list[Row], dict[str, Any]]:
+def cached(request: Request, task: Task, report: Report) -> Found:
     """Train a grid of heads on features that are computed once, and logistic regression."""
     (train, test), config = task.labelled, request.config
     with report.timed("features"):
@@ -69,10 +76,24 @@ def cached(request: Request, task: Task, report: Report) -> tuple[list[Row], dic
         lbfgs = logistic_regression(*given, seed=config.seed, held_out_share=config.held_out)
     found = {"heads": heads, "lbfgs": lbfgs}
     rows = [Row(n, {"top1": f.top1, "top5": f.top5}, f.setting) for n, f in found.items()]
-    return rows, {name: asdict(f) for name, f in found.items()}
+    details = {n: {k: v for k, v in vars(f).items() if k != "head"} for n, f in found.items()}
+    return rows, details, lbfgs.head
 
 
-def augmented(request: Request, task: Task, report: Report) -> tuple[list[Row], dict[str, Any]]:
+def save(path: Path, request: Request, task: Task, head: nn.Linear) -> None:
+    """Write the backbone with its logistic regression, as ``load_classifier`` reads it."""
+    encoder, config = task.encoder, request.config
+    meta = {
+        "weights": config.weights,  # published ones have a name of their own in the encoder's meta
+        **encoder.meta,
+        "classes": list(task.splits.classes),
+        "data": request.data,
+        "data_settings": plain(config.data),
+    }
+    save_classifier(path, {"linear": nn.Sequential(encoder.backbone, head)}, meta)
+
+
+def augmented(request: Request, task: Task, report: Report) -> Found:
     """Train as the preset's paper does."""
     config = request.config
     bars = [RunProgress()]
@@ -81,7 +102,7 @@ def augmented(request: Request, task: Task, report: Report) -> tuple[list[Row], 
             task, recipe(config), config.data, config.seed, callbacks=bars
         )
     details = {"held_out": settings.pop("held_out", {})}
-    return [Row("augmented", {"top1": top1, "top5": top5}, settings)], details
+    return [Row("augmented", {"top1": top1, "top5": top5}, settings)], details, None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A trained classifier on the test images: accuracy, calibration, accuracy under attack.
+"""A classifier on the test images: accuracy, calibration, accuracy under attack.
 
-Of the network that was trained and of its moving average (EMA). Calibration is the expected
-calibration error; the attack is the fast gradient sign method.
+Of a run of ``samix supervised``, the network that was trained and its moving average (EMA); of
+``samix linear``, the encoder with the logistic regression that was fitted on it. Calibration is the
+expected calibration error; the attack is the fast gradient sign method.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
-from ssl_samix.evaluation.classifier import NETWORKS, TrainedClassifier, load_classifier
+from ssl_samix.evaluation.classifier import TrainedClassifier, load_classifiers
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.robustness import attacked_logits, calibration_error
@@ -30,11 +31,12 @@ def run(request: Request) -> Path:
     """Measure, print, and return the folder of the results."""
     path = request.origin.path
     if path is None:
-        raise ConfigError("robustness needs a trained classifier: run=<run of samix supervised>")
-    networks = {name: load_classifier(path, name) for name in NETWORKS}  # type: ignore[arg-type]
-    task = open_task(request, networks["online"])
+        raise ConfigError("robustness needs a classifier: run=<of samix supervised or linear>")
+    networks = load_classifiers(path)
+    first = next(iter(networks.values()))
+    task = open_task(request, first)
     task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
-    check_classes(networks["online"].classes, task.splits.classes)
+    check_classes(first.classes, task.splits.classes)
     report, rows = Report(request), []
     for name, network in networks.items():
         with report.timed(name):

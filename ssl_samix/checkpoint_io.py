@@ -6,13 +6,14 @@ import io
 import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_samix.errors import CheckpointError
 from ssl_samix.files import write_atomically
@@ -100,6 +101,28 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
+
+
+def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -> None:
+    """Load weights that a file holds into a module, all of them and no others.
+
+    Args:
+        module: Takes the weights.
+        weights: By the names of the module's state.
+        path: Where they were read.
+        what: The module in a word, for the error.
+
+    Raises:
+        CheckpointError: If an entry is missing, unknown, or of another shape.
+    """
+    # Versions of modules stand beside a state, and safetensors has no place for them.
+    state = OrderedDict(weights)
+    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the {what} it names: {reason}") from error
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

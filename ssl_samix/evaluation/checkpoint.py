@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, read_checkpoint, read_safetensors
+from ssl_samix.checkpoint_io import META, load_strictly, read_checkpoint, read_safetensors
 from ssl_samix.data.images import fit
 from ssl_samix.data.rgb import to_rgb
 from ssl_samix.data.worker_views import normalize
@@ -84,16 +83,12 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
         if not path.exists():
             raise CheckpointError(f"{run.path} holds no encoder.safetensors and no last.ckpt")
     meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
-    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
-    # Versions of modules stand beside a state, and safetensors has no place for them.
-    state = OrderedDict(weights)
-    state._metadata = backbone.state_dict()._metadata  # type: ignore[attr-defined]
-    try:
-        backbone.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    if not any(name.startswith("trunk.") for name in weights):
         raise CheckpointError(
-            f"{path} does not fit the backbone it names: {str(error).splitlines()[-1].strip()}"
-        ) from error
+            f"{path} holds no encoder: give the run folder, file or model that it was made from"
+        )
+    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
+    load_strictly(backbone, weights, path, "backbone")
     return Encoder(backbone, meta)
 
 

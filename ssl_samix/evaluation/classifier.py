@@ -1,4 +1,4 @@
-"""A trained classifier, as a file and back."""
+"""A classifier, trained as a whole or fitted on an encoder, as a file and back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, read_checkpoint, read_safetensors
-from ssl_samix.errors import CheckpointError, check_choice
+from ssl_samix.checkpoint_io import META, load_strictly, read_checkpoint, read_safetensors
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice
 from ssl_samix.evaluation.checkpoint import Encoder
 from ssl_samix.files import write_atomically
 from ssl_samix.run_folder import RunFolder
 
-NETWORKS = ("online", "ema")
-# Where both parts of a network are in a checkpoint of a run.
+# Of a supervised run the first two, of samix linear the last.
+NETWORKS = ("online", "ema", "linear")
+Network = Literal["online", "ema", "linear"]
+# Where both parts of a network are in a checkpoint of a supervised run.
 IN_CHECKPOINT = {
     "online": {"backbone.": "0.", "projector.": "1."},
     "ema": {"twin.module.0.": "0.", "twin.module.1.": "1."},
@@ -30,7 +32,8 @@ class TrainedClassifier(Encoder):
 
     Attributes:
         classes: Their names, in the order of the logits.
-        network: ``online``, the network that was trained, or ``ema``, its moving average.
+        network: ``online``, the network that was trained, ``ema``, its moving average, or
+            ``linear``, a frozen encoder with the logistic regression fitted on its features.
     """
 
     def __init__(self, backbone: Backbone, head: nn.Linear, meta: dict[str, Any]) -> None:
@@ -57,14 +60,16 @@ def save_classifier(path: Path, networks: dict[str, nn.Module], meta: dict[str, 
 
 
 def load_classifier(
-    run_or_file: str | os.PathLike[str], network: Literal["online", "ema"] = "online"
+    run_or_file: str | os.PathLike[str], network: Network | None = None
 ) -> TrainedClassifier:
     """Load a classifier in eval mode.
 
     Args:
         run_or_file: A run folder of supervised training (its ``classifier.safetensors``, or
-            ``last.ckpt`` while the run goes on), a checkpoint, or a ``classifier.safetensors``.
-        network: The one that was trained, or its moving average.
+            ``last.ckpt`` while the run goes on), a results folder of ``samix linear``, a
+            checkpoint, or a ``classifier.safetensors``.
+        network: The one that was trained (``online``), its moving average (``ema``), or the one
+            that ``samix linear`` fitted (``linear``). None: the first of them that is there.
 
     Returns:
         A module with ``classes``, ``image_size``, ``mean`` and ``std``, mapping (B, 3, S, S) to
@@ -72,40 +77,75 @@ def load_classifier(
 
     Raises:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
-        ConfigError: For an unknown network.
+        ConfigError: For an unknown network, or one that the file does not have.
     """
-    check_choice("network", network, NETWORKS)
-    path = Path(run_or_file)
+    check_choice("network", network or NETWORKS[0], NETWORKS)
+    path, meta, found = _read(Path(run_or_file))
+    name: str = next(iter(found)) if network is None else network
+    if name not in found:
+        raise ConfigError(f"{path} holds no network={name}: it has {' and '.join(found)}")
+    return _built(path, meta, name, found[name])
+
+
+def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedClassifier]:
+    """Load every network of a classifier, by its name.
+
+    Args:
+        run_or_file: As ``load_classifier`` takes it.
+
+    Raises:
+        CheckpointError: As ``load_classifier``.
+    """
+    path, meta, found = _read(Path(run_or_file))
+    return {name: _built(path, meta, name, weights) for name, weights in found.items()}
+
+
+def _read(given: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Find the file, and read its description and the weights of each of its networks."""
+    path = given
     if path.is_dir():
         run = RunFolder(path)
         path = run.classifier if run.classifier.exists() else run.last
         if not path.exists():
-            raise CheckpointError(f"{run.path} holds no classifier.safetensors and no last.ckpt")
-    ours = path.suffix == ".safetensors"
-    meta, weights = _from_file(path, network) if ours else _from_checkpoint(path, network)
-    if "classes" not in meta or not weights:
-        raise CheckpointError(
-            f"{path} holds no classifier: samix supervised trains one, samix linear fits one on "
-            "an encoder"
-        )
+            raise _without(given)
+    meta, found = _from_file(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    if "classes" not in meta or not found:
+        raise _without(given)
+    return path, meta, found
+
+
+def _without(given: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{given} holds no classifier: fit one on its encoder with samix linear run={given}, then "
+        "give run=<the results folder that it prints>"
+    )
+
+
+def _built(
+    path: Path, meta: dict[str, Any], name: str, weights: dict[str, Tensor]
+) -> TrainedClassifier:
     backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
-    whole = nn.Sequential(backbone, nn.Linear(backbone.feature_dim, len(meta["classes"])))
-    try:
-        whole.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} does not fit the classifier it names: {reason}") from error
-    return TrainedClassifier(backbone, whole[1], {**meta, "network": network})  # type: ignore[arg-type]
+    head = nn.Linear(backbone.feature_dim, len(meta["classes"]))
+    load_strictly(nn.Sequential(backbone, head), weights, path, "classifier")
+    return TrainedClassifier(backbone, head, {**meta, "network": name})
 
 
-def _from_file(path: Path, network: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _from_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     meta, weights = read_safetensors(path)
-    return meta, _renamed(weights, {f"{network}.": ""})
+    return meta, _by_network(weights, {name: {f"{name}.": ""} for name in NETWORKS})
 
 
-def _from_checkpoint(path: Path, network: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _from_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     checkpoint = read_checkpoint(path)
-    return checkpoint[META], _renamed(checkpoint["state_dict"], IN_CHECKPOINT[network])
+    return checkpoint[META], _by_network(checkpoint["state_dict"], IN_CHECKPOINT)
+
+
+def _by_network(
+    weights: dict[str, Tensor], names: dict[str, dict[str, str]]
+) -> dict[str, dict[str, Tensor]]:
+    """Sort weights by network, and leave out the networks that are not there."""
+    found = {name: _renamed(weights, parts) for name, parts in names.items()}
+    return {name: state for name, state in found.items() if state}
 
 
 def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -9,14 +9,12 @@ Legend: N training and M test images, D features of an image, C classes.
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_samix.errors import check_range
 from ssl_samix.evaluation.linear_choice import (
@@ -31,6 +29,7 @@ from ssl_samix.evaluation.linear_choice import (
     ticks,
 )
 from ssl_samix.evaluation.linear_heads import Examples, Heads, Scaling, measure, train_heads
+from ssl_samix.evaluation.logistic import answers, fit, folded, matrix
 
 CS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -61,9 +60,11 @@ class LogisticResult(ProbeResult):
 
     Attributes:
         converged: Whether lbfgs reached its tolerance in the fit that was tested.
+        head: That fit as one layer, from (B, D) features as they are to (B, C) logits.
     """
 
     converged: bool
+    head: nn.Linear = field(repr=False, compare=False)
 
 
 def probe(  # noqa: PLR0913 - the data, and how they are learned
@@ -180,12 +181,13 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     every = torch.arange(len(train), device=train.device)
     scaling = Scaling("standardize", train, every)
     model = LogisticRegression(C=best["C"], max_iter=max_iter)
-    converged = _fit(model, *_matrix(Examples(train, labels, every, scaling)))
+    converged = fit(model, *matrix(Examples(train, labels, every, scaling)))
     tick()
     if not converged:
         _log.warning("lbfgs with C=%g did not converge: raise max_iter=%d", best["C"], max_iter)
-    top1, top5, _ = measure(_answers(model), _all(test, test_labels, scaling), classes)
-    return LogisticResult(top1.item(), top5.item(), best, held_out, converged)
+    top1, top5, _ = measure(answers(model), _all(test, test_labels, scaling), classes)
+    head = folded(model, scaling)
+    return LogisticResult(top1.item(), top5.item(), best, held_out, converged, head)
 
 
 def _tried(
@@ -197,11 +199,11 @@ def _tried(
     tick: Callable[[], None],
 ) -> list[Setting]:
     """Fit each C, from the smallest up, each from where the last fit ended, and test it."""
-    matrix = _matrix(learned)
+    given = matrix(learned)
     held_out: list[Setting] = []
     for setting in settings:
-        converged = _fit(model.set_params(**setting), *matrix)
-        found = measure(_answers(model), asked, classes)
+        converged = fit(model.set_params(**setting), *given)
+        found = measure(answers(model), asked, classes)
         held_out += scored([setting | {"converged": converged}], found)
         tick()
     return held_out
@@ -210,32 +212,3 @@ def _tried(
 def _all(features: Tensor, labels: Tensor, scaling: Scaling) -> Examples:
     rows = torch.arange(len(features), device=features.device)
     return Examples(features, labels.to(features.device), rows, scaling)
-
-
-def _matrix(data: Examples) -> tuple[Any, Any]:
-    """Return (n, D) float32 features of variance 1 and (n,) labels, for scikit-learn."""
-    x, labels = (torch.cat(part) for part in zip(*data.in_order(), strict=True))
-    return x.mul_(math.sqrt(x.shape[1])).cpu().numpy(), labels.cpu().numpy()
-
-
-def _fit(model: Any, x: Any, labels: Any) -> bool:
-    """Fit, and return whether lbfgs converged; it only warns if not."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(x, labels)
-    return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-
-
-def _answers(model: Any) -> Callable[[Tensor], Tensor]:
-    """Turn a fitted model into a map from scaled features (B, D) to logits (B, 1, C)."""
-
-    def classify(x: Tensor) -> Tensor:
-        scaled = (x * math.sqrt(x.shape[1])).cpu().numpy()
-        logits = torch.from_numpy(model.decision_function(scaled)).to(x.device)
-        if logits.ndim == 1:  # of two classes, scikit-learn gives the second one's log-odds
-            logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
-        return logits[:, None]
-
-    return classify

@@ -39,7 +39,9 @@ class Origin:
         """The folder that its results belong to."""
         if self.run is not None:
             return self.run.path
-        return Path("runs") / (self.given if self.path is None else self.path.stem)
+        if self.path is None:
+            return Path("runs") / self.given
+        return _measured_from(self.path) or Path("runs") / Path(self.given).stem
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,33 @@ def find_origin(given: str, weights: str) -> Origin:
     path = Path(given).expanduser()
     if path.is_dir():
         run = RunFolder(path)
-        if not (run.encoder.exists() or run.last.exists()):
-            raise CheckpointError(f"{path} holds no encoder.safetensors and no last.ckpt")
-        return Origin(given, path, run if run.config.exists() else None)
+        if run.encoder.exists() or run.last.exists():
+            return Origin(given, path, run if run.config.exists() else None)
+        if run.classifier.exists():
+            return Origin(given, run.classifier, _owner(run.classifier))
+        raise CheckpointError(f"{path} holds no encoder.safetensors and no last.ckpt")
     if path.is_file():
-        run = RunFolder(path.parent)
-        return Origin(given, path, run if run.config.exists() else None)
+        return Origin(given, path, _owner(path))
     if weights == "own" or os.sep in given:
         raise CheckpointError(
             f"run={given} does not exist: give a run folder, a checkpoint or a file of weights, or "
             "the name of a model with weights=random or weights=pretrained (downloads them)"
         )
     return Origin(given, None, None)
+
+
+def _owner(file: Path) -> RunFolder | None:
+    """Return the run that a file belongs to: its folder, or the one whose results it is among."""
+    candidates = (file.parent, _measured_from(file))
+    runs = [RunFolder(folder) for folder in candidates if folder is not None]
+    return next((run for run in runs if run.config.exists()), None)
+
+
+def _measured_from(file: Path) -> Path | None:
+    """Return the folder whose evaluation left this classifier, if one did."""
+    results = Path(os.path.abspath(file)).parent
+    left = file.name == "classifier.safetensors" and (results / "results.json").is_file()
+    return results.parent.parent if left and results.parent.name == "results" else None
 
 
 def configured(protocol: str, words: list[str]) -> Request:
@@ -119,11 +136,16 @@ def _origin(protocol: str, config: DictConfig) -> Origin:
 
 
 def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
-    """Return the choice of data set and the settings that an encoder was trained with."""
+    """Return the choice of data set and the settings that an encoder was trained with.
+
+    Of a classifier that samix linear fitted, those it was fitted with.
+    """
+    meta = _described(origin.path)
+    if "data_settings" in meta:
+        return meta["data"], meta["data_settings"]
     if origin.run is not None:
         config, choices = origin.run.load_config()
         return choices["data"], plain(config.data)
-    meta = _described(origin.path)
     if meta.get("data") in groups()["data"]:
         return meta["data"], {}
     known = ", ".join(groups()["data"])
@@ -134,7 +156,7 @@ def _described(path: Path | None) -> dict[str, Any]:
     """Read what a safetensors file of ours says of itself; nothing for anything else."""
     if path is not None and path.is_dir():
         path = path / "encoder.safetensors"
-    if path is None or path.suffix != ".safetensors":
+    if path is None or path.suffix != ".safetensors" or not path.exists():
         return {}
     try:
         with safe_open(path, framework="np") as file:

@@ -150,6 +150,34 @@ def test_two_classes_have_scikit_learns_loss():
     assert found.top5 == 100
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_head_is_the_fitted_model_on_features_as_they_are(classes, monkeypatch):
+    """Its logits are scikit-learn's decision function, standardised features being its input."""
+    fitted = []
+
+    class Spy(LogisticRegression):
+        def fit(self, *data):
+            fitted.append(self)
+            return super().fit(*data)
+
+    monkeypatch.setattr("sklearn.linear_model.LogisticRegression", Spy)
+    train, labels = noisy(classes=classes)
+    train = 3 * train + torch.arange(train.shape[1])  # neither mean 0 nor variance 1
+    train[:, 0] = 4.5  # what does not vary tells nothing
+    before = torch.get_rng_state()
+    found = logistic_regression(train, labels, train, labels, classes, cs=(0.1,))
+    assert torch.equal(torch.get_rng_state(), before), "random numbers of what follows were drawn"
+    with torch.no_grad():
+        logits = found.head(train)
+    expected = torch.from_numpy(fitted[-1].decision_function(StandardScaler().fit_transform(train)))
+    if classes == 2:
+        expected = torch.stack([torch.zeros_like(expected), expected], dim=1)
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-4, atol=1e-4)
+    right = (logits.argmax(dim=1) == labels).double().mean()
+    assert found.top1 == pytest.approx(100 * right.item())
+    assert not found.head.weight[:, 0].any()
+
+
 def test_a_fit_that_did_not_converge_says_so(caplog):
     train, labels = noisy()
     with caplog.at_level(logging.WARNING):
