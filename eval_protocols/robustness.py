@@ -1,8 +1,9 @@
-"""A classifier on the test images: accuracy, calibration, accuracy under attack.
+"""A classifier on the test images: accuracy, calibration, accuracy under attack and corruptions.
 
 Of a run of ``samix supervised``, the network that was trained and its moving average (EMA); of
 ``samix linear``, the encoder with the logistic regression that was fitted on it. Calibration is the
-expected calibration error; the attack is the fast gradient sign method.
+expected calibration error; the attack is the fast gradient sign method; ``corruptions=true`` adds
+noise, blur, contrast and JPEG.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from omegaconf import DictConfig
 
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.classifier import TrainedClassifier, load_classifiers
+from ssl_samix.evaluation.corruptions import CorruptedImages, strengths_for
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.robustness import attacked_logits, calibration_error
@@ -37,12 +41,17 @@ def run(request: Request) -> Path:
     task = open_task(request, first)
     task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
     check_classes(first.classes, task.splits.classes)
-    report, rows = Report(request), []
+    report, rows, details = Report(request), [], {}
     for name, network in networks.items():
         with report.timed(name):
             rows.append(measured(name, network, task, request.config.strength))
-    report.write(task, rows)
+        if request.config.corruptions:
+            with report.timed(f"{name} corrupted"):
+                rows[-1], details[name] = corrupted(rows[-1], network, task)
+    report.write(task, rows, {"corruptions": details} if details else None)
     print(table(rows))
+    if details:
+        print(means(rows))
     return report.folder
 
 
@@ -78,6 +87,39 @@ def measured(name: str, network: TrainedClassifier, task: Task, strength: float)
         "fgsm_top1": top1_top5(attacked, test.labels)[0],
     }
     return Row(name, numbers, {"strength": strength})
+
+
+def corrupted(row: Row, network: TrainedClassifier, task: Task) -> tuple[Row, dict[str, Any]]:
+    """Add the means of a network's accuracy under corruptions to its row.
+
+    Returns:
+        The row, and the accuracy at each strength: ``strengths`` and ``top1`` by corruption.
+    """
+    _, test = task.labelled
+    source, strengths = strengths_for(test.image_size)
+    measuring, found = replace(task, encoder=network), {}
+    for corruption, values in strengths.items():
+        top1 = []
+        for value in values:
+            images = CorruptedImages(test, corruption, value)
+            logits = measuring.embed(images, f"{row.variant} {corruption} {value:g}")
+            top1.append(top1_top5(logits, test.labels)[0])
+        found[corruption] = {"strengths": list(values), "top1": top1}
+    by_corruption = {f"{name}_top1": fmean(f["top1"]) for name, f in found.items()}
+    numbers = {**row.numbers, "corrupted_top1": fmean(by_corruption.values()), **by_corruption}
+    return replace(row, numbers=numbers, settings={**row.settings, "corruptions": source}), found
+
+
+def means(rows: list[Row]) -> str:
+    """Return the mean over strengths of each corruption as lines for the screen."""
+    lines = ["top-1 under corruptions, mean over five strengths:"]
+    width = max(len(row.variant) for row in rows) + 2
+    labels = {"gaussian_noise": "noise", "gaussian_blur": "blur", "contrast": "contrast"}
+    labels |= {"jpeg": "JPEG"}
+    for row in rows:
+        numbers = (f"{text} {row.numbers[f'{k}_top1']:.2f}%" for k, text in labels.items())
+        lines.append(f"{row.variant:<{width}}{'  '.join(numbers)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ SHOWN = {
     "cluster_accuracy": ("cluster accuracy %", 2),
     "ece": ("ECE %", 2),
     "fgsm_top1": ("FGSM top-1 %", 2),
+    "corrupted_top1": ("corrupted top-1 %", 2),
 }
-OF_CLASSIFIERS = ("top1", "ece", "fgsm_top1")  # what a protocol is about that has accuracy
+# What a protocol is about that has accuracy.
+OF_CLASSIFIERS = ("top1", "ece", "fgsm_top1", "corrupted_top1")
 
 
 @dataclass(frozen=True)

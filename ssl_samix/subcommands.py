@@ -181,7 +181,7 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "semi": _protocol("measure an encoder with few labels", "semi", "semi_supervised"),
     "recipes": PlainSubcommand("list published recipes", _recipes),
     "robustness": _protocol(
-        "measure a trained classifier, also under attack", "robustness", "robustness"
+        "measure a classifier, also under attack and corruptions", "robustness", "robustness"
     ),
     "measures": _protocol(
         "measure an encoder without labels, and by clustering", "measures", "measures"

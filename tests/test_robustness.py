@@ -1,4 +1,4 @@
-"""``samix robustness`` on what ``samix linear`` leaves, from pretraining on."""
+"""``samix robustness`` on what ``samix linear`` leaves, from pretraining to corrupted images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 import ssl_samix
 from ssl_samix.cli import main
 from ssl_samix.data.datasets import load_splits
+from ssl_samix.evaluation.corruptions import CIFAR10_C
 from ssl_samix.evaluation.features import extract
 
 SIZE = 16
@@ -89,14 +91,32 @@ def test_the_classifier_is_scikit_learns_on_the_encoders_features(run, fitted):
         )
 
 
-def test_it_is_measured_as_samix_linear_measured_it(fitted):
+def test_corruptions_from_pretraining_on(run, fitted):
     folder, linear = fitted
-    _, record = samix("robustness", f"run={folder}")
+    lines, record = samix("robustness", f"run={folder}", "corruptions=true")
     (row,) = record["results"]
+    numbers, (found,) = row["numbers"], record["details"]["corruptions"].values()
     assert row["variant"] == "linear"
-    assert row["numbers"]["top1"] == linear["results"][1]["numbers"]["top1"] == 100
+    assert row["settings"] == {"strength": 8, "corruptions": "CIFAR-10-C"}
+    # the same network on the same images as samix linear measured
+    assert numbers["top1"] == linear["results"][1]["numbers"]["top1"] == 100
     assert record["data"] == linear["data"]
     assert record["encoder"]["fingerprint"] == linear["encoder"]["fingerprint"]
+    # a blurred checkerboard is an even image: both classes get one answer
+    assert found["gaussian_blur"]["top1"][0] > found["gaussian_blur"]["top1"][4]
+    assert found["gaussian_blur"]["top1"][4] == pytest.approx(50, abs=5)
+    assert {k: tuple(v["strengths"]) for k, v in found.items()} == CIFAR10_C
+    for name, each in found.items():
+        assert numbers[f"{name}_top1"] == pytest.approx(fmean(each["top1"]))
+    every = [value for each in found.values() for value in each["top1"]]
+    assert len(every) == 20
+    assert numbers["corrupted_top1"] == pytest.approx(fmean(every))
+    assert f"corrupted top-1 {numbers['corrupted_top1']:.2f}%" in lines[0]
+    assert f"blur {numbers['gaussian_blur_top1']:.2f}%" in lines[2]
+    assert (
+        samix("robustness", f"run={folder}", "corruptions=true", "chunk=7")[1]["details"]
+        == (record["details"])
+    )
 
 
 def test_its_results_stand_with_the_runs(run, fitted, monkeypatch):
@@ -106,10 +126,13 @@ def test_its_results_stand_with_the_runs(run, fitted, monkeypatch):
     for source in (folder, file, "classifier.safetensors"):
         lines, record = samix("robustness", f"run={source}")
         assert Path(lines[-1]).parent == run / "results"
-        assert record["results"][0]["numbers"]["top1"] == 100
+        assert "corrupted_top1" not in record["results"][0]["numbers"]
+        assert record["details"] == {}
     with (run / "results.csv").open(newline="") as rows:
         last = list(csv.DictReader(rows))[-1]
-    assert (last["protocol"], last["variant"]) == ("robustness", "linear")
+    assert (last["protocol"], last["variant"], last["corrupted_top1"]) == (
+        "robustness", "linear", "",
+    )  # fmt: skip
 
 
 def test_it_is_measured_on_the_data_it_was_fitted_on(run, tmp_path):
@@ -153,6 +176,7 @@ def test_mistakes(run, fitted, fails, tmp_path):
     assert f"with samix linear run={run}" in said
     for source in (run / "encoder.safetensors", run / "last.ckpt"):
         assert "holds no classifier" in fails("robustness", f"run={source}")
+    assert "needs true or false" in fails("robustness", f"run={folder}", "corruptions=3")
     assert "holds no encoder: give the run" in fails("knn", f"run={folder}", "k=[5]")
     with pytest.raises(ssl_samix.UserError, match="holds no network=ema: it has linear"):
         ssl_samix.load_classifier(folder, "ema")

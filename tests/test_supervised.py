@@ -101,6 +101,20 @@ def test_robustness_is_measured(run, capsys):
     assert 0 <= float(found["ema"]["fgsm_top1"]) <= 100
 
 
+def test_both_networks_are_measured_under_corruptions(run, capsys):
+    from ssl_samix.cli import main
+
+    main(["robustness", f"run={run.out}", f"out={run.out / 'corrupted'}", "corruptions=true"])
+    shown = capsys.readouterr().out.splitlines()
+    # colours survive noise, blur, contrast and JPEG
+    assert [line.split()[0] for line in shown[:2]] == ["online", "ema"]
+    assert all("corrupted top-1 100.00%" in line for line in shown[:2])
+    with (run.out / "results.csv").open() as file:
+        last = list(csv.DictReader(file))[-2:]
+    assert [row["variant"] for row in last] == ["online", "ema"]
+    assert {row["gaussian_noise_top1"] for row in last} == {"100"}
+
+
 def test_it_starts_from_a_pretrained_encoder(run, tmp_path):
     settings = {
         "data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 1, "mixup": "none",

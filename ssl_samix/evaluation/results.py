@@ -157,6 +157,7 @@ def table(rows: list[Row]) -> str:
     names = {"top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "rankme": "RankMe {:.1f}"}
     names |= {"alignment": "alignment {:.3f}", "uniformity": "uniformity {:.3f}"}
     names |= {"ece": "ECE {:.2f}%", "fgsm_top1": "FGSM top-1 {:.2f}%"}
+    names |= {"corrupted_top1": "corrupted top-1 {:.2f}%"}
     names |= {"nmi": "NMI {:.3f}", "ari": "ARI {:.3f}"}
     names |= {"cluster_accuracy": "cluster accuracy {:.2f}%"}
     width = max(len(row.variant) for row in rows) + 2

@@ -14,7 +14,8 @@ from ssl_samix.files import write_atomically
 # The columns of numbers; whatever a protocol measures beside them stands in results.json.
 NUMBERS = (
     "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy", "ece",
-    "fgsm_top1",
+    "fgsm_top1", "corrupted_top1", "gaussian_noise_top1", "gaussian_blur_top1", "contrast_top1",
+    "jpeg_top1",
 )  # fmt: skip
 COLUMNS = (
     "time", "protocol", "variant", "weights", "data", "test_images", *NUMBERS, "seed", "seconds",
