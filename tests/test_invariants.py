@@ -267,6 +267,7 @@ def count_passes(method):
         ("moco", "mixup", {"targets": "sibling"}, (16, 16)),  # keys of both views
         ("simclr", "mixup", {"targets": "sibling"}, (24, 0)),  # both are embedded anyway
         ("byol", "mixup", {"targets": "sibling"}, (24, 16)),
+        ("simclr", "mixup", {"targets": "sibling", "placement": "replace"}, (24, 0)),
         ("moco", "samix", {}, (16, 16)),  # keys, and the Mixer's own pass
         ("moco", "samix", {"placement": "replace"}, (8, 16)),
         ("moco", "samix", {"fraction": 0.5}, (12, 12)),
