@@ -84,7 +84,7 @@ def test_commands_that_measure(folder):
         assert out.strip(), command
     home = folder / "runs" / "photos"
     protocols = {path.name.split("-")[0] for path in (home / "results").iterdir()}
-    assert protocols == {"linear", "knn", "semi", "measures"}
+    assert protocols == {"linear", "knn", "semi", "measures", "robustness"}
     assert {"encoder.pt2", "encoder.onnx"} <= {path.name for path in home.iterdir()}
 
 
