@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -74,14 +75,11 @@ class OnFrozenEncoder(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Let the Mixer learn, and write down its losses and those of flat masks."""
         done = self.global_step / int(self.trainer.estimated_stepping_batches)
-        drawn: list[MixPlan] = []
-        draw = self.mixing.draw
-        with self.method.memory.step():
-            self.mixing.draw = lambda images: drawn.append(draw(images)) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+        plan = self.mixing.draw(batch.views[0])
+        with self.method.memory.step(), patch.object(self.mixing, "draw", lambda images: plan):
             terms = self.mixing.learn(self.method, batch, done)
-            self.mixing.draw = draw  # type: ignore[method-assign]
             numbers = {name.removeprefix("mixer/"): value for name, value in terms.logs.items()}
-            numbers |= self.compared(batch, drawn[0])
+            numbers |= self.compared(batch, plan)
         for name, value in numbers.items():
             self.seen[name].append(float(value))
         return terms.losses["mixer"]

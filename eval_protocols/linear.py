@@ -2,9 +2,9 @@
 
 ``protocol=cached`` computes the features once, trains a grid of heads together, and fits
 scikit-learn's logistic regression as an independent check, which it leaves with the backbone as
-``classifier.safetensors``. ``protocol=augmented`` is the papers'
-way: stochastic gradient descent on random crops and flips through the frozen backbone. Both choose
-their setting on a held-out part of the training labels and look at the test images once.
+``classifier.safetensors``. ``protocol=augmented`` is the papers' way: stochastic gradient descent
+on random crops and flips through the frozen backbone. Both choose their setting on a held-out part
+of the training labels and look at the test images once.
 """
 
 from __future__ import annotations
