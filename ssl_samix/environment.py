@@ -19,10 +19,15 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def record_start(path: Path) -> None:
-    """Append what a run is started, or resumed, with to the list in a JSON file."""
+def record_start(path: Path, precision: str) -> None:
+    """Append what a run is started, or resumed, with to the list in a JSON file.
+
+    Args:
+        path: The file.
+        precision: That the trainer has chosen; the configuration may say ``auto``.
+    """
     starts = json.loads(path.read_text("utf-8")) if path.exists() else []
-    text = json.dumps([*starts, describe_environment()], indent=2)
+    text = json.dumps([*starts, {**describe_environment(), "precision": precision}], indent=2)
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 

@@ -136,7 +136,7 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     with folder.claimed() if is_main_process() else nullcontext():
         if is_main_process():
             folder.create(config, choices)
-            record_start(folder.environment)
+            record_start(folder.environment, trainer.precision)
         announce(trainer, config, choices, folder, module, data, mode.lines(choices))
         _fit(mode.command, trainer, module, data, folder)
         if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:

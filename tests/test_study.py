@@ -229,6 +229,8 @@ def test_rows_are_merged_and_compared_with_the_reference(study):
     assert rows[samix.key]["step_ratio"] == ""
     rows = add_row(plan, row(none, cpu_ms_per_step=20))
     assert rows[samix.key]["step_ratio"] == "1.500"
+    elsewhere = row(samix, cpu_ms_per_step=30, precision="bf16-mixed")
+    assert add_row(plan, elsewhere)[samix.key]["step_ratio"] == "", "faster, and not by the policy"
     with plan.csv.open() as file:
         written = list(csv.DictReader(file))
     assert [r["policy"] for r in written] == ["none", "samix", "gone"], "in the plan's order"
@@ -299,6 +301,7 @@ class Stub:
             for i in range(int(self.words["trainer.max_epochs"]))
         ]
         write_table(out / "metrics.csv", ("epoch",), epochs)
+        (out / "environment.json").write_text('[{"precision": "64"}, {"precision": "bf16-mixed"}]')
         (out / "last.ckpt").touch()
 
     def measure(self):
@@ -337,6 +340,7 @@ def test_every_run_gets_a_row(study):
     assert (first["knn_top1"], first["knn_k200_top1"], first["linear_top1"]) == ("45", "44", "50")
     assert (first["cpu_ms_per_step"], first["step_ratio"]) == ("375.00", "1.000")
     assert (first["mask_std"], first["peak_mib"]) == ("0.1", "100")
+    assert first["precision"] == "bf16-mixed", "of the last start"
     before = plan.csv.read_bytes()
     go(plan, launch=None)  # nothing is left to be started
     assert plan.csv.read_bytes() == before

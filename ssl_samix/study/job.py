@@ -121,6 +121,7 @@ class Job:
             "images": f"{sum(map(_images, epochs)):.0f}",
             "peak_mib": f"{max(part.get('peak_mib', 0) for part in self.notes.parts):.0f}",
             "processor": processor(),
+            "precision": self._precision(),
             "settings": self.run.settings,
         }
         for name in ("seconds", "cpu_seconds"):
@@ -133,6 +134,14 @@ class Job:
         for protocol in self.study.evaluate:
             row |= _accuracies(self.study.results(self.run, protocol))
         return row
+
+    def _precision(self) -> str:
+        """Return the precision of the last start."""
+        try:
+            starts = json.loads(self.folder.environment.read_text("utf-8"))
+            return str(starts[-1]["precision"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""  # a run of an earlier version does not tell
 
     def _spent(self, epochs: list[dict[str, str]], name: str) -> float:
         """Sum over the starts; one whose end nobody saw counts with the epochs that it wrote."""

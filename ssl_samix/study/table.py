@@ -30,7 +30,8 @@ MIXER = {
 }  # column -> that of metrics.csv
 COLUMNS = (
     *KEY, "epochs", "steps", "images", "seconds", "cpu_seconds", "peak_mib", "cpu_ms_per_step",
-    "step_ratio", *ACCURACIES, "knn_k", "knn_temperature", *MIXER, "processor", "settings",
+    "step_ratio", *ACCURACIES, "knn_k", "knn_temperature", *MIXER, "processor", "precision",
+    "settings",
 )  # fmt: skip
 
 
@@ -109,19 +110,23 @@ def write_table(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, st
 
 
 def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
-    """Write each row's time per step in units of the reference's, same method and processor."""
-    plain: dict[tuple[str, str], list[float]] = {}
+    """Write each row's time per step in units of the reference's, where times compare."""
+    plain: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["policy"] == reference and row.get("cpu_ms_per_step"):
-            place = row["method"], row.get("processor", "")
-            plain.setdefault(place, []).append(float(row["cpu_ms_per_step"]))
+            plain.setdefault(_clock(row), []).append(float(row["cpu_ms_per_step"]))
     filled = []
     for row in rows:
-        unit = plain.get((row["method"], row.get("processor", "")))
+        unit = plain.get(_clock(row))
         known = unit and row.get("cpu_ms_per_step")
         ratio = f"{float(row['cpu_ms_per_step']) / fmean(unit):.3f}" if unit and known else ""
         filled.append({**row, "step_ratio": ratio})
     return filled
+
+
+def _clock(row: Row) -> tuple[str, ...]:
+    """Return what rows have in common whose times compare."""
+    return tuple(row.get(name, "") for name in ("method", "processor", "precision"))
 
 
 def done_of(rows: Mapping[tuple[str, ...], Row], runs: Sequence[Run]) -> list[Run]:
