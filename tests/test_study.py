@@ -14,6 +14,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
@@ -21,7 +22,7 @@ from scipy import stats
 from ssl_samix.config import check_value, compose, parse, quote_paths
 from ssl_samix.errors import ConfigError, Interrupted, UserError
 from ssl_samix.study import command
-from ssl_samix.study.charts import COLOURS, Panel, Series, paint_chart, ticks
+from ssl_samix.study.charts import COLOURS, HEIGHT, Panel, Series, paint_chart, ticks
 from ssl_samix.study.children import Process, RunLock, Usage
 from ssl_samix.study.command import configured, main
 from ssl_samix.study.costs import COLUMNS as COSTS
@@ -277,6 +278,19 @@ def test_a_chart_shows_each_series_and_the_front():
     assert isinstance(picture, Image.Image)
     colours = {colour for _, colour in picture.getcolors(1 << 24)}
     assert {COLOURS[0], COLOURS[1]} <= colours
+
+
+def test_small_differences_look_small():
+    def rows_of(least):
+        """Return how far apart two points stand whose accuracies differ by 0.1, in pixels."""
+        series = [Series(n, [(0, y)], joined=False) for n, y in (("a", 40.0), ("b", 40.1))]
+        picture = paint_chart([Panel("one", series, least=least)], "x", "y").crop((60, 0, 400, 330))
+        pixels = np.asarray(picture)
+        first, second = (np.nonzero((pixels == colour).all(axis=2))[0] for colour in COLOURS[:2])
+        return first.mean() - second.mean()
+
+    assert rows_of(0.0) == pytest.approx(HEIGHT / 1.1, abs=2), "a twentieth is left on both sides"
+    assert rows_of(2.0) == pytest.approx(HEIGHT * 0.1 / 2, abs=2)
 
 
 class Stub:

@@ -57,11 +57,13 @@ class Panel:
         title: Above it.
         series: What is in it.
         front: Points that a broken line joins; none if empty.
+        least: What the y axis spans at least, so that small differences look small.
     """
 
     title: str
     series: Sequence[Series]
     front: Sequence[tuple[float, float]] = field(default=())
+    least: float = 0.0
 
 
 def write_chart(path: Path, panels: Sequence[Panel], x_label: str, y_label: str) -> None:
@@ -168,7 +170,7 @@ class _Axes:
             for sign in (-1, 1)
         ]
         self.width = _padded([px for px, _ in drawn])
-        self.height = _padded([py for _, py in drawn])
+        self.height = _padded([py for _, py in drawn], panel.least)
 
     def place(self, point: tuple[float, float]) -> tuple[float, float]:
         """Return where a point is in the picture."""
@@ -225,10 +227,11 @@ class _Axes:
                 self.brush.line(ends, (150, 150, 150), 1.5)
 
 
-def _padded(values: Sequence[float]) -> tuple[float, float]:
-    """Return ends between which all values have some room."""
+def _padded(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
+    """Return ends between which all values have some room, this far apart at least."""
     low, high = min(values), max(values)
     room = ROOM * (high - low) or max(0.5, ROOM * abs(high))
+    room = max(room, (least - (high - low)) / 2)
     return low - room, high + room
 
 

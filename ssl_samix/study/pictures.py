@@ -15,6 +15,7 @@ from ssl_samix.study.statistics import spread
 from ssl_samix.study.table import ACCURACIES, Row
 
 MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
+LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
 Curve = dict[int, tuple[float, float]]  # epochs done -> CPU seconds of training, accuracy
 
 
@@ -75,7 +76,7 @@ def _curve_panels(
                 series.append(Series(policy, _mean_curve(seeds, column)))
         series = [s for s in series if s.points]
         if series:
-            panels.append(Panel(method, series))
+            panels.append(Panel(method, series, least=LEAST))
     return panels
 
 
@@ -118,7 +119,7 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
                 series.append(Series(policy, points, errors, joined=timed))
         best = [] if timed else front([p for s in series for p in s.points])
         if series:
-            panels.append(Panel(method, series, best))
+            panels.append(Panel(method, series, best, LEAST))
     return panels
 
 
