@@ -26,6 +26,7 @@ TINY = {
     "backbone.width": 8,
     "trainer.max_epochs": 1,
     "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",  # what is measured of a run is measured again in float32
 }
 
 

@@ -25,7 +25,7 @@ from ssl_samix.evaluation.features import extract
 SIZE = 16
 TINY = {
     "data.batch_size": 16, "backbone.width": 8, "trainer.max_epochs": 2, "mixup": "none",
-    "method.queue_size": 32, "seed": 0,
+    "method.queue_size": 32, "seed": 0, "trainer.precision": "32-true",
 }  # fmt: skip
 
 

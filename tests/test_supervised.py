@@ -40,6 +40,8 @@ def run(tmp_path_factory):
         root,
         folder / "run",
         **{"data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 8},
+        # Its files are measured again in float32.
+        **{"trainer.precision": "32-true"},
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from ssl_samix.eval_protocols import linear, semi_supervised
 
+from ssl_samix import engine
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.choices import groups
 from ssl_samix.config import compose
@@ -89,8 +90,9 @@ def test_heads_trained_together_are_those_trained_alone(backbone):
     assert not torch.allclose(together.heads[1].weight, alone.heads[0].weight, atol=1e-3)
 
 
-def test_the_step_is_that_of_plain_sgd(backbone):
+def test_the_step_is_that_of_plain_sgd(backbone, monkeypatch):
     """Against a loop written out: momentum, weight decay, cosine, scaled learning rate."""
+    monkeypatch.setattr(engine, "choose_precision", lambda _: "32-true")  # the loop's
     watch = Watch()
     recipe = replace(SGD, weight_decay=0.01, lr=(3.0,))
     module = fit(backbone, 2, recipe, data(two_colours()), seed=3, device=CPU, callbacks=[watch])
