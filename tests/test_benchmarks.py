@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ttest_rel
 
 from tests.conftest import samix_here
 
@@ -124,6 +128,46 @@ def test_mixer_learning(bench, tmp_path):
     assert second["local"] == second["flat local"]
     assert second["global"] == second["flat global"]
     assert (second["slope"], second["mask_std"]) == (1.0, 0.0)
+
+
+def test_beyond(bench, tmp_path, capsys):
+    small = ["data.limit=100", "data.batch_size=50", "backbone.width=16", "trainer.max_epochs=1"]
+    runs = [tmp_path / name for name in ("plain-s0", "plain-s1", "mixed-s0", "mixed-s1")]
+    for run in runs:
+        words = [f"mixup={'none' if 'plain' in run.name else 'mixup'}", f"seed={run.name[-1]}"]
+        samix_here("pretrain", "method=simclr", *words, *small, f"out={run}", cwd=tmp_path)
+    words = ["--reference", "plain", "--csv", tmp_path / "beyond.csv"]
+    bench("beyond", runs[0], *words, "--only", "labels-10")
+    _, (rows,) = bench("beyond", *runs, *words, "--only", "linear,robustness,digits-knn")
+    lines = {row.pop(""): row for row in rows}
+    assert list(lines)[:2] == [
+        "10% of labels, fine-tuned",
+        "10% of labels, L-BFGS on frozen features",
+    ]
+    assert list(lines)[2:4] == ["linear", "clean images, L-BFGS"]
+
+    def top1(run):
+        file = run / "results" / "beyond" / "digits-knn" / "results.json"
+        (chosen,) = (r for r in json.loads(file.read_text())["results"] if r["variant"] == "chosen")
+        return chosen["numbers"]["top1"]
+
+    plain, mixed = (np.array([top1(run) for run in pair]) for pair in (runs[:2], runs[2:]))
+    width = ttest_rel(mixed, plain).confidence_interval(0.95)
+    half = (width.high - width.low) / 2
+    assert lines["digits, knn"] == {
+        **{
+            name: f"{x.mean():.2f} ± {x.std(ddof=1):.2f}"
+            for name, x in (("plain", plain), ("mixed", mixed))
+        },
+        "difference": f"{(mixed - plain).mean():+.2f} ± {half:.2f}",
+    }
+    for run in runs:
+        shutil.rmtree(run)  # what the table has is not measured again
+    (again,) = bench("beyond", *words)[1]
+    assert {row.pop(""): row for row in again} == lines
+    with pytest.raises(SystemExit, match="2"):
+        bench("beyond", tmp_path / "plain-s0", *words)
+    assert "holds no encoder.safetensors" in capsys.readouterr().err
 
 
 def test_knn_baselines(bench):

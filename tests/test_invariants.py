@@ -64,6 +64,20 @@ def test_mixer_losses_give_the_mixer_alone_a_gradient(name, mixing, placement):
 
 
 @learned
+def test_a_negative_eta_turns_the_global_term_around(name, mixing):
+    def gradient(eta):
+        torch.manual_seed(0)
+        method = mixed_method(name, mixing, eta=eta)
+        terms_of(method).losses["mixer"].backward()
+        return method.mixing.policy.block.value[3].weight.grad
+
+    local = gradient(0.0)
+    towards, away = gradient(0.5) - local, gradient(-0.5) - local
+    assert towards.abs().max() > 1e-6
+    torch.testing.assert_close(away, -towards, atol=1e-6, rtol=1e-2)
+
+
+@learned
 def test_mixers_pass_leaves_teacher_and_encoder_as_they_are(name, mixing):
     method = mixed_method(name, mixing)
     images = batch()
@@ -420,7 +434,7 @@ def test_lam_can_be_the_share_of_the_mask():
         ({"features": "student"}, "unknown mixup.features"),
         ({"fraction": 0.0}, "mixup.fraction must be"),
         ({"update_every": 0}, "mixup.update_every must be"),
-        ({"eta": -1.0}, "mixup.eta must be"),
+        ({"eta": -11.0}, "mixup.eta must be"),
         ({"lam": "image"}, "unknown mixup.lam"),
         ({"targets": "siblings"}, "unknown mixup.targets 'siblings': did you mean 'sibling'"),
     ],

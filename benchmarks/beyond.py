@@ -1,0 +1,198 @@
+"""What encoders are worth beyond their training set: corruptions, other data, few labels.
+
+    python benchmarks/beyond.py runs/study/simclr-none-e12-s0 runs/study/simclr-samix-e12-s0 \
+        --reference simclr-none-e12 --fashion /where/FashionMNIST/is --csv beyond.csv
+
+Runs that differ in nothing but their seed are called <name>-s<seed>, as those of a study are. A
+number is a row of the table as soon as it is known, and is not measured again. At the end the whole
+table is printed: means and standard deviations over seeds, and differences to the reference, paired
+by seed, with their 95% confidence intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import print_table, progress, refusing
+
+from ssl_samix.cli import main as samix
+from ssl_samix.errors import UserError
+from ssl_samix.evaluation.table import read_rows
+from ssl_samix.run_folder import RunFolder
+from ssl_samix.study.statistics import paired, spread
+from ssl_samix.study.table import write_table
+
+COLUMNS = ("run", "seed", "measure", "value")
+NAME = re.compile(r"(.+)-s(\d+)")
+Record = dict[str, dict[str, float]]  # the numbers of a results.json, by variant
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One command of evaluation and the numbers that are kept of it.
+
+    Attributes:
+        words: Of the command; {here} is the folder that holds the results of all commands.
+        numbers: Name in the table -> (variant, number) of results.json.
+    """
+
+    words: tuple[str, ...]
+    numbers: dict[str, tuple[str, str]]
+
+
+def transfer(data: str, *words: str) -> dict[str, Measure]:
+    """Return kNN and linear probe of another data set."""
+    return {
+        f"{data}-{command}": Measure(
+            (command, f"data={data}", *words), {f"{data}, {command}": (variant, "top1")}
+        )
+        for command, variant in (("knn", "chosen"), ("linear", "heads"))
+    }
+
+
+def few_labels(percent: int) -> dict[str, Measure]:
+    """Return fine-tuning with a share of the labels."""
+    words = ("semi", f"percent={percent}", f"finetune=openmixup_{percent}")
+    kept = {"fine-tuned": "fine-tuned", "L-BFGS on frozen features": "linear"}
+    numbers = {f"{percent}% of labels, {n}": (f"{v} {percent}%", "top1") for n, v in kept.items()}
+    return {f"labels-{percent}": Measure(words, numbers)}
+
+
+def measures(fashion: str | None) -> dict[str, Measure]:
+    """Return all measures, in the order in which they are made."""
+    robust = {
+        "clean images, L-BFGS": "top1", "calibration error": "ece", "FGSM": "fgsm_top1",
+        "all corruptions": "corrupted_top1", "noise": "gaussian_noise_top1",
+        "blur": "gaussian_blur_top1", "contrast": "contrast_top1", "JPEG": "jpeg_top1",
+    }  # fmt: skip
+    clothes = (f"data.root={fashion}", "data.limit=10000")
+    return {
+        "linear": Measure(("linear",), {"linear": ("heads", "top1")}),
+        "robustness": Measure(  # of what the one before has fitted
+            ("robustness", "run={here}/linear", "corruptions=true"),
+            {name: ("linear", number) for name, number in robust.items()},
+        ),
+        **transfer("digits"),
+        **(transfer("fashion_mnist", *clothes) if fashion else {}),
+        **few_labels(1),
+        **few_labels(10),
+    }
+
+
+def measured(run: Path, name: str, measure: Measure) -> Record:
+    """Return what a command measures of a run, from its results if they are there already."""
+    here = run / "results" / "beyond"
+    record = here / name / "results.json"
+    if not record.exists():
+        command, *words = (word.replace("{here}", str(here)) for word in measure.words)
+        if not any(word.startswith("run=") for word in words):
+            words.insert(0, f"run={run}")
+        with contextlib.redirect_stdout(io.StringIO()):
+            samix([command, *words, f"out={here / name}"])
+    results: list[dict[str, Any]] = json.loads(record.read_text("utf-8"))["results"]
+    return {result["variant"]: result["numbers"] for result in results}
+
+
+def parts_of(run: Path) -> tuple[str, str]:
+    """Split a folder's name into that of the runs like it, and the seed.
+
+    Raises:
+        UserError: If it is not called so, or holds no encoder.
+    """
+    match = NAME.fullmatch(run.name)
+    if match is None:
+        raise UserError(f"{run}: a run is to be called <name>-s<seed>")
+    if not RunFolder(run).encoder.exists():
+        raise UserError(f"{run} holds no encoder.safetensors")
+    return match[1], match[2]
+
+
+def table(rows: Sequence[dict[str, str]], reference: str) -> list[tuple[str, ...]]:
+    """Return header and lines: a line per measure, mean and difference per kind of run."""
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        of_measure = values.setdefault(row["measure"], {})
+        of_measure.setdefault(row["run"], {})[row["seed"]] = float(row["value"])
+    runs = list(dict.fromkeys([reference, *(row["run"] for row in rows)]))
+    header = ["", *(cell for run in runs for cell in (run, "difference"))]
+    del header[2]  # the reference's to itself
+
+    def line(name: str, of_measure: dict[str, dict[str, float]]) -> tuple[str, ...]:
+        cells = [name]
+        for run in runs:
+            own = of_measure.get(run, {})
+            mean = spread([*own.values()]) if own else None
+            off = "" if mean is None or mean.deviation is None else f" ± {mean.deviation:.2f}"
+            cells.append("" if mean is None else f"{mean.mean:.2f}{off}")
+            gap = paired(own, of_measure.get(reference, {}))
+            if run != reference:
+                width = "" if gap is None or gap.half_width is None else f" ± {gap.half_width:.2f}"
+                cells.append("" if gap is None else f"{gap.mean:+.2f}{width}")
+        return tuple(cells)
+
+    return [tuple(header), *(line(*each) for each in values.items())]
+
+
+def add(
+    rows: list[dict[str, str]], runs: dict[Path, tuple[str, str]], name: str, measure: Measure
+) -> bool:
+    """Add what a command measures of runs to the rows of the table, one run per call.
+
+    Returns:
+        Whether there was something to add.
+    """
+    done = {(row["run"], row["seed"], row["measure"]) for row in rows}
+    for run, (kind, seed) in runs.items():
+        if all((kind, seed, number) in done for number in measure.numbers):
+            continue
+        progress(f"{run.name}: {name}")
+        found = measured(run, name, measure)
+        for number, (variant, key) in measure.numbers.items():
+            value = f"{found[variant][key]:.6g}"
+            rows.append(dict(zip(COLUMNS, (kind, seed, number, value), strict=True)))
+        return True
+    return False
+
+
+@refusing()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing in the table, and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of samix pretrain")
+    parser.add_argument("--reference", required=True, help="name of the runs to compare with")
+    parser.add_argument("--csv", required=True, type=Path, help="the table; it is continued")
+    parser.add_argument("--fashion", help="folder that holds FashionMNIST; not measured without")
+    parser.add_argument("--only", help="some of the measures, with commas between")
+    args = parser.parse_args(arguments)
+    known = measures(args.fashion)
+    names = args.only.split(",") if args.only else list(known)
+    for name in names:
+        if name not in known:
+            parser.error(f"--only: {name!r} is not one of {', '.join(known)}")
+    rows = read_rows(args.csv)
+    if any(row.get(name) is None for row in rows for name in COLUMNS):
+        raise UserError(f"{args.csv} is damaged or another table")
+    runs = {run: parts_of(run) for run in args.runs}
+    if args.reference not in {row["run"] for row in rows} | {kind for kind, _ in runs.values()}:
+        raise UserError(f"--reference: no run is called {args.reference}")
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        while add(rows, runs, name, known[name]):
+            write_table(args.csv, COLUMNS, rows)
+    print("## Beyond the training set\n")
+    print(f"top-1 in percent (calibration error likewise), differences to {args.reference}\n")
+    header, *lines = table(rows, args.reference)
+    print_table(header, lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
