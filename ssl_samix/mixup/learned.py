@@ -34,9 +34,9 @@ class SAMixObjective(MixObjective):
         upsampling: Of the mask.
         lam: ``drawn`` or ``mask`` (see ``SAMix``).
         lam_margin: A ratio this near to 0 or 1 gets a flat mask.
-        eta: Weight of the global term. Below 0 the Mixer is an adversary: it seeks mixtures that are
-            hard to tell from other images (after AdAutoMix, arXiv 2312.11954), while the local term
-            keeps them between their parents.
+        eta: Weight of the global term. Below 0 the Mixer is an adversary: mixtures are to be hard
+            to tell from other images (after AdAutoMix, arXiv 2312.11954), and between their parents
+            by the local term alone.
         temperature: Of the local term.
         mask_weight: Weight of the mask loss at the start; it falls to 0 by a cosine.
         mask_margin: How far a mask may be from its ratio, free of cost.
