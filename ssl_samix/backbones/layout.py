@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-NARROW = 8  # channels
+NARROW = 16  # channels: numbers in the longest vector of a CPU
 
 
 def breaks_in_channels_last(module: nn.Module) -> bool:
     """Say whether the module may not be given images or weights in channels_last.
 
     oneDNN's backward pass of a 1x1 convolution of stride 2 writes past its memory in channels_last
-    when it reads fewer than 8 channels (seen with torch 2.15 on a CPU without AVX-512).
+    when it reads fewer channels than fit a vector: 8 numbers, with AVX-512 16 (seen with torch 2.15
+    from 48 px on).
     """
     return any(
         isinstance(conv, nn.Conv2d) and conv.in_channels < NARROW and conv.kernel_size == (1, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -129,9 +132,9 @@ def test_a_missing_stage_is_named():
         Backbone("shufflenet_v2_x0_5", image_size=64).map_spec(3)
 
 
-@pytest.mark.parametrize(("width", "contiguous"), [(4, True), (8, False)])
+@pytest.mark.parametrize(("width", "contiguous"), [(4, True), (8, True), (16, False)])
 def test_a_very_narrow_network_computes_in_its_own_layout(width, contiguous):
-    """oneDNN's strided 1x1 convolution of fewer than 8 channels_last channels corrupts memory."""
+    """oneDNN's strided 1x1 convolution of few channels_last channels corrupts memory."""
     backbone = Backbone("resnet18", image_size=16, width=width)
     images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     maps = [
@@ -144,6 +147,22 @@ def test_a_very_narrow_network_computes_in_its_own_layout(width, contiguous):
     backbone.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     backbone(images)
     assert seen[0].is_contiguous() == contiguous
+
+
+def test_a_very_narrow_network_trains_at_a_size_where_memory_was_corrupted():
+    code = """
+import torch
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.engine import memory_format
+for width in (8, 12):
+    backbone = Backbone("resnet18", image_size=96, stem="small", width=width)
+    backbone.to(memory_format=memory_format(backbone))
+    images = torch.randn(4, 3, 96, 96).to(memory_format=torch.channels_last)
+    for size in range(4):
+        backbone(images).square().mean().backward()
+        torch.randn(100_000 + size)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def gradients(backbone, images):
