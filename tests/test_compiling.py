@@ -149,7 +149,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(monkeypatch, caplog
     ("backbone", "reason"), [({"width": 4}, "narrow"), ({"checkpointing": True}, "checkpointing")]
 )
 def test_networks_that_stay_as_they_are(backbone, reason, caplog):
-    method = METHODS["simclr"](Backbone("resnet18", image_size=16, **{"width": 8, **backbone}))
+    method = METHODS["simclr"](Backbone("resnet18", image_size=16, **{"width": 16, **backbone}))
     assert not compile_if_wanted(method, True, CPU)
     assert reason in caplog.text
 

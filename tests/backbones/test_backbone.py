@@ -13,6 +13,7 @@ from torch import nn
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.backbones.resnet import RESNETS
+from ssl_samix.engine import memory_format
 from ssl_samix.errors import ConfigError
 
 
@@ -147,6 +148,13 @@ def test_a_very_narrow_network_computes_in_its_own_layout(width, contiguous):
     backbone.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     backbone(images)
     assert seen[0].is_contiguous() == contiguous
+
+
+def test_narrow_convolutions_without_stride_keep_channels_last():
+    net = Backbone("efficientnet_b0", image_size=32)
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert min(conv.in_channels for conv in convs) < 8
+    assert memory_format(net) == torch.channels_last
 
 
 def test_a_very_narrow_network_trains_at_a_size_where_memory_was_corrupted():
