@@ -88,7 +88,7 @@ class OnFrozenEncoder(pl.LightningModule):
     def compared(self, batch: Batch, plan: MixPlan) -> dict[str, Tensor]:
         """Return the losses of flat masks, and how the Mixer's follow the ratio."""
         method, mixing = self.method, self.mixing
-        images, partners = mixing.sources(batch, 0, 1)
+        images, partners = mixing.sources(method, batch, 0, 1)
         size = images.shape[-1]
         uniform = blend(images, partners, plan, flat(plan.lam, size), plan.lam)
         query = method.frozen_query(uniform.images)

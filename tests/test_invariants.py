@@ -236,6 +236,20 @@ def test_each_parent_is_told_by_the_view_that_is_asked_for(
         method.after_batch()
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("mixing", ["mixup", "samix"])
+@pytest.mark.parametrize(("placement", "chosen"), [("add", "cross"), ("replace", "same")])
+def test_partners_are_of_the_same_view_where_views_are_replaced(name, mixing, placement, chosen):
+    def losses(pairs):
+        torch.manual_seed(0)
+        method = mixed_method(name, mixing, placement=placement, pairs=pairs)
+        return torch.stack(list(terms_of(method).losses.values())).detach()
+
+    other = {"cross": "same", "same": "cross"}[chosen]
+    torch.testing.assert_close(losses("auto"), losses(chosen), rtol=0, atol=0)
+    assert ((losses("auto") - losses(other)).abs() > 1e-5).sum() >= (2 if mixing == "samix" else 1)
+
+
 @kinds_of_pairs
 def test_the_mixer_is_told_of_parents_by_the_same_views(pairs, targets, shown, told):
     method = mixed_method("simclr", "samix", pairs=pairs, targets=targets).eval()
@@ -281,7 +295,13 @@ def count_passes(method):
         ("moco", "mixup", {"targets": "sibling"}, (16, 16)),  # keys of both views
         ("simclr", "mixup", {"targets": "sibling"}, (24, 0)),  # both are embedded anyway
         ("byol", "mixup", {"targets": "sibling"}, (24, 16)),
-        ("simclr", "mixup", {"targets": "sibling", "placement": "replace"}, (24, 0)),
+        (
+            "simclr",
+            "mixup",
+            {"targets": "sibling", "placement": "replace", "pairs": "cross"},
+            (24, 0),
+        ),
+        ("simclr", "mixup", {"targets": "sibling", "placement": "replace"}, (16, 0)),
         ("moco", "samix", {}, (16, 16)),  # keys, and the Mixer's own pass
         ("moco", "samix", {"placement": "replace"}, (8, 16)),
         ("moco", "samix", {"fraction": 0.5}, (12, 12)),

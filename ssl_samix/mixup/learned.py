@@ -124,7 +124,7 @@ class SAMixObjective(MixObjective):
             batch: Views of B images.
             progress: Share of the run that is done, in [0, 1].
         """
-        images, partners = self.sources(batch, 0, 1)
+        images, partners = self.sources(method, batch, 0, 1)
         targets = self.both_targets(method, batch, method.targets(batch.views[1]))
         maps = self.maps(method, images, partners)
         assert maps is not None
@@ -161,7 +161,7 @@ class SAMixObjective(MixObjective):
         self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
     ) -> Mixed:
         """Mix for the encoder, by the masks that the Mixer predicts now."""
-        images, partners = self.sources(batch, first, second)
+        images, partners = self.sources(method, batch, first, second)
         maps = self.maps(method, images, partners)
         mixed = self.policy(images, partners, plan, maps, self.plain(plan, batch))
         # On the device, without a look: the host asks at the end of the epoch.

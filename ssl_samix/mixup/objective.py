@@ -34,6 +34,8 @@ class MixObjective(nn.Module):
             training, as they were published, add everywhere else.
         fraction: Share of the batch that is mixed.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
+            ``auto``: same where mixtures replace the views (else their only task were an easy one:
+            the partner is compared with the very view its pixels are of), cross beside them.
         targets: Of the parents of ``cross`` pairs. ``shared``: both of the view that the partner's
             pixels are of, which every method has anyway; the partner is told by that very view.
             ``sibling``: each parent's is of the view that its pixels are not of, as in OpenMixup's
@@ -60,7 +62,7 @@ class MixObjective(nn.Module):
         weight: float = 1.0,
         placement: Literal["auto", "add", "replace"] = "auto",
         fraction: float = 1.0,
-        pairs: Literal["cross", "same"] = "cross",
+        pairs: Literal["auto", "cross", "same"] = "auto",
         targets: Literal["shared", "sibling"] = "shared",
         stage: int | None = None,
         features: Literal["teacher", "online"] = "teacher",
@@ -71,7 +73,7 @@ class MixObjective(nn.Module):
         check_range("mixup.weight", weight, 0)
         check_range("mixup.fraction", fraction, SMALLEST, 1)
         check_choice("mixup.placement", placement, ("auto", "add", "replace"))
-        check_choice("mixup.pairs", pairs, ("cross", "same"))
+        check_choice("mixup.pairs", pairs, ("auto", "cross", "same"))
         check_choice("mixup.targets", targets, ("shared", "sibling"))
         check_choice("mixup.features", features, ("teacher", "online"))
         if stage is not None and backbone is not None:
@@ -103,6 +105,12 @@ class MixObjective(nn.Module):
         if self.placement == "auto":
             return not (method.keeps_plain_views or self.learns)
         return self.placement == "replace"
+
+    def crosses(self, method: Method) -> bool:
+        """Say whether partners are taken from the other view."""
+        if self.pairs == "auto":
+            return not self.replaces(method)
+        return self.pairs == "cross"
 
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         plan = self.draw(batch.views[0])
@@ -141,7 +149,7 @@ class MixObjective(nn.Module):
             Twice (B, D); one and the same tensor if both are of one view.
         """
         image = batch.views[first]
-        crossed = self.pairs == "cross" and any(view is not image for view in batch.views)
+        crossed = self.crosses(method) and any(view is not image for view in batch.views)
         if self.targets == "shared" or not crossed:
             return own, own
         return own, method.targets(image)
@@ -159,13 +167,15 @@ class MixObjective(nn.Module):
         self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
     ) -> Mixed:
         """Mix view ``first`` with partners from view ``second``, or from itself."""
-        images, partners = self.sources(batch, first, second)
+        images, partners = self.sources(method, batch, first, second)
         return self.policy(images, partners, plan, self.maps(method, images, partners))
 
-    def sources(self, batch: Batch, first: int, second: int) -> tuple[Tensor, Tensor]:
+    def sources(
+        self, method: Method, batch: Batch, first: int, second: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the images and those that their partners are taken from."""
         images = batch.views[first]
-        return images, batch.views[second] if self.pairs == "cross" else images
+        return images, batch.views[second] if self.crosses(method) else images
 
     def maps(
         self, method: Method, images: Tensor, partners: Tensor
