@@ -6,7 +6,8 @@
 Runs that differ in nothing but their seed are called <name>-s<seed>, as those of a study are. A
 number is a row of the table as soon as it is known, and is not measured again. At the end the whole
 table is printed: means and standard deviations over seeds, and differences to the reference, paired
-by seed, with their 95% confidence intervals.
+by seed, with their 95% confidence intervals. Beside the table a picture shows top-1 against the
+strength of each corruption.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from ssl_samix.cli import main as samix
 from ssl_samix.errors import UserError
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.run_folder import RunFolder
+from ssl_samix.study.charts import Panel, Series, write_chart
 from ssl_samix.study.statistics import paired, spread
 from ssl_samix.study.table import write_table
 
 COLUMNS = ("run", "seed", "measure", "value")
+CORRUPTIONS = {
+    "noise": "gaussian_noise", "blur": "gaussian_blur", "contrast": "contrast", "JPEG": "jpeg",
+}  # fmt: skip
+CLEAN = "clean images, L-BFGS"
+STRENGTHS = range(1, 6)
+STRENGTH = ", strength "  # between a corruption and its strength: such rows are for the picture
 NAME = re.compile(r"(.+)-s(\d+)")
+Values = dict[str, dict[str, dict[str, float]]]
 Record = dict[str, dict[str, float]]  # the numbers of a results.json, by variant
 
 
@@ -70,9 +79,10 @@ def few_labels(percent: int) -> dict[str, Measure]:
 def measures(fashion: str | None) -> dict[str, Measure]:
     """Return all measures, in the order in which they are made."""
     robust = {
-        "clean images, L-BFGS": "top1", "calibration error": "ece", "FGSM": "fgsm_top1",
-        "all corruptions": "corrupted_top1", "noise": "gaussian_noise_top1",
-        "blur": "gaussian_blur_top1", "contrast": "contrast_top1", "JPEG": "jpeg_top1",
+        CLEAN: "top1", "calibration error": "ece", "FGSM": "fgsm_top1",
+        "all corruptions": "corrupted_top1",
+        **{name: f"{key}_top1" for name, key in CORRUPTIONS.items()},
+        **{f"{n}{STRENGTH}{i}": f"{key}_{i}" for n, key in CORRUPTIONS.items() for i in STRENGTHS},
     }  # fmt: skip
     clothes = (f"data.root={fashion}", "data.limit=10000")
     return {
@@ -98,8 +108,13 @@ def measured(run: Path, name: str, measure: Measure) -> Record:
             words.insert(0, f"run={run}")
         with contextlib.redirect_stdout(io.StringIO()):
             samix([command, *words, f"out={here / name}"])
-    results: list[dict[str, Any]] = json.loads(record.read_text("utf-8"))["results"]
-    return {result["variant"]: result["numbers"] for result in results}
+    content: dict[str, Any] = json.loads(record.read_text("utf-8"))
+    found: Record = {result["variant"]: result["numbers"] for result in content["results"]}
+    for variant, corruptions in content["details"].get("corruptions", {}).items():
+        for corruption, curve in corruptions.items():
+            for strength, top1 in zip(STRENGTHS, curve["top1"], strict=True):
+                found[variant][f"{corruption}_{strength}"] = top1
+    return found
 
 
 def parts_of(run: Path) -> tuple[str, str]:
@@ -116,12 +131,36 @@ def parts_of(run: Path) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def table(rows: Sequence[dict[str, str]], reference: str) -> list[tuple[str, ...]]:
-    """Return header and lines: a line per measure, mean and difference per kind of run."""
-    values: dict[str, dict[str, dict[str, float]]] = {}
+def by_measure(rows: Sequence[dict[str, str]]) -> Values:
+    """Sort the values of the table: measure -> kind of run -> seed."""
+    values: Values = {}
     for row in rows:
         of_measure = values.setdefault(row["measure"], {})
         of_measure.setdefault(row["run"], {})[row["seed"]] = float(row["value"])
+    return values
+
+
+def paint(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Write a panel per corruption: mean and standard deviation over seeds at its strengths."""
+    values = by_measure(rows)
+    panels = []
+    for corruption in CORRUPTIONS:
+        measures = [CLEAN, *(f"{corruption}{STRENGTH}{i}" for i in STRENGTHS)]
+        kinds = values.get(measures[-1], {})
+        series = []
+        for kind in kinds:
+            means = [spread([*values[measure][kind].values()]) for measure in measures]
+            points = [(float(i), mean.mean) for i, mean in enumerate(means)]
+            series.append(Series(kind, points, [mean.deviation or 0.0 for mean in means]))
+        if series:
+            panels.append(Panel(corruption, series, least=5.0))  # a seed is worth a point
+    if panels:
+        write_chart(path, panels, "strength (0: clean images)", "top-1 %")
+
+
+def table(rows: Sequence[dict[str, str]], reference: str) -> list[tuple[str, ...]]:
+    """Return header and lines: a line per measure, mean and difference per kind of run."""
+    values = by_measure([row for row in rows if STRENGTH not in row["measure"]])
     runs = list(dict.fromkeys([reference, *(row["run"] for row in rows)]))
     header = ["", *(cell for run in runs for cell in (run, "difference"))]
     del header[2]  # the reference's to itself
@@ -157,8 +196,9 @@ def add(
         progress(f"{run.name}: {name}")
         found = measured(run, name, measure)
         for number, (variant, key) in measure.numbers.items():
-            value = f"{found[variant][key]:.6g}"
-            rows.append(dict(zip(COLUMNS, (kind, seed, number, value), strict=True)))
+            if (kind, seed, number) not in done:
+                value = f"{found[variant][key]:.6g}"
+                rows.append(dict(zip(COLUMNS, (kind, seed, number, value), strict=True)))
         return True
     return False
 
@@ -192,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"top-1 in percent (calibration error likewise), differences to {args.reference}\n")
     header, *lines = table(rows, args.reference)
     print_table(header, lines)
+    paint(rows, args.csv.with_suffix(".png"))
 
 
 if __name__ == "__main__":

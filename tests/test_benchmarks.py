@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_rel
 
+from ssl_samix.evaluation.table import read_rows
 from tests.conftest import samix_here
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -161,10 +162,20 @@ def test_beyond(bench, tmp_path, capsys):
         },
         "difference": f"{(mixed - plain).mean():+.2f} ± {half:.2f}",
     }
+    table = read_rows(tmp_path / "beyond.csv")
+    file = runs[3] / "results" / "beyond" / "robustness" / "results.json"
+    curve = json.loads(file.read_text())["details"]["corruptions"]["linear"]["contrast"]["top1"]
+    name = "contrast, strength "
+    of_run = [r for r in table if (r["run"], r["seed"]) == ("mixed", "1")]
+    strengths = {r["measure"]: float(r["value"]) for r in of_run if r["measure"].startswith(name)}
+    assert strengths == {f"{name}{i + 1}": pytest.approx(v, abs=1e-3) for i, v in enumerate(curve)}
     for run in runs:
         shutil.rmtree(run)  # what the table has is not measured again
+    (tmp_path / "beyond.png").unlink()
     (again,) = bench("beyond", *words)[1]
     assert {row.pop(""): row for row in again} == lines
+    with Image.open(tmp_path / "beyond.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10, "not a blank page"
     with pytest.raises(SystemExit, match="2"):
         bench("beyond", tmp_path / "plain-s0", *words)
     assert "holds no encoder.safetensors" in capsys.readouterr().err
