@@ -30,8 +30,8 @@ class MixObjective(nn.Module):
         weight: Factor of the mixed loss.
         placement: ``add``: mixtures come beside the plain views, whose own loss stays (as in the
             paper). ``replace``: mixtures are the query views and the own loss is the mixed one, at
-            no extra pass of the encoder. ``auto``: replace for hand-made policies in supervised
-            training, as they were published, add everywhere else.
+            no extra pass of the encoder. ``auto``: replace in supervised training for policies that
+            do not learn, as the hand-made ones were published, add everywhere else.
         fraction: Share of the batch that is mixed.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
             ``auto``: same where mixtures replace the views (else their only task were an easy one:
