@@ -29,7 +29,7 @@ from ssl_samix.cli import main as samix
 from ssl_samix.errors import UserError
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.run_folder import RunFolder
-from ssl_samix.study.charts import Panel, Series, write_chart
+from ssl_samix.study.charts import Panel, Series, chart, write_figure
 from ssl_samix.study.statistics import paired, spread
 from ssl_samix.study.table import write_table
 
@@ -155,7 +155,7 @@ def paint(rows: Sequence[dict[str, str]], path: Path) -> None:
         if series:
             panels.append(Panel(corruption, series, least=5.0))  # a seed is worth a point
     if panels:
-        write_chart(path, panels, "strength (0: clean images)", "top-1 %")
+        write_figure(path, chart(panels, "strength (0: clean images)", "top-1 %"))
 
 
 def table(rows: Sequence[dict[str, str]], reference: str) -> list[tuple[str, ...]]:

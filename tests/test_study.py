@@ -14,7 +14,6 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
@@ -22,7 +21,7 @@ from scipy import stats
 from ssl_samix.config import check_value, compose, parse, quote_paths
 from ssl_samix.errors import ConfigError, Interrupted, UserError
 from ssl_samix.study import command
-from ssl_samix.study.charts import COLOURS, HEIGHT, Panel, Series, paint_chart, ticks
+from ssl_samix.study.charts import COLOURS, Gaps, Panel, Series, chart, differences, write_figure
 from ssl_samix.study.children import Process, RunLock, Usage
 from ssl_samix.study.command import configured, main
 from ssl_samix.study.costs import COLUMNS as COSTS
@@ -262,35 +261,57 @@ def test_the_report(study):
     assert "42.00 ± – | +2.00 (–)" in "\n".join(report(plan, [rows[0], rows[1]]))
     plan.csv.parent.mkdir()
     write_report(plan, rows)
-    assert "![](study-front.png)" in plan.csv.with_suffix(".md").read_text()
+    for name in ("front", "differences"):
+        assert f"![](study-{name}.png)" in plan.csv.with_suffix(".md").read_text()
     assert not plan.csv.with_name("study-epochs.png").exists(), "no run folder is here"
 
 
-def test_ticks_are_round():
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(38.7, 47.2) == [40, 42, 44, 46]
-
-
-def test_a_chart_shows_each_series_and_the_front():
+def test_a_chart_shows_each_series_and_the_front(tmp_path):
     assert front([(1, 40), (1.5, 39), (2, 43), (3, 43)]) == [(1, 40), (2, 43)]
-    series = [Series("a", [(0, 1), (1, 2)], [0.5, 0.0]), Series("b", [(0.5, 1.5)])]
-    picture = paint_chart([Panel("one", series, [(0, 1), (1, 2)])] * 4, "x", "y")
-    assert isinstance(picture, Image.Image)
-    colours = {colour for _, colour in picture.getcolors(1 << 24)}
-    assert {COLOURS[0], COLOURS[1]} <= colours
+    first = Series("a", [(0, 1), (1, 2)], [0.5, 0.0])
+    second = Series("b", [(0.5, 1.5)], joined=False)
+    panels = [Panel("one", [first], [(0, 1), (1, 2)]), *[Panel("more", [second, first])] * 3]
+    write_figure(tmp_path / "chart.png", chart(panels, "x", "y"))
+    picture = Image.open(tmp_path / "chart.png").convert("RGB")
+    found = {
+        f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in picture.getcolors(1 << 24)
+    }
+    assert set(COLOURS[:-1]) & found == set(COLOURS[:2])
+    figure = chart(panels, "x", "y")
+    assert [axes.get_title() for axes in figure.axes] == ["one", "more", "more", "more"]
+    looks = [[line.get_color() for line in axes.get_lines()] for axes in figure.axes]
+    assert [COLOURS[1] in look for look in looks] == [False, True, True, True]
+    assert all(COLOURS[0] in look for look in looks), "a name has one look in all panels"
 
 
 def test_small_differences_look_small():
-    def rows_of(least):
-        """Return how far apart two points stand whose accuracies differ by 0.1, in pixels."""
+    def span(least):
         series = [Series(n, [(0, y)], joined=False) for n, y in (("a", 40.0), ("b", 40.1))]
-        picture = paint_chart([Panel("one", series, least=least)], "x", "y").crop((60, 0, 400, 330))
-        pixels = np.asarray(picture)
-        first, second = (np.nonzero((pixels == colour).all(axis=2))[0] for colour in COLOURS[:2])
-        return first.mean() - second.mean()
+        low, high = chart([Panel("one", series, least=least)], "x", "y").axes[0].get_ylim()
+        assert low < 40
+        assert high > 40.1
+        return high - low
 
-    assert rows_of(0.0) == pytest.approx(HEIGHT / 1.1, abs=2), "a twentieth is left on both sides"
-    assert rows_of(2.0) == pytest.approx(HEIGHT * 0.1 / 2, abs=2)
+    assert span(0.0) < 0.15
+    assert span(2.0) == pytest.approx(2.0)
+
+
+def test_differences_have_their_place_interval_and_look():
+    several, one = (
+        paired({"0": 3.0, "1": 4.0}, {"0": 1.0, "1": 1.0}),
+        paired({"0": 1.0}, {"0": 2.0}),
+    )
+    rows = [[Gaps("kNN", [("a", several), ("b", one)]), Gaps("linear", [("a", several)])]]
+    axes = differences(rows, "points").axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == ["a"]
+    (first, _, (bar,)), (second, *_) = axes[0].containers
+    assert (first.get_xdata(), first.get_ydata()) == ([2.5], [0])
+    half = 12.7062 * 0.5  # t of one degree of freedom at 97.5%, standard error of 2 and 3
+    assert bar.get_segments()[0][:, 0] == pytest.approx([2.5 - half, 2.5 + half], abs=1e-3)
+    assert second.get_xdata() == [-1]
+    assert second.get_fillstyle() == "none"
+    assert first.get_fillstyle() == "full"
 
 
 class Stub:

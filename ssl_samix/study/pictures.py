@@ -1,4 +1,4 @@
-"""The pictures of a study: accuracy over epochs, over time, and against cost. No torch."""
+"""The pictures of a study: accuracy over epochs, over time, against cost, and gaps. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from statistics import fmean
 
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.run_folder import RunFolder
-from ssl_samix.study.charts import Panel, Series, write_chart
+from ssl_samix.study.charts import Gaps, Panel, Series, chart, differences, write_figure
 from ssl_samix.study.plan import Study
-from ssl_samix.study.statistics import spread
-from ssl_samix.study.table import ACCURACIES, Row
+from ssl_samix.study.statistics import paired, spread
+from ssl_samix.study.table import ACCURACIES, Row, by_seed
 
 MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
 LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
@@ -31,7 +31,7 @@ def paint_study(study: Study, rows: Sequence[Row]) -> list[Path]:
         panels = _curve_panels(study, curves, column)
         if panels:
             written.append(stem.with_name(f"{stem.name}-{name}.png"))
-            write_chart(written[-1], panels, x_label, MONITOR[study.command][1])
+            write_figure(written[-1], chart(panels, x_label, MONITOR[study.command][1]))
     accuracy = next((a for a in ACCURACIES if any(row.get(a) for row in rows)), None)
     if accuracy is not None:
         timed = study.lengths[0].kind == "cpu_seconds"
@@ -40,8 +40,35 @@ def paint_study(study: Study, rows: Sequence[Row]) -> list[Path]:
         if panels:
             label = "CPU seconds of the run" if timed else f"step time, {study.reference} = 1"
             written.append(stem.with_name(f"{stem.name}-front.png"))
-            write_chart(written[-1], panels, label, ACCURACIES[accuracy])
+            write_figure(written[-1], chart(panels, label, ACCURACIES[accuracy]))
+    gaps = _gaps(study, [row for row in rows if row["length"] == str(study.lengths[-1])])
+    if gaps:
+        written.append(stem.with_name(f"{stem.name}-differences.png"))
+        label = f"points of top-1 above {study.reference}"
+        write_figure(written[-1], differences(gaps, label))
     return written
+
+
+def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
+    """Return a row of panels per method, a panel per accuracy, what is above the reference."""
+    found = []
+    for method in study.methods:
+        panels = []
+        for accuracy, name in ACCURACIES.items():
+            numbers = {
+                policy: by_seed(
+                    [r for r in rows if (r["method"], r["policy"]) == (method, policy)], accuracy
+                )
+                for policy in study.policies
+            }
+            plain = numbers.pop(study.reference)
+            gaps = {policy: paired(own, plain) for policy, own in numbers.items()}
+            lines = [(policy, gap) for policy, gap in gaps.items() if gap is not None]
+            if lines and accuracy != "knn_k200_top1":
+                panels.append(Gaps(f"{method}, {name.removesuffix(' %')}", lines))
+        if panels:
+            found.append(panels)
+    return found
 
 
 def _curve(study: Study, row: Row) -> Curve:

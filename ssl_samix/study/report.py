@@ -8,7 +8,7 @@ from ssl_samix.files import write_atomically
 from ssl_samix.study.pictures import paint_study
 from ssl_samix.study.plan import Length, Study
 from ssl_samix.study.statistics import Difference, Spread, paired, spread
-from ssl_samix.study.table import ACCURACIES, Row, key_of
+from ssl_samix.study.table import ACCURACIES, Row, by_seed, key_of
 from ssl_samix.text_tables import MISSING, Table, markdown
 
 NOTE = (
@@ -75,11 +75,6 @@ def _table(study: Study, rows: Sequence[Row]) -> Table:
     for name in shown:
         header += [[ACCURACIES[name]], ["difference"]]
     return Table(header, lines, names=2)
-
-
-def by_seed(rows: Sequence[Row], name: str) -> dict[str, float]:
-    """Return the values of a column by seed; those that are missing are left out."""
-    return {row["seed"]: float(row[name]) for row in rows if row.get(name)}
 
 
 def _sizes(rows: Sequence[Row]) -> list[str]:

@@ -35,6 +35,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def by_seed(rows: Sequence[Row], name: str) -> dict[str, float]:
+    """Return the values of a column by seed; those that are missing are left out."""
+    return {row["seed"]: float(row[name]) for row in rows if row.get(name)}
+
+
 def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
     """Return what a row is found by."""
     return tuple(row[name] for name in KEY)
