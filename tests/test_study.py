@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from ssl_samix.study.children import Process, RunLock, Usage
 from ssl_samix.study.command import configured, main
 from ssl_samix.study.costs import COLUMNS as COSTS
 from ssl_samix.study.costs import Costs
-from ssl_samix.study.job import Job, last_words
+from ssl_samix.study.job import Job, last_words, processor
 from ssl_samix.study.measure import measured
 from ssl_samix.study.pictures import front
 from ssl_samix.study.progress import seconds_left
@@ -312,6 +313,15 @@ def test_differences_have_their_place_interval_and_look():
     assert second.get_xdata() == [-1]
     assert second.get_fillstyle() == "none"
     assert first.get_fillstyle() == "full"
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel name\t: B\n")
+    assert processor(told) == "AMD EPYC (25.17)"
+    told.write_text("model name\t: Cortex-A72\n")
+    assert processor(told) == "Cortex-A72"
+    assert processor(tmp_path / "missing") == (platform.processor() or platform.machine())
 
 
 class Stub:

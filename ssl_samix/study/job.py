@@ -166,15 +166,25 @@ def last_words(log: Path, heard: int = 0) -> str:
     return ((own or lines)[-1:] or ["it said nothing"])[0][:SAID]
 
 
-def processor() -> str:
-    """Name the processor, as far as the system tells; times of different ones do not compare."""
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor, as far as the system tells; times of different ones do not compare.
+
+    Args:
+        told: Where Linux tells. Virtual machines often hide all but the maker and the numbers of
+            family and model, which are therefore part of the name.
+    """
+    found: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        for line in told.read_text("utf-8").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= found.keys():
+        return f"{found['model name']} ({found['cpu family']}.{found['model']})"
+    return found["model name"]
 
 
 def _images(epoch: dict[str, str]) -> float:
