@@ -28,7 +28,7 @@ def groups(config_name: str | None = None) -> dict[str, list[str]]:
             str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
         }
         folders = [d for d in folders if d.name in own]
-    found = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders}
+    found = {d.name: sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in folders}
     if "experiment" in found:
         found["experiment"] = experiments.names(RECIPES, config_name)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import ConfigError
 from ssl_samix.types import Batch, MixPlan
 from tests.conftest import METHODS, MIXINGS, mixed_method
@@ -340,21 +341,52 @@ def test_keys_of_both_views_give_the_maps_of_both():
     assert maps_only(mixed_method("moco", "samix", features="teacher", targets="sibling")) == 0
 
 
-@learned
-def test_the_mixer_rests_between_its_steps(name, mixing):
-    method = mixed_method(name, mixing, update_every=3)
+def steps_that_move_the_mixer(method, count):
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     moved = []
-    for step in range(7):
+    for step in range(count):
         before = [p.detach().clone() for p in method.mixing.parameters()]
         optimizer.zero_grad()
         sum(terms_of(method, step=step).losses.values()).backward()
-        method.mixing.before_step(step)
+        method.mixing.before_step()
         optimizer.step()
         method.after_batch()
         after = method.mixing.parameters()
-        moved.append(not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
-    assert moved == [True, False, False, True, False, False, True]
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            moved.append(step)
+    return moved
+
+
+@learned
+def test_the_mixer_rests_between_its_steps(name, mixing):
+    method = mixed_method(name, mixing, update_every=3)
+    assert steps_that_move_the_mixer(method, 7) == [0, 3, 6]
+
+
+@everywhere
+@placements
+def test_outside_its_part_of_the_run_a_step_is_a_plain_one(name, mixing, placement):
+    plain = METHODS[name](Backbone("resnet18", image_size=16, width=4))
+    passes = count_passes(plain)
+    with plain.memory.step():
+        plain.own_loss(batch().views)
+    method = mixed_method(name, mixing, placement=placement, during=[0.2, 0.5])
+    mixes = []
+    for step in range(10):
+        counted = count_passes(method)
+        losses = dict(terms_of(method, step=step).losses)
+        mixes.append("mix" in losses)
+        if not mixes[-1]:
+            assert counted == passes
+            assert losses.pop("own").requires_grad
+            assert all(loss == 0 for loss in losses.values())  # the Mixer's
+    assert mixes == [False] * 2 + [True] * 3 + [False] * 5
+
+
+@learned
+def test_the_mixer_learns_in_the_part_of_the_run_that_mixes(name, mixing):
+    method = mixed_method(name, mixing, update_every=2, during=[0.2, 0.7])
+    assert steps_that_move_the_mixer(method, 10) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("mixing", ["samix", "samix_c"])
@@ -453,6 +485,11 @@ def test_lam_can_be_the_share_of_the_mask():
         ({"placement": "ad"}, "unknown mixup.placement 'ad': did you mean 'add'"),
         ({"features": "student"}, "unknown mixup.features"),
         ({"fraction": 0.0}, "mixup.fraction must be"),
+        ({"during": [0.5]}, r"mixup.during must be \[from, to\]"),
+        ({"during": [0.5, 0.5]}, "mixup.during must be"),
+        ({"during": [0, 1.5]}, "mixup.during must be"),
+        ({"during": ["a", 1]}, "mixup.during must be"),
+        ({"during": 0.5}, "mixup.during must be .* got 0.5"),
         ({"update_every": 0}, "mixup.update_every must be"),
         ({"eta": -11.0}, "mixup.eta must be"),
         ({"lam": "image"}, "unknown mixup.lam"),

@@ -31,6 +31,12 @@ class MetricsCSV(pl.Callback):
         self.path, self.monitor = path, monitor
         self.rows: list[dict[str, Any]] | None = None
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the epoch before, of which Lightning keeps what this one does not measure."""
+        metrics = trainer.callback_metrics
+        for name in [n for n in metrics if not n.startswith(self.monitor.columns)]:
+            del metrics[name]
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -219,7 +219,7 @@ class BaseMethod(pl.LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Let the mixing objective do what has to be done before a step."""
         if self.mixing is not None:
-            self.mixing.before_step(self.global_step)
+            self.mixing.before_step()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the twin follow."""

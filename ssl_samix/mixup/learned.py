@@ -13,6 +13,7 @@ from ssl_samix.errors import check_range
 from ssl_samix.losses.precision import full_precision
 from ssl_samix.mixup.blend import share
 from ssl_samix.mixup.objective import MixObjective, towards, weighted
+from ssl_samix.mixup.plan import share_done
 from ssl_samix.mixup.samix import SAMix
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
@@ -97,16 +98,19 @@ class SAMixObjective(MixObjective):
         self.variance_weight, self.lr, self.momentum = variance_weight, lr, momentum
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
         self._step = 0
+        self._learns_now = True
 
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
         """Return the encoder's losses and, when its turn has come, the Mixer's."""
         self._step = step
+        self._learns_now = self.mixes(step, total_steps) and step % self.update_every == 0
         terms = super().forward(method, batch, step, total_steps)
-        if step % self.update_every:
+        if not self._learns_now:
             # Zero, but a loss of every weight: processes wait for each other's gradients of it.
             idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0
             return Terms({**terms.losses, "mixer": idle}, terms.logs)
-        learning = self.learn(method, batch, step / max(1, total_steps))
+        done = (share_done(step, total_steps) - self.begin) / (self.end - self.begin)
+        learning = self.learn(method, batch, done)
         return Terms(
             {**terms.losses, "mixer": learning.losses["mixer"]}, {**terms.logs, **learning.logs}
         )
@@ -122,7 +126,7 @@ class SAMixObjective(MixObjective):
         Args:
             method: Embeds and compares.
             batch: Views of B images.
-            progress: Share of the run that is done, in [0, 1].
+            progress: Share that is done of the part of the run that mixes, in [0, 1].
         """
         images, partners = self.sources(method, batch, 0, 1)
         targets = self.both_targets(method, batch, method.targets(batch.views[1]))
@@ -185,9 +189,9 @@ class SAMixObjective(MixObjective):
             "mixer/one_sided": copied.float().mean(),
         }
 
-    def before_step(self, step: int) -> None:
+    def before_step(self) -> None:
         """Leave the Mixer alone where it has not learnt: momentum would move it on."""
-        if step % self.update_every:
+        if not self._learns_now:
             for parameter in self.parameters():
                 parameter.grad = None
 

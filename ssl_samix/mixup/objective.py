@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_samix.errors import check_choice, check_range
-from ssl_samix.mixup.plan import SMALLEST, draw_plan
+from ssl_samix.mixup.plan import SMALLEST, draw_plan, share_done, window
 from ssl_samix.types import (
     Batch,
     Method,
@@ -33,6 +33,8 @@ class MixObjective(nn.Module):
             no extra pass of the encoder. ``auto``: replace in supervised training for policies that
             do not learn, as the hand-made ones were published, add everywhere else.
         fraction: Share of the batch that is mixed.
+        during: Shares of the run, from and to, between which images are mixed; the steps before and
+            after are plain ones, at the cost of plain ones.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
             ``auto``: same where mixtures replace the views (else their only task were an easy one:
             the partner is compared with the very view its pixels are of), cross beside them.
@@ -62,6 +64,7 @@ class MixObjective(nn.Module):
         weight: float = 1.0,
         placement: Literal["auto", "add", "replace"] = "auto",
         fraction: float = 1.0,
+        during: Sequence[float] = (0.0, 1.0),
         pairs: Literal["auto", "cross", "same"] = "auto",
         targets: Literal["shared", "sibling"] = "shared",
         stage: int | None = None,
@@ -81,6 +84,7 @@ class MixObjective(nn.Module):
         self.policy = policy
         self.alpha, self.weight, self.fraction = alpha, weight, fraction
         self.placement, self.pairs, self.targets = placement, pairs, targets
+        self.begin, self.end = window(during)
         self.stage, self.features = stage, features
 
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
@@ -92,6 +96,8 @@ class MixObjective(nn.Module):
             step: Optimizer steps done so far.
             total_steps: Of the whole run.
         """
+        if not self.mixes(step, total_steps):
+            return Terms({"own": method.own_loss(batch.views).mean()}, {})
         if self.replaces(method):
             directions = method.directions
             parts = [self._in_place(method, batch, *pair).mean() for pair in directions]
@@ -99,6 +105,10 @@ class MixObjective(nn.Module):
         own = method.own_loss(batch.views).mean()  # first: what its passes give is used again
         mix = self._beside(method, batch).mean()
         return Terms({"own": own, "mix": self.weight * mix}, {})
+
+    def mixes(self, step: int, total_steps: int) -> bool:
+        """Say whether images are mixed in this step of the run."""
+        return self.begin <= share_done(step, total_steps) < self.end
 
     def replaces(self, method: Method) -> bool:
         """Say whether mixtures take the place of the query views."""
@@ -188,7 +198,7 @@ class MixObjective(nn.Module):
             return own, own
         return own, method.maps(partners, self.stage, self.features)
 
-    def before_step(self, step: int) -> None:
+    def before_step(self) -> None:
         """Do what has to be done between backward pass and optimizer step; nothing here."""
 
     def complaint(self) -> str | None:

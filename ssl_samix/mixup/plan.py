@@ -49,3 +49,26 @@ def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1
     beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
     lam = beta.sample((count,))
     return MixPlan(lam=lam.to(device), partner=partner[rows], rows=rows)
+
+
+def window(during: object) -> tuple[float, float]:
+    """Return the shares of a run between which it mixes.
+
+    Args:
+        during: What was given for them.
+
+    Raises:
+        ConfigError: If that is not two numbers, 0 <= from < to <= 1.
+    """
+    shares = during if isinstance(during, (list, tuple)) else ()
+    numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in shares)
+    if not numbers or len(shares) != 2 or not 0 <= shares[0] < shares[1] <= 1:
+        allowed = "[from, to], two numbers with 0 <= from < to <= 1"
+        raise ConfigError(f"mixup.during must be {allowed}, got {during!r}")
+    return shares[0], shares[1]
+
+
+def share_done(step: int, total_steps: int) -> float:
+    """Return the share of a run that is done before a step, in [0, 1)."""
+    last = max(1, total_steps)
+    return min(step, last - 1) / last

@@ -102,7 +102,7 @@ def test_a_real_run_says_it_and_remembers(tmp_path, caplog):
         "data.limit": 64, "data.batch_size": 32, "backbone.width": 8, "method.queue_size": 64,
         "trainer.max_epochs": 2, "trainer.accelerator": "cpu", "callbacks.knn.val_limit": 20,
         "mixup": "samix", "mixup.pairs": "same", "mixup.upsampling": "nearest",
-        "mixup.alpha": 1000, "mixup.mask": "anchored", "mixup.lr": 1e-6,
+        "mixup.alpha": 1000, "mixup.mask": "anchored", "mixup.lr": 1e-6, "mixup.update_every": 1,
     }  # fmt: skip
     run = ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
     (said,) = [m for m in caplog.messages if "Mixer" in m]
