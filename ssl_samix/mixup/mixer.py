@@ -142,11 +142,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (K, N) float32.
     """
-    scale = query.shape[1] ** -0.5
+    query = query * query.shape[1] ** -0.5  # before the product, which float16 cannot hold
     parts = []
     for chunk in query.split(MOST_POSITIONS, dim=2):
-        # The product may be bfloat16 under autocast; the exponential is not.
-        weights = wide(chunk.transpose(1, 2) @ key).mul(scale).softmax(dim=2)  # (K, n, N)
+        # The product may be of half precision under autocast; the exponential is not.
+        weights = wide(chunk.transpose(1, 2) @ key).softmax(dim=2)  # (K, n, N)
         with torch.autocast(query.device.type, enabled=False):
             parts.append((weights @ wide(value).transpose(1, 2))[..., 0])
     return torch.cat(parts, dim=1)

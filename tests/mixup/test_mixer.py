@@ -161,3 +161,13 @@ def test_bfloat16_autocast_agrees():
         low = block(own, partner, lam, 8)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_attention_holds_products_that_float16_cannot():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, d, 16) * 40 for d in (256, 256, 1))
+    assert (query.transpose(1, 2) @ key).abs().max() > torch.finfo(torch.float16).max
+    found = attend(query.half(), key.half(), value.half())
+    scores = query.half().double().transpose(1, 2) @ key.half().double() / 16
+    expected = (scores.softmax(dim=2) @ value.half().double().transpose(1, 2))[..., 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
