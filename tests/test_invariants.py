@@ -511,3 +511,43 @@ def test_a_mask_that_is_no_number_is_named_by_its_step():
     for step in (7, 8):
         terms_of(method, step=step)
     assert "NaN in step 7" in method.mixing.complaint()
+
+
+def test_clusters_are_no_buffers():
+    """DDP sends every buffer in every step; clusters live on the CPU, where NCCL cannot."""
+    method = mixed_method("moco", "samix_c")
+    assert method.mixing.ids.shape == (64,)
+    assert not {"mixing.ids", "mixing.centroids"} & dict(method.named_buffers()).keys()
+
+
+@everywhere
+@placements
+def test_every_weight_learns_in_mixed_precision(name, mixing, placement):
+    """Casts of weights that a pass without gradient has cached must not be those of the others."""
+    method = mixed_method(name, mixing, placement=placement)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = terms_of(method).losses
+    torch.stack(list(losses.values())).sum().backward()
+    wanted = [*method.online.named_parameters(), *method.mixing.named_parameters()]
+    assert [n for n, p in wanted if p.requires_grad and p.grad is None] == []
+
+
+def test_simsiam_makes_no_pass_twice_where_mixtures_replace_the_views(monkeypatch):
+    method = mixed_method("simsiam", "samix", placement="replace", features="online")
+    made = []
+
+    def counted(name):
+        whole = getattr(method, name)
+
+        def count(*given):
+            made.append((name, torch.is_grad_enabled()))
+            return whole(*given)
+
+        return count
+
+    for name in ("_online", "_only_maps"):
+        monkeypatch.setattr(method, name, counted(name))
+    terms_of(method)
+    # Mixtures and targets of both views; maps of the first alone are wanted before its targets.
+    passes = [("_online", False)] * 2 + [("_online", True)] * 2
+    assert sorted(made) == sorted([*passes, ("_only_maps", True)])

@@ -127,7 +127,9 @@ class BaseMethod(pl.LightningModule, ABC):
     @torch.no_grad()
     def online_targets(self, images: Tensor) -> Tensor:
         """Embed with the online embedder, no gradient: ``targets`` of methods without a twin."""
-        passed = self.memory.find("online", images) or self._online(images)
+        passed = self.memory.find("online", images)
+        if passed is None:
+            passed = self.memory.once("targets", images, lambda: self._online(images))
         return passed.embedding.detach()
 
     def query(self, images: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ class BaseMethod(pl.LightningModule, ABC):
 
     def maps(self, images: Tensor, stage: int, source: str) -> Tensor:
         """Return a stage's maps (B, C, h, w), of a pass that has been made if there is one."""
-        for branch in ("teacher",) if source == "teacher" else ("online", "teacher"):
+        for branch in ("teacher",) if source == "teacher" else ("online", "targets", "teacher"):
             passed = self.memory.find(branch, images)
             if passed is not None and passed.maps is not None:
                 return passed.maps

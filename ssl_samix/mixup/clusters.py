@@ -39,8 +39,9 @@ class ClusterObjective(SAMixObjective):
         check_range("mixup.cluster_every", cluster_every, 1)
         self.clusters, self.cluster_every = clusters, cluster_every
         self.head = nn.Linear(embedding_dim, clusters)
-        self.register_buffer("ids", None, persistent=False)
-        self.register_buffer("centroids", None, persistent=False)
+        # Not buffers: DDP would send them in every step, from the CPU, which NCCL cannot.
+        self.ids: Tensor | None = None
+        self.centroids: Tensor | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """Keep the clusters in checkpoints: their number of images is not known beforehand."""
@@ -61,7 +62,7 @@ class ClusterObjective(SAMixObjective):
 
     def of(self, batch: Batch) -> Tensor:
         """Return the clusters of a batch's images, (B,)."""
-        assert isinstance(self.ids, Tensor), "no clusters yet: call assign"
+        assert self.ids is not None, "no clusters yet: call assign"
         self.ids = self.ids.to(batch.index.device)
         return self.ids[batch.index]
 
