@@ -125,7 +125,7 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
         config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
     )
     backbone = build(config.backbone, image_size=data.splits.image_size)
-    mixing = build(config.mixup, backbone=backbone) if config.mixup else None
+    mixing = build_mixing(config, backbone, data)
     module = mode.module(config, data, folder, backbone, mixing)
     module.to(memory_format=memory_format(module))
     meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
@@ -144,6 +144,15 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
         if trainer.is_global_zero:
             mode.save(folder, module, meta)
         return finish(trainer, folder, monitor)
+
+
+def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> MixObjective | None:
+    """Build the mixing objective for images as the data set normalises them, if there is one."""
+    if not config.mixup:
+        return None
+    mixing: MixObjective = build(config.mixup, backbone=backbone)
+    mixing.normalised_by(data.splits.mean, data.splits.std)
+    return mixing
 
 
 def build_optimizer(config: DictConfig) -> OptimizerRecipe:

@@ -23,6 +23,10 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
+# Keys that came later, with what runs from before them did.
+LATER = {"mixup.during": [0.0, 1.0]}
+
+
 class RunFolder:
     """The paths of one run.
 
@@ -65,7 +69,8 @@ class RunFolder:
         if not self.last.exists():
             return
         old, _ = self.load_config()
-        before, now = _flat(plain(old)), _flat(plain(config))
+        now = _flat(plain(config))
+        before = {**{key: LATER[key] for key in LATER.keys() & now}, **_flat(plain(old))}
         for key in sorted({*before, *now}):
             same = before.get(key) == now.get(key)
             if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ class TrainedMixer(nn.Module):
     @torch.no_grad()
     def mix(self, images: Tensor, partners: Tensor, plan: MixPlan) -> Mixed:
         """Mix by a given plan; partners' pixels are those of ``partners``, both (B, 3, S, S)."""
-        self._tell_size(images.shape[-1])
-        own = self.backbone.stage_map(images, self.stage)
-        other = own if partners is images else self.backbone.stage_map(partners, self.stage)
+        own = self.maps(images)
+        other = own if partners is images else self.maps(partners)
         return self.policy(images, partners, plan, (own, other))
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Return what the Mixer reads of images (B, 3, S, S), of its own norm: (B, C, h, w)."""
+        self._tell_size(images.shape[-1])
+        maps: Tensor = self.backbone.stage_map(images, self.stage)
+        return maps
 
     def _tell_size(self, size: int) -> None:
         if size != self.image_size and size not in self._told:
@@ -96,19 +103,40 @@ class TrainedMixer(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A trained mixer as a policy: it computes the maps itself."""
+    """A trained mixer as a policy: it computes the maps itself.
+
+    It is given images as the run normalises them, and reads them as its own run did.
+    """
 
     needs_maps = False
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mixer: TrainedMixer) -> None:
         super().__init__()
         self.mixer = mixer
+        self.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.zeros(3, 1, 1), persistent=False)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take how the images that will come are normalised, per channel, of pixels in [0, 1]."""
+        ours, theirs = (
+            [torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in pair]
+            for pair in ((mean, std), (self.mixer.mean, self.mixer.std))
+        )
+        self.scale.copy_(ours[1] / theirs[1])
+        self.shift.copy_((ours[0] - theirs[0]) / theirs[1])
 
     def forward(
         self, images: Tensor, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None
     ) -> Mixed:
         """Mix by the plan; ``maps`` are not read."""
-        return self.mixer.mix(images, partners, plan)
+        own = self.mixer.maps(images * self.scale + self.shift)
+        other = own
+        if partners is not images:
+            other = self.mixer.maps(partners * self.scale + self.shift)
+        mixed: Mixed = self.mixer.policy(images, partners, plan, (own, other))
+        return mixed
 
 
 class PretrainedObjective(MixObjective):
@@ -123,6 +151,8 @@ class PretrainedObjective(MixObjective):
         CheckpointError: If there is none.
     """
 
+    policy: Frozen
+
     def __init__(self, *, mixer: str | None, **mixing: Any) -> None:
         if mixer is None:
             raise ConfigError(
@@ -130,6 +160,10 @@ class PretrainedObjective(MixObjective):
                 "mixup.mixer=<run with mixup=samix, or its mixer.safetensors>"
             )
         super().__init__(Frozen(load_mixer(mixer)), **mixing)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Let the Mixer read these images as it read those of its own run."""
+        self.policy.normalised_by(mean, std)
 
 
 def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ssl_samix.cli import job_name
+from ssl_samix.errors import UserError
+from ssl_samix.run_folder import RunFolder
 from tests.conftest import samix, samix_here
 
 TINY = [
@@ -178,6 +181,24 @@ def test_out_of_another_run(finished, fails):
     sentence = fails("pretrain", *TINY, "seed=3", f"out={finished}")
     assert "belongs to another run (seed is 0 there, 3 here)" in sentence
     assert (finished / "last.ckpt").read_bytes() == before
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished):
+    folder = RunFolder(finished)
+    config, choices = folder.load_config()
+    text = folder.config.read_text()
+    try:
+        now = OmegaConf.merge(config, {"mixup": {"during": [0.0, 1.0]}})
+        folder.check_mine(now)
+        OmegaConf.set_struct(config, False)
+        del config.mixup["during"]
+        folder.create(config, choices)
+        folder.check_mine(now)
+        now.mixup.during = [0.0, 0.5]
+        with pytest.raises(UserError, match=r"mixup.during is \[0.0, 1.0\] there, \[0.0, 0.5\]"):
+            folder.check_mine(now)
+    finally:
+        folder.config.write_text(text)
 
 
 def test_a_resume_changes_no_network(finished, fails):

@@ -19,6 +19,7 @@ SMALL = (
         (["mixup.mask=anchord"], "unknown mixup.mask 'anchord': did you mean 'anchored'?"),
         (["mixup=samix_p", "mixup.mixer=nowhere.safetensors"], "nowhere.safetensors"),
         (["mixup=samix_c", "mixup.clusters=1000"], "128 images cannot make 1000 clusters"),
+        (["mixup.during=[0.95,1]"], "mixup.during=[0.95,1] holds no step of the run's 12: widen"),
         # A Mixer that is driven to NaN: the run stops and names the step.
         (["mixup.lr=1e30"], "the Mixer's mask became NaN in step "),
     ],

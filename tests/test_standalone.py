@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import ssl_samix
 from ssl_samix.checkpoint_io import META
+from ssl_samix.config import build, compose
 from ssl_samix.errors import CheckpointError, ConfigError
+from ssl_samix.fitting import build_mixing
+from ssl_samix.pretraining import Pretraining
+from ssl_samix.standalone import Frozen
+from ssl_samix.types import MixPlan
 from tests.conftest import mixed_method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,3 +175,39 @@ def test_the_documented_loop_learns(run):
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1])
     assert accuracy > 80
+
+
+MEAN, STD = (0.3, 0.5, 0.7), (0.2, 0.3, 0.25)
+
+
+def test_a_frozen_mixer_reads_images_of_another_norm_as_its_own(run):
+    mixer = ssl_samix.load_mixer(run)
+    torch.nn.init.normal_(mixer.policy.block.value[3].weight, std=50.0)  # masks far from flat
+    pixels, partner = torch.rand(6, 3, 16, 16), torch.arange(6).roll(1)
+    own, given = (
+        (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        for mean, std in ((mixer.mean, mixer.std), (MEAN, STD))
+    )
+    plan = MixPlan(torch.linspace(0.1, 0.9, 6), partner, torch.arange(6))
+    expected, policy = mixer.mix(own, own, plan).mask, Frozen(mixer)
+    assert (policy(given, given, plan, None).mask - expected).abs().max() > 0.01
+    policy.normalised_by(MEAN, STD)
+    mixed = policy(given, given, plan, None)
+    torch.testing.assert_close(mixed.mask, expected, rtol=1e-4, atol=1e-4)
+    between = given + mixed.mask * (given[partner] - given)
+    torch.testing.assert_close(mixed.images, between, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_tells_a_frozen_mixer_how_its_images_are_normalised(run, tmp_path):
+    path = tmp_path / "mixer.safetensors"
+    norm = {"mean": list(MEAN), "std": list(STD)}
+    changed(run / "mixer.safetensors", path, lambda meta, _tensors: meta.update(norm))
+    config, _ = compose("pretrain", ["mixup=samix_p", f"mixup.mixer={path}"])
+    data = build(config.data, views=Pretraining().views(config), seed=0, labelled=False)
+    backbone = build(config.backbone, image_size=data.splits.image_size)
+    policy = build_mixing(config, backbone, data).policy
+    pixel = torch.tensor([0.2, 0.4, 0.6])
+    mean, std = torch.tensor(data.splits.mean), torch.tensor(data.splits.std)
+    seen = ((pixel - mean) / std).view(3, 1, 1) * policy.scale + policy.shift
+    wanted = (pixel - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(seen.flatten(), wanted)

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ssl_samix.errors import ConfigError
+
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
 ONE_SIDED = 0.9  # share of mixtures that are one of their parents, though their ratio is not
-EARLY = 0.1  # share of the run; the published form starts flat
+EARLY = 0.1  # share of what is mixed of the run; the published form starts flat
 _log = logging.getLogger(__name__)
 
 
 class MixerHealth(pl.Callback):
-    """Warns, once per run and fault, of a Mixer that has done nothing useful for a whole epoch."""
+    """Warns, once per run and fault, of a Mixer that has done nothing useful for a whole epoch.
+
+    Before the first step it refuses a run that would mix nothing at all.
+    """
 
     def __init__(self) -> None:
         self.said: set[str] = set()
@@ -27,10 +32,26 @@ class MixerHealth(pl.Callback):
         """Take back what has been said."""
         self.said = set(state_dict["said"])
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a ``during`` that holds no step.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        mixing: Any = getattr(pl_module, "mixing", None)
+        total = int(trainer.estimated_stepping_batches)
+        if mixing is not None and not mixing.mixes_in(range(total), total):
+            raise ConfigError(
+                f"mixup.during=[{mixing.begin:g},{mixing.end:g}] holds no step of the run's "
+                f"{total}: widen it"
+            )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the epoch's means."""
         metrics, epoch = trainer.callback_metrics, trainer.current_epoch
-        early = epoch < EARLY * (trainer.max_epochs or 1)
+        mixing: Any = pl_module.mixing
+        begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
+        early = epoch < (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
         faults = []
         if "mixer/mask_std" in metrics and metrics["mixer/mask_std"] < FLAT and not early:
             faults.append("flat")

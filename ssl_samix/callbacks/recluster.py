@@ -9,7 +9,7 @@ from ssl_samix.evaluation.features import extract
 
 
 class Recluster(pl.Callback):
-    """Every ``cluster_every`` epochs of a mixing objective that has it; else nothing."""
+    """Every ``cluster_every`` epochs of a mixing objective that has it, where it mixes."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Embed all training images and hand their clusters to the objective."""
@@ -18,6 +18,10 @@ class Recluster(pl.Callback):
         if mixing is None or every is None:
             return
         if trainer.current_epoch % every and mixing.ids is not None:
+            return
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        steps = max(1, total // (trainer.max_epochs or 1))
+        if not mixing.mixes_in(range(step, step + steps), total):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         images = data.splits.train

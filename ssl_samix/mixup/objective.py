@@ -110,6 +110,13 @@ class MixObjective(nn.Module):
         """Say whether images are mixed in this step of the run."""
         return self.begin <= share_done(step, total_steps) < self.end
 
+    def mixes_in(self, steps: range, total_steps: int) -> bool:
+        """Say whether images are mixed in any of these steps."""
+        return any(self.mixes(step, total_steps) for step in steps)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Hear how the images that will come are normalised, per channel; not needed here."""
+
     def replaces(self, method: Method) -> bool:
         """Say whether mixtures take the place of the query views."""
         if self.placement == "auto":

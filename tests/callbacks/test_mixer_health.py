@@ -17,9 +17,10 @@ from ssl_samix.callbacks.progress import RunProgress
 HEALTHY = {"mixer/mask_std": 0.2, "mixer/one_sided": 0.1}
 
 
-def module(update_every=1, form="paper"):
+def module(update_every=1, form="paper", begin=0.0, end=1.0):
     policy = SimpleNamespace(block=SimpleNamespace(form=form))
-    return SimpleNamespace(mixing=SimpleNamespace(update_every=update_every, policy=policy))
+    mixing = {"update_every": update_every, "policy": policy, "begin": begin, "end": end}
+    return SimpleNamespace(mixing=SimpleNamespace(**mixing))
 
 
 def trainer(epoch=5, epochs=20, zero=True, **metrics):
@@ -48,6 +49,13 @@ def test_flat_masks_are_told_of_once(said):
         "plain mixup; what may help in a new run: mixup.update_every=1, mixup.mask=anchored, "
         "a higher mixup.lr, mixup.variance_weight above 0"
     )
+
+
+def test_early_is_seen_from_where_mixing_begins(said):
+    late = module(begin=0.5)
+    flat = {epoch: trainer(epoch, mask_std=0.0, one_sided=0.0) for epoch in (10, 11)}
+    assert said(MixerHealth(), flat[10], of=late) == []
+    assert len(said(MixerHealth(), flat[11], of=late)) == 1
 
 
 def test_copies_of_one_parent_are_told_of_once(said):

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
+import ssl_samix
 from ssl_samix.errors import DataError
 from ssl_samix.evaluation.clustering import ari, cluster_accuracy, kmeans, nmi
 
@@ -88,3 +89,20 @@ def test_kmeans_finds_separate_directions():
     assert not torch.equal(kmeans(noise, 8, seed=0)[0], kmeans(noise, 8, seed=1)[0])
     with pytest.raises(DataError, match="3 images cannot make 4 clusters"):
         kmeans(features[:3], 4)
+
+
+def test_a_run_clusters_where_it_mixes(tmp_path, monkeypatch):
+    counted = []
+
+    def spied(features, clusters, start=None):
+        counted.append(start is None)
+        return kmeans(features, clusters, start=start)
+
+    monkeypatch.setattr("ssl_samix.callbacks.recluster.kmeans", spied)
+    settings = {
+        "data.limit": 64, "data.batch_size": 32, "backbone.width": 8, "method.queue_size": 64,
+        "trainer.max_epochs": 6, "callbacks.knn.val_limit": 20, "mixup": "samix_c",
+        "mixup.clusters": 4, "mixup.cluster_every": 2, "mixup.during": [0.5, 0.8],
+    }  # fmt: skip
+    ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
+    assert counted == [True, False]  # epochs 3 and 4 of 0 to 5; without a window 0, 2 and 4
