@@ -28,7 +28,7 @@ from ssl_samix.study.command import configured, main
 from ssl_samix.study.costs import COLUMNS as COSTS
 from ssl_samix.study.costs import Costs
 from ssl_samix.study.job import Job, last_words, processor
-from ssl_samix.study.measure import measured
+from ssl_samix.study.measure import Candidate, _Clustering, measured
 from ssl_samix.study.pictures import front
 from ssl_samix.study.progress import seconds_left
 from ssl_samix.study.report import report, write_report
@@ -579,3 +579,67 @@ def test_a_killed_study_goes_on(study):
     assert float(found["knn_top1"]) > 10
     assert float(found["knn_k200_top1"]) > 10
     assert int(found["knn_k"]) in (10, 20, 100, 200)
+
+
+def test_a_run_is_not_measured_under_words_it_was_not_trained_with(study):
+    """Training is done, the study stops before the row, and then the file is changed."""
+    only = {"methods": {"moco": []}}
+
+    class Stopped(Stub):
+        def measure(self):
+            pass
+
+        def poll(self):
+            if "run" in self.words and not self.asked:
+                raise KeyboardInterrupt
+            return Usage(130 if self.asked else 0, 1.0, 1.0, 1.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(study(**only, policies={"none": ["mixup=none"]}), Stopped)
+    changed = study(**only, policies={"none": ["mixup=none", "data.limit=128"]})
+    [failure] = go(changed)[0]
+    assert failure == (
+        "runs/moco-none-e2-s0 was trained with other words (data.limit=128 data.limit=256): "
+        "rename what was changed, or remove the folder"
+    )
+    assert read_table(changed) == {}
+    same = study(**only, policies={"none": ["mixup=none"]})
+    assert go(same)[0] == []
+    assert len(read_table(same)) == 1
+
+
+def test_a_child_that_has_ended_unseen_can_be_stopped(tmp_path):
+    lock = RunLock(tmp_path / "lock")
+    assert lock.take()
+    child = Process(["-c", "raise SystemExit(3)"], tmp_path / "log", lock)
+    os.waitid(os.P_PID, child._popen.pid, os.WEXITED | os.WNOWAIT)
+    child.stop()
+    child.kill()
+    usage = child.poll()
+    assert usage.status == 3
+    child.kill()  # it is gone, and its number may be somebody else's
+
+
+def test_a_window_of_mixing_costs_its_share(monkeypatch):
+    words = ["data=digits", *TINY, "mixup=samix", "mixup.during=[0.9,1]"]
+
+    def stub(candidate):
+        candidate.steps_per_epoch = 8
+        return 5.0 if candidate.module.mixing.mixes_in(range(8), 8) else 1.0
+
+    monkeypatch.setattr(Candidate, "_mean_of_few", stub)
+    found = measured("pretrain", [words, words[:-1]], rounds=1)
+    assert found["cpu_seconds_per_step"] == [[pytest.approx(1.4), 5.0]]
+
+
+def test_clusters_cost_what_a_run_pays_for_them(monkeypatch):
+    words = ["data=digits", *TINY, "data.batch_size=8", "mixup=samix_c", "mixup.clusters=4"]
+    cluster, hour = _Clustering.on_train_epoch_start, 3600.0
+
+    def slow(callback, *given):
+        cluster(callback, *given)
+        callback.cpu_seconds += hour
+
+    monkeypatch.setattr(_Clustering, "on_train_epoch_start", slow)
+    [[cost]] = measured("pretrain", [[*words, "mixup.cluster_every=10"]], 1)["cpu_seconds_per_step"]
+    assert 0 < cost - hour / (10 * 32) < 1

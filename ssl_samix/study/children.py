@@ -123,11 +123,16 @@ class Process:
 
     def stop(self) -> None:
         """Ask it to end, with what it has done on the disk."""
-        self._popen.send_signal(signal.SIGTERM)
+        self._send(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it."""
-        self._popen.kill()
+        self._send(signal.SIGKILL)
+
+    def _send(self, what: signal.Signals) -> None:
+        # Popen's own way would take away what ``poll`` waits for; until then the number is its.
+        if self._popen.returncode is None:
+            os.kill(self._popen.pid, what)
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from ssl_samix.evaluation.table import read_rows
 from ssl_samix.files import write_atomically
 from ssl_samix.run_folder import RunFolder
 from ssl_samix.study.children import Usage
-from ssl_samix.study.plan import Run, Study
+from ssl_samix.study.plan import Run, Study, differing_words
 from ssl_samix.study.table import MIXER, Row
 
 SAID = 300  # characters of a log that are quoted, at most
@@ -31,19 +31,25 @@ class Notes:
         self.path = path
         self.epochs: int | None = None
         self.trained = False
+        self.settings: str | None = None  # what was trained; notes of an earlier version do not say
         # One of each start: epochs that were done before, and what was used, if the end was seen.
         self.parts: list[dict[str, float]] = []
         if path.exists():
             try:
                 held = json.loads(path.read_text("utf-8"))
                 self.epochs, self.trained = held["epochs"], held["trained"]
-                self.parts = held["parts"]
+                self.parts, self.settings = held["parts"], held.get("settings")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged: remove it and the run's folder") from error
 
     def write(self) -> None:
         """Write the file."""
-        held = {"epochs": self.epochs, "trained": self.trained, "parts": self.parts}
+        held = {
+            "epochs": self.epochs,
+            "trained": self.trained,
+            "settings": self.settings,
+            "parts": self.parts,
+        }
         write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(held)))
 
 
@@ -54,6 +60,9 @@ class Job:
         study: The study.
         run: Its run.
         epochs: How many, if it has not begun yet; one that has keeps its own.
+
+    Raises:
+        UserError: If it has begun with other words, or its notes are damaged.
     """
 
     def __init__(self, study: Study, run: Run, epochs: int) -> None:
@@ -63,6 +72,13 @@ class Job:
         self.notes = Notes(study.logs / f"{run.name}.json")
         if not self.folder.last.exists():  # as a new one, whatever the notes say
             self.notes.trained, self.notes.epochs = False, epochs
+            self.notes.settings = None
+        if self.notes.settings not in (None, run.settings):
+            changed = differing_words(run.settings, self.notes.settings)
+            raise UserError(
+                f"{self.folder.path} was trained with other words ({changed}): rename what was "
+                "changed, or remove the folder"
+            )
         self.epochs = self.notes.epochs or epochs
         self.training = False
         self._heard = 0  # bytes of the log that are of earlier processes
@@ -81,7 +97,7 @@ class Job:
         """Note that a process is about to start."""
         self._heard = self.log.stat().st_size if self.log.exists() else 0
         if self.training:
-            self.notes.epochs = self.epochs
+            self.notes.epochs, self.notes.settings = self.epochs, self.run.settings
             self.notes.parts.append({"before": len(read_rows(self.folder.metrics))})
             self.notes.write()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.engine import memory_format
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
-from ssl_samix.fitting import Mode
+from ssl_samix.fitting import Mode, build_mixing
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.run_folder import RunFolder
 
@@ -30,7 +31,20 @@ STEPS = (
     8  # of a fit: a Mixer that learns in every 2nd, 4th or 8th step does so as often as it would
 )
 ROUNDS = 5  # that count, after one that does not
+WHOLE, NOWHERE = (0.0, 1.0), (1.0, 1.0)  # of a run, where images are mixed
 MODES = {"pretrain": ("pretraining", "Pretraining"), "supervised": ("supervised", "Supervised")}
+
+
+class _Clustering(Recluster):
+    """Clusters as in a run, and takes its own time: a run does so once in many steps."""
+
+    cpu_seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cluster, and note what it took."""
+        begin = time.process_time()
+        super().on_train_epoch_start(trainer, pl_module)
+        self.cpu_seconds += time.process_time() - begin
 
 
 class Candidate:
@@ -48,25 +62,40 @@ class Candidate:
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         self.data = _data(mode, self.config, data)
         backbone = build(self.config.backbone, image_size=self.data.splits.image_size)
-        mixing = build(self.config.mixup, backbone=backbone) if self.config.mixup else None
+        mixing = build_mixing(self.config, backbone, self.data)
         nowhere = RunFolder("nowhere")  # a run that has no checkpoint
         self.module: BaseMethod = mode.module(self.config, self.data, nowhere, backbone, mixing)
         self.module.to(memory_format=memory_format(self.module))
+        self.window = WHOLE if mixing is None else (mixing.begin, mixing.end)
         self.steps_per_epoch = 0
 
     def step_cost(self) -> float:
+        """Return the CPU seconds of a step, in the mean over a run."""
+        mixing = self.module.mixing
+        if mixing is None or self.window == WHOLE:
+            return self._mean_of_few()
+        costs = []  # of both kinds of steps: so few steps cannot hold the window's share of them
+        for mixing.begin, mixing.end in (WHOLE, NOWHERE):
+            costs.append(self._mean_of_few())
+        share = self.window[1] - self.window[0]
+        return share * costs[0] + (1 - share) * costs[1]
+
+    def _mean_of_few(self) -> float:
         """Train a few steps and return the CPU seconds of one."""
+        clusters = _Clustering()
         trainer: pl.Trainer = build(
             self.config.trainer,
             wants_sync_batchnorm=self.module.wants_sync_batchnorm,
             limit_train_batches=STEPS,
-            callbacks=[Recluster(), Pace()],
+            callbacks=[clusters, Pace()],
             logger=False,
             enable_checkpointing=False,
         )
         trainer.fit(self.module, self.data)
         self.steps_per_epoch = len(self.data.train_dataloader())
-        return float(trainer.callback_metrics["cpu_seconds"]) / int(trainer.num_training_batches)
+        step = float(trainer.callback_metrics["cpu_seconds"]) / int(trainer.num_training_batches)
+        every = getattr(self.module.mixing, "cluster_every", 1)
+        return step + clusters.cpu_seconds / (every * self.steps_per_epoch)
 
 
 def _data(mode: Mode, config: DictConfig, made: dict[str, DataModule]) -> DataModule:

@@ -67,6 +67,11 @@ def settings_of(words: Sequence[str]) -> str:
     return " ".join(sorted(word for word in words if not word.startswith(ELSEWHERE)))
 
 
+def differing_words(ours: str, theirs: str) -> str:
+    """Return the words that only one of two settings has."""
+    return " ".join(sorted({*ours.split()} ^ {*theirs.split()}))
+
+
 @dataclass(frozen=True)
 class Study:
     """A study file.

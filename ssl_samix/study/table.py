@@ -12,7 +12,7 @@ from filelock import FileLock
 from ssl_samix.errors import UserError
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.files import write_atomically
-from ssl_samix.study.plan import Run, Study
+from ssl_samix.study.plan import Run, Study, differing_words
 
 Row = dict[str, str]
 KEY = ("method", "policy", "length", "seed")
@@ -58,11 +58,10 @@ def read_table(study: Study) -> dict[tuple[str, ...], Row]:
     for run in study.runs():
         row = found.get(run.key)
         if row is not None and row["settings"] != run.settings:
-            ours, theirs = set(run.settings.split()), set(row["settings"].split())
+            changed = differing_words(run.settings, row["settings"])
             raise UserError(
-                f"{study.csv} has {run.name} with other words "
-                f"({' '.join(sorted(ours ^ theirs))}): rename what was changed, or give another "
-                "out and csv"
+                f"{study.csv} has {run.name} with other words ({changed}): rename what was "
+                "changed, or give another out and csv"
             )
     return found
 
