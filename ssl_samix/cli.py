@@ -114,7 +114,7 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     Returns:
         The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
     """
-    from ssl_samix.config import quote_paths, quoted
+    from ssl_samix.config import check_hydra, quote_paths, quoted
     from ssl_samix.submitting import GROUP, check_launcher
 
     flags = [word for word in words if word.startswith("-")]
@@ -126,6 +126,7 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
         return words, "", ""
     settings = [word for word in words if word not in flags]
     launcher, out = _last(settings, GROUP) or "", _last(settings, "out")
+    check_hydra(command.config, settings)
     if launcher:
         check_launcher(launcher, sweeping)
     if not sweeping:

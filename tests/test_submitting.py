@@ -97,3 +97,15 @@ def test_devices_that_are_no_number_are_told(slurm, tmp_path):
     assert "'auto' of type 'str' could not be converted to Integer" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "submitted").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("hydra/launcher=slum", "unknown hydra/launcher 'slum': did you mean 'slurm'?"),
+        ("hydra/lancher=slurm", "unknown key 'hydra/lancher': did you mean 'hydra/launcher'?"),
+        ("hydra.sweep.dri=x", "unknown key 'hydra.sweep.dri': did you mean 'hydra.sweep.dir'?"),
+    ],
+)
+def test_a_mistake_in_hydras_own_words_is_one_sentence(word, sentence, fails):
+    assert sentence in fails("pretrain", "--multirun", "seed=0,1", word)
