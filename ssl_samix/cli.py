@@ -114,7 +114,8 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     Returns:
         The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
     """
-    from ssl_samix.config import check_hydra, quote_paths, quoted
+    from ssl_samix.config import quote_paths, quoted
+    from ssl_samix.hydra_words import check_hydra
     from ssl_samix.submitting import GROUP, check_launcher
 
     flags = [word for word in words if word.startswith("-")]

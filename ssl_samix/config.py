@@ -24,7 +24,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ssl_samix import experiments
 from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
-from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
+from ssl_samix.errors import ConfigError, UserError, nearest
 
 PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
 OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
@@ -95,45 +95,6 @@ def check(config_name: str, arguments: Sequence[str]) -> list[DictConfig]:
     return [compose(config_name, words)[0] for words in combinations(arguments)]
 
 
-def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
-    """Find mistakes in the words that are Hydra's own, such as ``hydra/launcher=slurm``.
-
-    Raises:
-        ConfigError: With the nearest group, choice or key, or else in Hydra's words.
-    """
-    own = [o for o in parse(arguments) if o.key_or_group.startswith("hydra")]
-    if not own:
-        return
-    taken = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            words = [str(o.input_line) for o in own]
-            try:
-                hydra_compose(config_name, overrides=words, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                for override in own:
-                    _check_hydras(config_name, override)
-                raise ConfigError(str(error).strip().splitlines()[0]) from error
-    finally:
-        GlobalHydra.instance().hydra = taken
-
-
-def _check_hydras(config_name: str, override: Override) -> None:
-    """Refuse a group, a choice or a key that Hydra, which is initialised, does not have."""
-    key, loader = override.key_or_group, GlobalHydra.instance().config_loader()
-    if "/" in key:
-        known = [f"hydra/{name}" for name in loader.list_groups("hydra")]
-        if key not in known:
-            raise ConfigError(nearest(key, known, "key"))
-        check_choice(key, override.value(), loader.get_group_options(key))
-    else:
-        whole = hydra_compose(config_name, return_hydra_config=True)
-        keys = list(_keys(whole.hydra, "hydra."))
-        if key not in keys:
-            raise ConfigError(nearest(key, keys, "key"))
-
-
 def combinations(arguments: Sequence[str]) -> Iterable[list[str]]:
     """Give the ``key=value`` words of each job of a sweep, up to a number of jobs."""
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
@@ -199,7 +160,7 @@ def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] =
     Raises:
         ConfigError: If it has not, with the nearest key; or if the type differs.
     """
-    keys = list(_keys(config))
+    keys = list(keys_of(config))
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     default = OmegaConf.select(config, key)
@@ -213,12 +174,13 @@ def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] =
                 raise ConfigError(f"{key} needs {words}, got '{value}'")
 
 
-def _keys(config: DictConfig, prefix: str = "") -> Iterable[str]:
+def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
+    """Give the dotted keys of a configuration, those that hold others included."""
     for key in map(str, config):
         yield f"{prefix}{key}"
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")
+            yield from keys_of(node, f"{prefix}{key}.")
 
 
 def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:

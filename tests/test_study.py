@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from ssl_samix.study.costs import COLUMNS as COSTS
 from ssl_samix.study.costs import Costs
 from ssl_samix.study.job import Job, last_words, processor
 from ssl_samix.study.measure import Candidate, _Clustering, measured
-from ssl_samix.study.pictures import front
+from ssl_samix.study.pictures import _cost_panels, front
 from ssl_samix.study.progress import seconds_left
 from ssl_samix.study.report import report, write_report
 from ssl_samix.study.runner import Runner
@@ -283,6 +284,30 @@ def test_a_chart_shows_each_series_and_the_front(tmp_path):
     looks = [[line.get_color() for line in axes.get_lines()] for axes in figure.axes]
     assert [COLOURS[1] in look for look in looks] == [False, True, True, True]
     assert all(COLOURS[0] in look for look in looks), "a name has one look in all panels"
+
+
+def test_a_legend_of_long_names_fits():
+    names = [f"a_policy_with_a_long_name_{i}" for i in range(10)]
+    for panels in (1, 3):
+        series = [Series(name, [(0, 1), (1, 2)]) for name in names]
+        figure = chart([Panel("one", series)] * panels, "x", "y")
+        figure.savefig(io.BytesIO())
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+
+
+def test_seconds_of_another_processor_do_not_count(study):
+    plan = study(length={"cpu_seconds": [9]}, methods={"moco": []}, seeds=[0, 1, 2])
+    clocks = [("a", 1), ("a", 3), ("b", 100)]
+    rows = [
+        {**row(run), "processor": name, "cpu_seconds": seconds, "knn_top1": 40 + run.seed}
+        for run in plan.runs()
+        if run.policy == "none"
+        for name, seconds in [clocks[run.seed]]
+    ]
+    [panel] = _cost_panels(plan, rows, "knn_top1", "cpu_seconds")
+    assert [s.points for s in panel.series] == [[(2, 41)]]
 
 
 def test_small_differences_look_small():

@@ -16,6 +16,7 @@ from ssl_samix.study.statistics import Difference
 WIDTH, HEIGHT, ROW = 4.4, 3.4, 0.22  # inches: a panel, a line of text
 DPI = 110
 PER_ROW = 3  # panels
+LETTER, HANDLE = 0.08, 0.6  # inches of the legend: a letter, what stands before a name
 GREY = "0.6"
 # Okabe and Ito's, which colour-blind eyes tell apart too; black last
 COLOURS = (
@@ -82,7 +83,8 @@ def chart(panels: Sequence[Panel], x_label: str, y_label: str) -> Figure:
     columns = min(PER_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     names = list(dict.fromkeys(s.name for panel in panels for s in panel.series))
-    legend = math.ceil(len(names) / (3 * columns))
+    beside = max(1, int(columns * WIDTH / (LETTER * max(map(len, names)) + HANDLE)))
+    legend = math.ceil(len(names) / beside)
     figure = Figure((columns * WIDTH, rows * HEIGHT + legend * ROW), DPI, layout="constrained")
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
@@ -99,7 +101,7 @@ def chart(panels: Sequence[Panel], x_label: str, y_label: str) -> Figure:
         [shown[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=3 * columns,
+        ncols=beside,
         frameon=False,
         fontsize="small",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +13,7 @@ from ssl_samix.run_folder import RunFolder
 from ssl_samix.study.charts import Gaps, Panel, Series, chart, differences, write_figure
 from ssl_samix.study.plan import Study
 from ssl_samix.study.statistics import paired, spread
-from ssl_samix.study.table import ACCURACIES, Row, by_seed
+from ssl_samix.study.table import ACCURACIES, Row, by_seed, clock_of
 
 MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
 LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
@@ -122,10 +123,12 @@ def _mean_curve(seeds: Sequence[Curve], column: int | None) -> list[tuple[float,
 def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) -> list[Panel]:
     """Return a panel per method: a point per policy and length.
 
-    Points of different budgets are joined by lines; those of one length, by their front.
+    Points of different budgets are joined by lines; those of one length, by their front. What has
+    seconds of another processor alone has no point.
     """
     panels, timed = [], cost == "cpu_seconds"
     for method in study.methods:
+        clocks = Counter(clock_of(row) for row in rows if row["method"] == method)
         series: list[Series] = []
         for policy in study.policies:
             points, errors = [], []
@@ -138,9 +141,15 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
                     and row.get(accuracy)
                     and row.get(cost)
                 ]
-                if own:
+                # Seconds of different processors do not compare: those of most rows count.
+                costs = [
+                    float(row[cost])
+                    for row in own
+                    if not timed or clock_of(row) == clocks.most_common(1)[0][0]
+                ]
+                if costs:
                     found = spread([float(row[accuracy]) for row in own])
-                    points.append((fmean(float(row[cost]) for row in own), found.mean))
+                    points.append((fmean(costs), found.mean))
                     errors.append(found.deviation or 0.0)
             if points:
                 series.append(Series(policy, points, errors, joined=timed))

@@ -118,17 +118,17 @@ def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
     plain: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["policy"] == reference and row.get("cpu_ms_per_step"):
-            plain.setdefault(_clock(row), []).append(float(row["cpu_ms_per_step"]))
+            plain.setdefault(clock_of(row), []).append(float(row["cpu_ms_per_step"]))
     filled = []
     for row in rows:
-        unit = plain.get(_clock(row))
+        unit = plain.get(clock_of(row))
         known = unit and row.get("cpu_ms_per_step")
         ratio = f"{float(row['cpu_ms_per_step']) / fmean(unit):.3f}" if unit and known else ""
         filled.append({**row, "step_ratio": ratio})
     return filled
 
 
-def _clock(row: Row) -> tuple[str, ...]:
+def clock_of(row: Row) -> tuple[str, ...]:
     """Return what rows have in common whose times compare."""
     return tuple(row.get(name, "") for name in ("method", "processor", "precision"))
 
