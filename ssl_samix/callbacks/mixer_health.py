@@ -38,7 +38,7 @@ class MixerHealth(pl.Callback):
         Raises:
             ConfigError: If it does.
         """
-        mixing: Any = getattr(pl_module, "mixing", None)
+        mixing: Any = pl_module.mixing
         total = int(trainer.estimated_stepping_batches)
         if mixing is not None and not mixing.mixes_in(range(total), total):
             raise ConfigError(

@@ -75,7 +75,8 @@ class Candidate:
         if mixing is None or self.window == WHOLE:
             return self._mean_of_few()
         costs = []  # of both kinds of steps: so few steps cannot hold the window's share of them
-        for mixing.begin, mixing.end in (WHOLE, NOWHERE):
+        for window in (WHOLE, NOWHERE):
+            mixing.begin, mixing.end = window
             costs.append(self._mean_of_few())
         share = self.window[1] - self.window[0]
         return share * costs[0] + (1 - share) * costs[1]
