@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_samix.choices import CONFIG_DIR
@@ -30,11 +31,14 @@ def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             words = [str(o.input_line) for o in own]
             try:
-                compose(config_name, overrides=words, return_hydra_config=True)
+                whole = compose(config_name, overrides=words, return_hydra_config=True)
             except (HydraException, OmegaConfBaseException) as error:
                 for override in own:
                     _check_hydras(config_name, override)
                 raise ConfigError(str(error).strip().splitlines()[0]) from error
+            for part in ("launcher", "sweeper"):
+                if not isinstance(whole.hydra[part], DictConfig):
+                    raise ConfigError(f"hydra.{part} is no key, write hydra/{part}=<name>")
     finally:
         GlobalHydra.instance().hydra = taken
 
