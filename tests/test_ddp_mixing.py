@@ -22,9 +22,9 @@ PARTNER = torch.tensor([1, 2, 3, 0, 6, 7, 5, 4])
 LAM = torch.linspace(0.1, 0.9, BATCH)
 
 
-def build(name, mixing, placement):
+def build(name, mixing, placement, targets):
     torch.manual_seed(0)
-    method = mixed_method(name, mixing, placement=placement)
+    method = mixed_method(name, mixing, placement=placement, targets=targets)
     return method.eval()  # fixed statistics: each process would have its own otherwise
 
 
@@ -65,9 +65,14 @@ def run(method, batch, plan):
 
 
 CASES = [
-    (name, mixing, placement)
+    (name, *case)
     for name in sorted(METHODS)
-    for mixing, placement in (("mixup", "replace"), ("samix", "add"), ("samix_c", "replace"))
+    for case in (
+        ("mixup", "replace", "shared"),
+        ("samix", "add", "shared"),
+        ("samix_c", "replace", "shared"),
+        ("samix", "add", "sibling"),
+    )
     # Its criterion standardises embeddings over each rank's own batch, like lightly's.
     if name != "barlow_twins"
 ]

@@ -667,4 +667,4 @@ def test_clusters_cost_what_a_run_pays_for_them(monkeypatch):
 
     monkeypatch.setattr(_Clustering, "on_train_epoch_start", slow)
     [[cost]] = measured("pretrain", [[*words, "mixup.cluster_every=10"]], 1)["cpu_seconds_per_step"]
-    assert 0 < cost - hour / (10 * 32) < 1
+    assert 0 < cost - hour / (10 * 32) < 5  # the rest: a tiny step, on any processor
