@@ -65,7 +65,7 @@ class OnFrozenEncoder(pl.LightningModule):
             batch_size=batch,
             total_steps=steps,
             steps_per_epoch=steps // epochs,
-            mixer_lr=self.mixing.lr,
+            mixer=self.mixing.optimizer,
         )
 
     def on_train_epoch_start(self) -> None:

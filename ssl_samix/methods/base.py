@@ -246,5 +246,5 @@ class BaseMethod(pl.LightningModule, ABC):
             batch_size=global_batch * self.trainer.accumulate_grad_batches,
             total_steps=self.total_steps,
             steps_per_epoch=max(1, self.total_steps // epochs),
-            mixer_lr=1.0 if self.mixing is None else self.mixing.lr,
+            mixer=None if self.mixing is None else self.mixing.optimizer,
         )

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ssl_samix.errors import check_range
 from ssl_samix.losses.precision import full_precision
-from ssl_samix.mixup.blend import share
+from ssl_samix.mixup.blend import blend, flat, share
 from ssl_samix.mixup.objective import MixObjective, towards, weighted
 from ssl_samix.mixup.plan import share_done
 from ssl_samix.mixup.samix import SAMix
+from ssl_samix.optim.joint import MixerOptimizer
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
 ONE_SIDED = 0.05  # share of a parent in a mixture, below which the mixture is the other parent
+GAIN_EVERY = 5  # learning steps between two comparisons with flat masks, a forward pass each
 
 
 class SAMixObjective(MixObjective):
@@ -30,7 +32,7 @@ class SAMixObjective(MixObjective):
     Args:
         backbone: States the maps of its stages.
         stage: Whose maps the Mixer reads.
-        mask: Form of the mask, ``paper`` or ``anchored`` (see ``MixBlock``).
+        mask: Form of the mask, ``exact``, ``paper`` or ``anchored`` (see ``MixBlock``).
         width: Of the Mixer's attention.
         upsampling: Of the mask.
         lam: ``drawn`` or ``mask`` (see ``SAMix``).
@@ -43,7 +45,8 @@ class SAMixObjective(MixObjective):
         mask_margin: How far a mask may be from its ratio, free of cost.
         variance_weight: Reward for the masks' spatial standard deviation.
         update_every: The Mixer learns in every n-th step.
-        lr: Factor on the encoder's learning rate.
+        optimizer: Of the Mixer: ``adamw``, ``adam`` or ``sgd`` of its own, or the ``encoder``'s.
+        lr: Its learning rate; with ``optimizer=encoder``, a factor on the encoder's.
         momentum: Of the Mixer's teacher, for a method that has no momentum encoder of its own.
         **mixing: Further arguments of ``MixObjective``.
 
@@ -60,7 +63,7 @@ class SAMixObjective(MixObjective):
         *,
         backbone: StagedBackbone,
         stage: int = 3,
-        mask: Literal["paper", "anchored"] = "paper",
+        mask: Literal["exact", "paper", "anchored"] = "paper",
         width: int = 128,
         upsampling: Literal["bilinear", "nearest"] = "bilinear",
         lam: Literal["drawn", "mask"] = "drawn",
@@ -71,6 +74,7 @@ class SAMixObjective(MixObjective):
         mask_margin: float = 0.1,
         variance_weight: float = 0.0,
         update_every: int = 1,
+        optimizer: str = "encoder",
         lr: float = 1.0,
         momentum: float = 0.99,
         **mixing: Any,
@@ -81,7 +85,6 @@ class SAMixObjective(MixObjective):
         check_range("mixup.mask_margin", mask_margin, 0, 1)
         check_range("mixup.variance_weight", variance_weight, 0)
         check_range("mixup.update_every", update_every, 1)
-        check_range("mixup.lr", lr, 1e-6)
         check_range("mixup.momentum", momentum, 0, 1)
         settings: dict[str, Any] = {
             "channels": backbone.map_spec(stage).channels,
@@ -95,7 +98,8 @@ class SAMixObjective(MixObjective):
         self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
         self.eta, self.temperature, self.update_every = eta, temperature, update_every
         self.mask_weight, self.mask_margin = mask_weight, mask_margin
-        self.variance_weight, self.lr, self.momentum = variance_weight, lr, momentum
+        self.variance_weight, self.momentum = variance_weight, momentum
+        self.optimizer = MixerOptimizer(optimizer, lr)
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
         self._step = 0
         self._learns_now = True
@@ -134,15 +138,31 @@ class SAMixObjective(MixObjective):
         assert maps is not None
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
+        local, global_ = self.judged(method, batch, mixed, plan, targets)
+        loss = local + self.eta * global_ + self.mask_loss(mixed, progress)
+        logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
+        if self._step // self.update_every % GAIN_EVERY == 0:
+            with torch.no_grad():
+                masks = flat(plan.lam, images.shape[-1])
+                plain = blend(images, partners, plan, masks, plan.lam)
+                flat_local, flat_global = self.judged(method, batch, plain, plan, targets)
+            logs["mixer/gain"] = flat_local - local + self.eta * (flat_global - global_)
+        return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
+
+    def judged(
+        self,
+        method: Method,
+        batch: Batch,
+        mixed: Mixed,
+        plan: MixPlan,
+        targets: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the local and the global term of mixtures as the frozen teacher sees them."""
         query = method.frozen_query(mixed.images)
         like = partial(method.likeness, temperature=self.temperature)
         likeness = towards(like, query, targets, plan.parents)
         local = local_loss(likeness, plan.lam).mean()
-        global_ = self.global_loss(method, query, targets, plan, batch).mean()
-        masks = self.mask_loss(mixed, progress)
-        loss = local + self.eta * global_ + masks
-        logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
-        return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
+        return local, self.global_loss(method, query, targets, plan, batch).mean()
 
     def global_loss(
         self,
@@ -184,6 +204,7 @@ class SAMixObjective(MixObjective):
         copied = (torch.minimum(own, 1 - own) < ONE_SIDED) & drawn
         return {
             "mixer/gamma": self.policy.block.bounded_gamma,
+            "mixer/ratio_slope": slope(mixed.lam, own),
             "mixer/mask_mean_error": (own - mixed.lam).abs().mean(),
             "mixer/mask_std": spread(mixed.mask).mean(),
             "mixer/one_sided": copied.float().mean(),
@@ -215,6 +236,15 @@ def local_loss(likeness: Tensor, lam: Tensor) -> Tensor:
         (K,) losses.
     """
     return weighted(-likeness.log_softmax(dim=1), lam)
+
+
+def slope(ratio: Tensor, found: Tensor) -> Tensor:
+    """Return the slope of the shares that masks give, (K,), on the ratios drawn, (K,), a scalar.
+
+    1: masks keep their ratios; 0: they know nothing of them.
+    """
+    ratio, found = ratio - ratio.mean(), found - found.mean()
+    return (ratio * found).sum() / ratio.square().sum().clamp_min(1e-12)
 
 
 def spread(mask: Tensor) -> Tensor:

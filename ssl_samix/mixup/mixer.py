@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from ssl_samix.errors import check_choice, check_range
 
 MOST_POSITIONS = 784  # 28 x 28: from there on attention is computed for so many queries at a time
-FORMS = ("paper", "anchored")
+FORMS = ("exact", "paper", "anchored")
 UPSAMPLING = ("bilinear", "nearest")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
-SMALL_WEIGHTS = 1e-3  # standard deviation of the anchored form's last layer, near zero
+SMALL_WEIGHTS = 1e-3  # standard deviation of the last layer of the forms that start as plain mixup
 EDGE = 1e-4  # lam is kept this far from 0 and 1 where its logit is taken
+CONTRAST = 8.0  # most that the exact form's logits differ from their middle: e^-16 is nothing
+HALVINGS, NEWTON_STEPS = 6, 3  # from a bracket of 16 to 1/4, from there to rounding
+FLATTEST = 1e-4  # mean slope of the sigmoids, below which no gradient is divided by it
 
 
 class MixBlock(nn.Module):
@@ -28,8 +31,9 @@ class MixBlock(nn.Module):
         channels: C of the feature maps.
         width: Channels of query, key and value; C / 2 in the paper, at most this many here (wide
             backbones would pay for it, not gain).
-        form: ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
-            is added to the logit of the ratio; at its start this is plain mixup.
+        form: ``exact``: the output says only where; each mask's mean is 1 - lam (``balanced``).
+            ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
+            is added to the logit of the ratio. ``exact`` and ``anchored`` start as plain mixup.
         upsampling: From positions to pixels, ``bilinear`` or ``nearest``.
         activation: Between the value's convolutions, ``relu`` or ``elu`` (what OpenMixup has).
         lam_curve: What the ratio is bent by before it scales the maps (OpenMixup's ``lam_mul_k``):
@@ -44,7 +48,7 @@ class MixBlock(nn.Module):
         self,
         channels: int,
         width: int = 128,
-        form: Literal["paper", "anchored"] = "paper",
+        form: Literal["exact", "paper", "anchored"] = "paper",
         upsampling: Literal["bilinear", "nearest"] = "bilinear",
         activation: Literal["relu", "elu"] = "relu",
         lam_curve: float | None = None,
@@ -74,7 +78,7 @@ class MixBlock(nn.Module):
         for conv in (self.query, self.key, self.value[0]):
             nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")  # type: ignore[arg-type]
         last: nn.Conv2d = self.value[3]  # type: ignore[assignment]
-        deviation = SMALL_WEIGHTS if self.form == "anchored" else 0.1
+        deviation = 0.1 if self.form == "paper" else SMALL_WEIGHTS
         nn.init.normal_(last.weight, std=deviation)
         for conv in (self.query, self.key, last):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -105,6 +109,8 @@ class MixBlock(nn.Module):
         value = self.value(partner).flatten(2)  # (K, 1, hw)
         output = attend(query, key, value).view(-1, 1, *own.shape[-2:])
         output = self._upsample(output, size)
+        if self.form == "exact":
+            return balanced(output, lam)
         if self.form == "anchored":
             anchor = torch.logit(1 - lam, eps=EDGE).to(output.dtype)
             output = output + anchor[:, None, None, None]
@@ -126,6 +132,58 @@ def bend(lam: Tensor, curve: float | None) -> Tensor:
         return lam
     off = lam - 0.5
     return 0.5 + off * (4 * off.square() + 3 * curve) / (1 + 3 * curve)
+
+
+def balanced(logits: Tensor, lam: Tensor) -> Tensor:
+    """Turn logits into masks whose mean is 1 - lam, whatever the logits are.
+
+    The mask is ``sigmoid(level + logits)``, with the one level per image that gives it its share.
+    The gradient is that of the exact level, by the implicit function: what a pixel wins, the others
+    of its image lose.
+
+    Args:
+        logits: (K, 1, S, S), where the partner should rather be; bent to +-8 around their mean.
+        lam: (K,) share of the image itself, in [0, 1].
+
+    Returns:
+        (K, 1, S, S) of at least float32, in [0, 1], of mean 1 - lam to 1e-3.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        shape, logits = logits.shape, wide(logits).flatten(1)  # (K, S^2)
+        logits = logits - logits.mean(dim=1, keepdim=True)
+        logits = CONTRAST * (logits / CONTRAST).tanh()
+        wanted = (1 - lam.to(logits.dtype)).clamp(EDGE, 1 - EDGE)[:, None]
+        level = _level(logits.detach(), wanted)
+        mask = (level + logits).sigmoid()
+        slope = (mask * (1 - mask)).detach().mean(dim=1, keepdim=True).clamp_min(FLATTEST)
+        share = mask.mean(dim=1, keepdim=True)
+        # Its value is 0; its gradient is how the level answers to the logits.
+        answer = (share.detach() - share) / slope
+        mask = (level + answer + logits).sigmoid()
+    return mask.view(shape)
+
+
+@torch.no_grad()
+def _level(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Find the level (K, 1) at which the mean of ``sigmoid(level + logits)`` is as wanted (K, 1).
+
+    Halving, until Newton's method cannot miss: a fixed number of steps, so that nobody waits for
+    the device. Newton's steps are on the logit of the mean, nearly a straight line of the level.
+    """
+    goal = torch.logit(wanted)
+    low = goal - logits.amax(dim=1, keepdim=True)
+    high = goal - logits.amin(dim=1, keepdim=True)
+    level = (low + high) / 2
+    for _ in range(HALVINGS):
+        over = (level + logits).sigmoid().mean(dim=1, keepdim=True) > wanted
+        low, high = torch.where(over, low, level), torch.where(over, level, high)
+        level = (low + high) / 2
+    for _ in range(NEWTON_STEPS):
+        mask = (level + logits).sigmoid()
+        mean = mask.mean(dim=1, keepdim=True)
+        slope = (mask * (1 - mask)).mean(dim=1, keepdim=True).clamp_min(1e-12)
+        level = level - (torch.logit(mean, eps=1e-7) - goal) * mean * (1 - mean) / slope
+    return level
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

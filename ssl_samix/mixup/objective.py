@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_samix.errors import check_choice, check_range
 from ssl_samix.mixup.plan import SMALLEST, draw_plan, share_done, window
+from ssl_samix.optim.joint import MixerOptimizer
 from ssl_samix.types import (
     Batch,
     Method,
@@ -52,7 +53,7 @@ class MixObjective(nn.Module):
     """
 
     learns = False  # whether the policy is trained, and a teacher is wanted
-    lr = 1.0  # factor on the encoder's learning rate, for a policy that is trained
+    optimizer: MixerOptimizer | None = None  # of a policy that is trained
     description: dict[str, Any]  # what rebuilds a policy that is trained
     momentum = 0.99  # of the teacher that a method gets if it has none of its own
 

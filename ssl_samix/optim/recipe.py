@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.optim.groups import parameter_groups
+from ssl_samix.optim.joint import FINAL, JointOptimizer, MixerOptimizer
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
 
@@ -63,7 +64,7 @@ class OptimizerRecipe:
         batch_size: int,
         total_steps: int,
         steps_per_epoch: int,
-        mixer_lr: float = 1.0,
+        mixer: MixerOptimizer | None = None,
     ) -> dict[str, Any]:
         """Return Lightning's dict of the optimizer and its schedule over ``total_steps``.
 
@@ -72,31 +73,55 @@ class OptimizerRecipe:
             batch_size: Images per optimizer step, over all devices.
             total_steps: Optimizer steps of the whole run.
             steps_per_epoch: Optimizer steps of an epoch.
-            mixer_lr: Factor on the learning rate of the mixer's parameters.
+            mixer: How the mixer's parameters are optimised; None: as the encoder's.
+
+        Raises:
+            ConfigError: If the optimizer refuses its settings.
         """
+        mixer = mixer or MixerOptimizer()
         lr = self.scaled_lr(batch_size)
         groups = parameter_groups(module, self.weight_decay)
-        for group in groups:
-            group["lr"] = lr * (mixer_lr if group["name"] == "mixer" else 1.0)
+        alone = (lambda group: False) if mixer.shared else (lambda group: group["name"] == "mixer")
+        shared = [group for group in groups if not alone(group)]
+        own = [group for group in groups if alone(group)]
+        for group in shared:
+            group["lr"] = lr * (mixer.lr if group["name"] == "mixer" else 1.0)
         try:
-            optimizer = self.optimizer(groups, lr=lr)
+            optimizer = self.optimizer(shared, lr=lr)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"the optimizer refuses its settings: {error}") from error
         warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
-        # A closure, not lightly's scheduler object: that one restores the length of the interrupted
-        # run from a checkpoint, so that a run could not be prolonged.
-        schedule = LambdaLR(
-            optimizer,
-            lambda step: cosine_warmup_schedule(
-                step=min(step, total_steps),
-                max_steps=total_steps,
-                start_value=1.0,
-                end_value=self.final,
-                warmup_steps=warmup,
-                warmup_start_value=0.0,
-            ),
-        )
+        schedules = [cosine(total_steps, self.final, warmup) for _ in shared]
+        if own:
+            optimizer = JointOptimizer([optimizer, mixer.build(own)])
+            schedules += [cosine(total_steps, FINAL) for _ in own]
+        schedule = LambdaLR(optimizer, schedules)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
+
+
+def cosine(total_steps: int, final: float, warmup: int = 0) -> Callable[[int], float]:
+    """Return the factor on a learning rate as a function of the step.
+
+    A function, not lightly's scheduler object: that one restores the length of the interrupted run
+    from a checkpoint, so that a run could not be prolonged.
+
+    Args:
+        total_steps: Where the cosine ends.
+        final: The factor there.
+        warmup: Steps of linear warm-up from 0.
+    """
+
+    def factor(step: int) -> float:
+        return cosine_warmup_schedule(
+            step=min(step, total_steps),
+            max_steps=total_steps,
+            start_value=1.0,
+            end_value=final,
+            warmup_steps=warmup,
+            warmup_start_value=0.0,
+        )
+
+    return factor

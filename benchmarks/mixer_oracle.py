@@ -1,0 +1,276 @@
+"""What can masks win at all? Masks that are optimised pair by pair, through the frozen teacher.
+
+    python benchmarks/mixer_oracle.py score runs/simclr-samix
+    python benchmarks/mixer_oracle.py train --objective both --seeds 0,1,2 --out runs/oracle \
+        --csv docs/results/mixer_oracle.csv method=simclr data=folder data.root=cifar10
+
+`score`: the Mixer's own loss (local + eta * global) on the same pairs and ratios, for flat masks
+(plain mixup), the Mixer of a run of `samix pretrain mixup=samix`, and the oracle: the logits
+of each pair's mask, one per position of the Mixer's maps, moved by Adam for `--steps` steps, every
+mask of the share that was drawn. The last column is the share of the oracle's gain that is reached.
+
+`train`: pretraining as `samix pretrain` does it with these words, with the oracle's masks as the
+mixing policy (slow: each step holds `--steps` passes of the teacher, forward and backward), then
+`samix knn` and `samix linear`. What the masks seek is the objective: `both` the Mixer's own loss,
+`local` or `global` one of its terms, `hard` a mixture that is between its parents but far from both
+(local - eta * global), `random` nothing (smooth random masks of the drawn share), `flat` plain
+mixup.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from unittest.mock import patch
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from common import Options, print_header, print_table, progress, refusing
+from torch import Tensor
+
+from ssl_samix import fitting
+from ssl_samix.checkpoint_io import read_checkpoint
+from ssl_samix.config import build, compose
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.errors import CheckpointError, check_choice
+from ssl_samix.files import write_atomically
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.mixup.blend import blend, flat
+from ssl_samix.mixup.classic import Mixup
+from ssl_samix.mixup.learned import SAMixObjective, local_loss, spread
+from ssl_samix.mixup.mixer import balanced
+from ssl_samix.mixup.objective import MixObjective, towards, weighted
+from ssl_samix.pretraining import Pretraining, configured
+from ssl_samix.run_folder import RunFolder
+from ssl_samix.subcommands import SUBCOMMANDS
+from ssl_samix.types import Batch, Method, Mixed, MixPlan
+
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "both": lambda local, global_: local + ETA * global_,
+    "local": lambda local, global_: local,
+    "global": lambda local, global_: global_,
+    "hard": lambda local, global_: local - ETA * global_,
+}
+WITHOUT_STEPS = ("random", "flat")
+ETA, TEMPERATURE = 0.5, 0.2  # of the default Mixer's loss
+LR = 1.0  # of Adam on the logits
+STRENGTH = 2.0  # standard deviation of the random masks' logits
+
+
+class Oracle(MixObjective):
+    """Mixes by masks that are sought for each pair anew.
+
+    Args:
+        objective: What they seek, or ``random`` or ``flat``.
+        steps: Of Adam.
+        **mixing: Arguments of ``MixObjective``.
+    """
+
+    learns = True  # so that every method has a teacher
+
+    def __init__(self, objective: str, steps: int, **mixing: Any) -> None:
+        super().__init__(Mixup(), stage=3, **mixing)
+        self.objective, self.steps = objective, steps
+        spec = mixing["backbone"].map_spec(3)
+        self.stride = spec.stride
+        self.description = {"stage": 3, "settings": {"channels": spec.channels}}
+
+    def mixtures(
+        self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
+    ) -> Mixed:
+        """Seek the masks, and mix."""
+        images, partners = self.sources(method, batch, first, second)
+        targets = self.both_targets(method, batch, method.targets(batch.views[second]), first)
+        masks = self.masks(method, images, partners, plan, targets)
+        return blend(images, partners, plan, masks, plan.lam)
+
+    def masks(
+        self,
+        method: Method,
+        images: Tensor,
+        partners: Tensor,
+        plan: MixPlan,
+        targets: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Seek the masks (K, 1, S, S)."""
+        size = images.shape[-1]
+        if self.objective == "flat":
+            return flat(plan.lam, size)
+        side = size // self.stride
+        logits = torch.randn(len(plan.lam), 1, side, side, device=images.device)
+        if self.objective == "random":
+            return balanced(upsampled(STRENGTH * logits, size), plan.lam)
+        seek = OBJECTIVES[self.objective]
+        logits = (0.01 * logits).requires_grad_()
+        adam = torch.optim.Adam([logits], lr=LR, betas=(0.8, 0.95))
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                masks = balanced(upsampled(logits, size), plan.lam)
+                mixed = blend(images, partners, plan, masks, plan.lam)
+                loss = seek(*terms(method, mixed.images, plan, targets)).sum()
+                (logits.grad,) = torch.autograd.grad(loss, logits)
+            adam.step()
+        return balanced(upsampled(logits.detach(), size), plan.lam)
+
+
+def upsampled(logits: Tensor, size: int) -> Tensor:
+    """Bring logits (K, 1, h, w) to pixels (K, 1, S, S)."""
+    return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def terms(
+    method: Method, mixed: Tensor, plan: MixPlan, targets: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the local and the global term of mixtures (K, 3, S, S), (K,) each."""
+    query = method.frozen_query(mixed)
+    like = partial(method.likeness, temperature=TEMPERATURE)
+    local = local_loss(towards(like, query, targets, plan.parents), plan.lam)
+    return local, weighted(towards(method.contrast, query, targets, plan.parents), plan.lam)
+
+
+def trained(path: str) -> tuple[BaseMethod, DataModule]:
+    """Load method and data of a run, with a Mixer that has learned nothing where it has none.
+
+    Raises:
+        UserError: If there is no run, or no checkpoint in it.
+    """
+    folder = RunFolder(path)
+    config, _ = folder.load_config()
+    if not folder.last.exists():
+        raise CheckpointError(f"{folder.path} holds no last.ckpt")
+    if not config.mixup or "SAMixObjective" not in config.mixup._target_:
+        config.mixup = compose("pretrain", ["mixup=samix"])[0].mixup
+    pl.seed_everything(config.seed, verbose=False)
+    data: DataModule = build(config.data, views=build(config.views), seed=config.seed)
+    backbone = build(config.backbone, image_size=data.splits.image_size)
+    method: BaseMethod = build(
+        config.method,
+        backbone=backbone,
+        optimizer=fitting.build_optimizer(config),
+        mixing=fitting.build_mixing(config, backbone, data),
+    )
+    weights = read_checkpoint(folder.last)["state_dict"]
+    method.load_state_dict(weights, strict=False)
+    if not any(name.startswith("twin.") for name in weights):
+        method.teacher.load_state_dict(method.embedder.state_dict())
+    return method, data
+
+
+def score(args: Any) -> None:
+    """Print the table of one or several runs."""
+    print_header("The Mixer's own loss, and the least that masks can have", args)
+    columns = ("run", "masks", "local", "global", "own loss", "mask_std", "share of the gain")
+
+    def rows() -> Any:
+        for path in args.runs:
+            method, data = trained(path)
+            found = scored(method, data, args)
+            best, plain = found["oracle"][2], found["flat"][2]
+            for name, values in found.items():
+                share = (plain - values[2]) / max(plain - best, 1e-9)
+                yield [Path(path).name, name, *(f"{v:.3f}" for v in values), f"{share:.2f}"]
+
+    print_table(columns, rows())
+
+
+def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[float]]:
+    """Measure flat masks, the Mixer's and the oracle's on the same pairs of some batches."""
+    mixing: SAMixObjective = method.mixing  # type: ignore[assignment]
+    spec = {"backbone": method.backbone, "pairs": mixing.pairs, "targets": mixing.targets}
+    oracle = Oracle(args.objective, args.steps, **spec)
+    method.to(args.device).eval()
+    found: dict[str, list[list[float]]] = {"flat": [], "Mixer": [], "oracle": []}
+    train = data.splits.train
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    for index in order.split(data.batch_size)[: args.batches]:
+        torch.manual_seed(int(index[0]))
+        views = data.views(train.load(index).to(args.device))
+        batch = Batch(views=views, label=train.labels[index], index=index)
+        with method.memory.step(), torch.no_grad():
+            images, partners = mixing.sources(method, batch, 0, 1)
+            targets = mixing.both_targets(method, batch, method.targets(batch.views[1]))
+            plan = mixing.draw(images)
+            maps = mixing.maps(method, images, partners)
+            assert maps is not None
+            masks = {
+                "flat": flat(plan.lam, images.shape[-1]),
+                "Mixer": mixing.policy.masks(plan, maps, images.shape[-1]),
+                "oracle": oracle.masks(method, images, partners, plan, targets),
+            }
+            for name, mask in masks.items():
+                mixed = blend(images, partners, plan, mask, plan.lam)
+                local, global_ = terms(method, mixed.images, plan, targets)
+                own = OBJECTIVES["both"](local, global_)
+                values = (local, global_, own, spread(mask))
+                found[name].append([float(value.mean()) for value in values])
+    return {name: [fmean(column) for column in zip(*v, strict=True)] for name, v in found.items()}
+
+
+def train(args: Any) -> None:
+    """Pretrain with the oracle, measure, and write a row for each seed."""
+    print_header("Encoders that learn from masks optimised pair by pair", args)
+    columns = ("objective", "steps", "seed", "knn_top1", "linear_top1", "cpu_seconds", "words")
+    path = Path(args.csv) if args.csv else Path(args.out) / "mixer_oracle.csv"
+    rows = list(csv.reader(path.open()))[1:] if path.exists() else []
+    for seed in args.seeds.split(","):
+        key = [args.objective, str(args.steps), seed]
+        if any(row[:3] == key and row[-1] == " ".join(args.words) for row in rows):
+            continue
+        progress(f"{' '.join(key)} ...")
+        out = Path(args.out) / f"{args.objective}-{args.steps}-s{seed}"
+        run = pretrained([*args.words, f"seed={seed}", f"out={out}"], args)
+        values = []
+        for protocol in ("knn", "linear"):
+            result = out / "results" / f"oracle-{protocol}"
+            command: Any = SUBCOMMANDS[protocol]
+            command.job([f"run={out}", f"out={result}"])
+            results = json.loads((result / "results.json").read_text("utf-8"))["results"]
+            values.append(f"{results[0]['numbers']['top1']:.2f}")
+        rows.append([*key, *values, f"{run:.0f}", " ".join(args.words)])
+        text = "\n".join(",".join(row) for row in [columns, *rows]) + "\n"
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+    print_table(columns[:-1], [row[:-1] for row in rows])
+
+
+def pretrained(words: list[str], args: Any) -> float:
+    """Run `samix pretrain` with the oracle as its policy; return its CPU seconds."""
+
+    def mixing(config: Any, backbone: Any, data: DataModule) -> MixObjective:
+        return Oracle(args.objective, args.steps, backbone=backbone)
+
+    with (
+        patch.object(fitting, "build_mixing", mixing),
+        patch.object(fitting, "save_mixer", lambda *_: None),
+    ):
+        config, choices, folder = configured("pretrain", [*words, "mixup=mixup"])
+        run = fitting.train(Pretraining(), config, choices, folder)
+    return run.metrics["cpu_seconds"] * config.trainer.max_epochs
+
+
+@refusing()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score Mixers, or train encoders with the oracle."""
+    sizes = {"steps": 8, "batches": 4}
+    about = {"steps": "of Adam for each mask", "batches": "that score is measured on"}
+    parser = Options(__doc__, cpu=sizes, cuda=sizes, about=about)
+    parser.add_argument("--objective", default="both", help="what masks seek")
+    parser.add_argument("--seeds", default="0", help="with commas between (train)")
+    parser.add_argument("--out", default="runs/oracle", help="folder of the runs (train)")
+    parser.add_argument("--csv", help="table of the rows (train)")
+    parser.add_argument("command", choices=("score", "train"))
+    parser.add_argument("words", nargs="+", help="runs (score), or words of samix pretrain (train)")
+    args = parser.read(arguments)
+    check_choice("--objective", args.objective, (*OBJECTIVES, *WITHOUT_STEPS))
+    args.runs = args.words
+    {"score": score, "train": train}[args.command](args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
