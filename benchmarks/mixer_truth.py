@@ -291,6 +291,8 @@ def make(args: argparse.Namespace) -> None:
     for name, low in (("train", FEWEST), ("val", FEWEST), ("seed", 0)):
         check_range(f"--{name}", getattr(args, name), low)
     check_range("--size", args.size, truth_scenes.SMALLEST, 512)
+    if args.size % POSITION:
+        raise ConfigError(f"--size must be a multiple of {POSITION}, got {args.size}")
     root = Path(args.root).resolve()
     truth_scenes.write(root, {"train": args.train, "val": args.val}, args.size, args.seed)
     print(f"{root}: {args.train} training and {args.val} validation images of {args.size} px")

@@ -101,6 +101,7 @@ def test_step_time_without_lightly_and_memory_of_a_process(bench, capsys):
         ("mixer", ("--batch", "1"), "--batch is at least 2"),
         ("targets", ("nowhere",), "nowhere is no folder"),
         ("mixer_truth", ("make", "made", "--val", "9"), "--val must be"),
+        ("mixer_truth", ("make", "made", "--size", "50"), "--size must be a multiple of 4"),
         ("mixer_truth", ("make", BENCHMARKS), "benchmarks exists already"),
         ("mixer_truth", ("measure", "nowhere", "no-run"), "no-run"),
         ("mixer_truth", ("measure", "nowhere", "x", "--picture", "x.jpg"), "ends in .png"),
