@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_rel
 
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.data.datasets import load_splits
 from ssl_samix.evaluation.table import read_rows
+from ssl_samix.mixup.samix import SAMix
+from ssl_samix.standalone import save_mixer
 from tests.conftest import samix_here
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -96,6 +100,11 @@ def test_step_time_without_lightly_and_memory_of_a_process(bench, capsys):
         ("views", ("--sizes", "33"), "--sizes: '33' is not one of"),
         ("mixer", ("--batch", "1"), "--batch is at least 2"),
         ("targets", ("nowhere",), "nowhere is no folder"),
+        ("mixer_truth", ("make", "made", "--val", "9"), "--val must be"),
+        ("mixer_truth", ("make", "made", "--size", "50"), "--size must be a multiple of 4"),
+        ("mixer_truth", ("make", BENCHMARKS), "benchmarks exists already"),
+        ("mixer_truth", ("measure", "nowhere", "no-run"), "no-run"),
+        ("mixer_truth", ("measure", "nowhere", "x", "--picture", "x.jpg"), "ends in .png"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, words, said, bench, capsys):
@@ -129,6 +138,87 @@ def test_mixer_learning(bench, tmp_path):
     assert second["local"] == pytest.approx(second["flat local"], abs=0.0011)
     assert second["global"] == pytest.approx(second["flat global"], abs=0.0011)
     assert (second["slope"], second["mask_std"]) == (1.0, 0.0)
+
+
+@pytest.fixture
+def digits(bench, tmp_path, capsys):
+    importlib.import_module("mixer_truth").main(
+        ["make", str(tmp_path / "set"), "--train", "40", "--val", "20"]
+    )
+    capsys.readouterr()
+    return tmp_path / "set"
+
+
+def test_scenes_are_what_their_files_say(digits, bench, tmp_path, capsys):
+    scenes = importlib.import_module("truth_scenes")
+    splits = load_splits("folder", digits, "auto", None)
+    assert (len(splits.train), len(splits.val), splits.image_size) == (40, 20, 48)
+    assert splits.classes == tuple("0123456789")
+    for split, found in scenes.ingredients().items():
+        for number, scene in enumerate(scenes.scenes(found, split, 20, 48, 0)):
+            name = Path(split, str(number % 10), f"{number:05d}.png")
+            with Image.open(digits / name) as file:
+                image = np.asarray(file)
+            with Image.open(tmp_path / "set-masks" / name) as file:
+                cover = np.asarray(file)
+            np.testing.assert_array_equal(image, scene.image)
+            np.testing.assert_array_equal(cover, scene.object)
+            np.testing.assert_array_equal(image[cover == 0], scene.background[cover == 0])
+            whole = image[cover == 255].astype(int)
+            assert len(np.unique(whole, axis=0)) == 1, "a digit is of one colour"
+            assert 0.01 < (cover >= 128).mean() < 0.4
+            apart = whole[0] - scene.background[cover == 255].mean(axis=0)
+            assert np.linalg.norm(apart) > 80, "it can be seen"
+    again = ["make", digits, "--train", "10", "--val", "10"]
+    with pytest.raises(SystemExit, match="2"):
+        bench("mixer_truth", *again)
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_mixer_truth(digits, bench, tmp_path):
+    backbone = Backbone("resnet18", image_size=48, width=4)
+    settings = {"channels": backbone.map_spec(3).channels, "form": "anchored"}
+    meta = {"image_size": 48, "mean": [0.5] * 3, "std": [0.25] * 3}
+    meta |= {"backbone": {"name": "resnet18", "width": 4}}
+    meta |= {"mixer": {"stage": 3, "settings": settings}}
+    policy = SAMix(**settings)
+    torch.nn.init.zeros_(policy.block.value[3].weight)  # plain mixup to the bit
+    mixer, picture = tmp_path / "mixer.safetensors", tmp_path / "masks.png"
+    save_mixer(mixer, backbone, policy, meta)
+    words = ["measure", digits, mixer, "--pairs", "50", "--rows", "2", "--picture", picture]
+    _, (rows,) = bench("mixer_truth", *words)
+    lines = {(row.pop("masks"), row.pop("ratios")): row for row in rows}
+    assert len(lines) == 2 * 6
+    for ratios in ("Beta(2, 2)", "0.5"):
+        flat = lines["plain mixup", ratios]
+        assert lines[str(mixer), ratios] == flat
+        assert flat["object contrast"].lstrip("-") == "0.0000 ± 0.0000"
+        assert flat["slope"] == ("-" if ratios == "0.5" else "1.000")
+        assert (flat["mask_std"], flat["mask_mean_error"]) == ("0.000", "0.000")
+        perfect = lines["perfect", ratios]
+        assert perfect["object contrast"] == "1.0000 ± 0.0000"
+        assert (perfect["in partner's object"], perfect["in own object"]) == ("1.000", "0.000")
+        assert 0.5 < float(lines["coarse", ratios]["object contrast"].split()[0]) < 1
+        assert lines["FMix", ratios]["mask_mean_error"] == "0.000"
+        assert {int(row["pairs"]) + int(row["skipped"]) for row in rows} == {50}
+    with Image.open(picture) as file:
+        assert len(file.convert("RGB").getcolors(1 << 24) or ()) > 100, "not a blank page"
+
+
+def test_object_contrast_of_known_masks(bench):
+    truth = importlib.import_module("mixer_truth")
+    images, lam = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.tensor([0.3, 0.3, 0.3])
+    own, other = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    own[:, 0], other[:2, 1:3] = 1, 1
+    own[1, 1] = 1  # of both objects, and so of neither
+    other[2, 0] = 1  # the second object has no pixel of its own
+    pairs = truth.Pairs(images, images, own, other)
+    for masks, expected in ((truth.plain, 0), (truth.perfect, 1)):
+        seen = truth.observe(pairs, lam, masks(pairs, lam[None])[0])
+        assert seen.counted.tolist() == [True, True, False]
+        assert (seen.contrast() - expected).abs().max() < 1e-6
+    rising = torch.tensor([0.0, 0.2, 0.4, 1.0])[:, None].expand(3, 1, 4, 4)
+    assert truth.observe(pairs, lam, rising).contrast().tolist() == pytest.approx([0.3, 0.4])
 
 
 def test_beyond(bench, tmp_path, capsys):
