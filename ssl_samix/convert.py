@@ -155,13 +155,14 @@ def convert(request: Request) -> list[str]:
 
 def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[str, Any]) -> str:
     """Write the Mixer, complete the description of the files, and say what was written."""
-    from ssl_samix.export import openmixup
+    from ssl_samix.export.openmixup import network
+    from ssl_samix.export.openmixup_mixer import mixer
     from ssl_samix.mixup.samix import SAMix
     from ssl_samix.standalone import save_mixer
 
-    teacher = openmixup.network(checkpoint, average, meta["image_size"])
+    teacher = network(checkpoint, average, meta["image_size"])
     k, upsampling = request.lam_mul_k, request.upsampling
-    stage, settings, state = openmixup.mixer(checkpoint, teacher, k, upsampling)
+    stage, settings, state = mixer(checkpoint, teacher, k, upsampling)
     policy = SAMix(**settings)
     policy.block.load_state_dict(state, strict=True)
     meta |= {"mixup": "samix", "mixer": {"stage": stage, "settings": settings}}
