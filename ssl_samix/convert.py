@@ -122,17 +122,18 @@ def convert(request: Request) -> list[str]:
         Lines that say what was written, and what was taken for granted.
 
     Raises:
-        UserError: If the file is none of OpenMixup's, or has what ours cannot compute. Nothing has
-            been written then.
+        UserError: If the file is not one of OpenMixup's, or has what ours cannot compute. Nothing
+            has been written then.
     """
     from ssl_samix.checkpoint_io import describe
     from ssl_samix.evaluation.checkpoint import save_encoder
     from ssl_samix.export import openmixup
 
     checkpoint, out = openmixup.read(request.path), RunFolder(request.out)
-    name = f"backbone_{request.network}"
-    if name == "backbone_q" and not checkpoint.under("backbone_q."):
-        name = "backbone"  # of a plain classifier, the only one
+    trained, average = checkpoint.networks
+    name = average if request.network == "k" else trained
+    if name is None:
+        raise CheckpointError(f"{request.path} has no moving average: it has {trained} alone")
     images = _images(checkpoint, name, request)
     size = images["image_size"]
     encoder = openmixup.network(checkpoint, name, size)
@@ -142,25 +143,26 @@ def convert(request: Request) -> list[str]:
         f"{out.encoder}  {name}, {describe(encoder.settings)}, of images of {size} px, "
         f"mean {images['mean']}, std {images['std']}"
     ]
-    if request.encoder_only or not checkpoint.under("mix_block."):
+    if request.encoder_only or average is None or not checkpoint.under("mix_block."):
         reason = "--encoder-only" if request.encoder_only else f"{request.path} has no mix_block"
         lines.append(f"no Mixer: {reason}")
         _make(out.path)
     else:
-        lines.append(_mixer(checkpoint, request, meta))
+        lines.append(_mixer(checkpoint, average, request, meta))
     save_encoder(out.encoder, encoder, meta)
     return lines
 
 
-def _mixer(checkpoint: Checkpoint, request: Request, meta: dict[str, Any]) -> str:
+def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[str, Any]) -> str:
     """Write the Mixer, complete the description of the files, and say what was written."""
-    from ssl_samix.export import openmixup
+    from ssl_samix.export.openmixup import network
+    from ssl_samix.export.openmixup_mixer import mixer
     from ssl_samix.mixup.samix import SAMix
     from ssl_samix.standalone import save_mixer
 
-    teacher = openmixup.network(checkpoint, "backbone_k", meta["image_size"])
+    teacher = network(checkpoint, average, meta["image_size"])
     k, upsampling = request.lam_mul_k, request.upsampling
-    stage, settings, state = openmixup.mixer(checkpoint, teacher, k, upsampling)
+    stage, settings, state = mixer(checkpoint, teacher, k, upsampling)
     policy = SAMix(**settings)
     policy.block.load_state_dict(state, strict=True)
     meta |= {"mixup": "samix", "mixer": {"stage": stage, "settings": settings}}
@@ -169,21 +171,23 @@ def _mixer(checkpoint: Checkpoint, request: Request, meta: dict[str, Any]) -> st
     save_mixer(path, teacher, policy, meta)
     bend = -1 if settings["lam_curve"] is None else settings["lam_curve"]
     return (
-        f"{path}  mix_block, reads stage {stage} of backbone_k, lam_mul_k {bend:g}, "
-        f"{settings['upsampling']} masks"
+        f"{path}  mix_block, reads stage {stage} of {average}, lam_mul_k {bend:g}, "
+        f"lam_margin {settings['lam_margin']:g}, {settings['upsampling']} masks"
     )
 
 
 def _images(checkpoint: Checkpoint, name: str, request: Request) -> dict[str, Any]:
     """Say what a network was trained on: by its user, its configuration, or its shapes."""
+    from ssl_samix.export.openmixup_config import channels, side
+
     first = checkpoint.weights.get(f"{name}.conv1.weight")
     small = first is not None and first.shape[-1:] == (3,)
     usual = SMALL.get(checkpoint.classes or 0) if small else PHOTOGRAPHS
-    known: dict[str, Any] = {}
-    for place, key in enumerate(("image_size", "mean", "std")):
-        said = checkpoint.said(key)
-        believed = isinstance(said, list) and len(said) == 3 and all(0 <= v <= 1 for v in said)
-        known[key] = getattr(request, key) or (said if believed else usual and usual[place])
+    said = (side(checkpoint.settings), *(channels(checkpoint.settings, k) for k in ("mean", "std")))
+    known: dict[str, Any] = {
+        key: getattr(request, key) or said[place] or (usual and usual[place])
+        for place, key in enumerate(("image_size", "mean", "std"))
+    }
     if None in known.values():
         raise ConfigError(
             f"{request.path} does not say which images it was trained on: "
@@ -203,9 +207,10 @@ def _parser() -> _Parser:
     parser = _Parser(
         "samix convert",
         usage="samix convert openmixup <file.pth> -o <folder> [option]...",
-        description="Turn a checkpoint of OpenMixup's AutoMixup/SAMix classifiers into an encoder "
-        "(encoder.safetensors) and a Mixer (mixer.safetensors). What the file does not say is what "
-        "OpenMixup's own configurations have; the options say otherwise.",
+        description="Turn a checkpoint of OpenMixup, of its AutoMixup/SAMix classifiers or of its "
+        "self-supervised methods, into an encoder (encoder.safetensors) and, where there is one, a "
+        "Mixer (mixer.safetensors). What the file does not say is what OpenMixup's own "
+        "configurations have; the options say otherwise.",
         allow_abbrev=False,
     )
     # A name of its own: the message of a missing word shows it.

@@ -178,6 +178,7 @@ def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, An
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+@torch.inference_mode(False)  # weights that are made in it could never be trained
 def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
     """Load a trained Mixer, to mix images in any loop.
 

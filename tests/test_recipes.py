@@ -150,13 +150,29 @@ def test_it_trains_a_few_steps(name, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in SUPERVISED if not n.startswith("imagenet")])
-def test_small_networks_have_the_published_number_of_weights(name):
+def test_networks_for_small_images_have_the_number_of_weights_of_their_classes(name):
     config, _ = compose("supervised", [f"experiment={name}"])
     kind = name.split("/")[0]
     backbone = build(config.backbone, image_size=config.data.image_size)
     assert isinstance(backbone, Backbone)
     assert backbone.small_stem
     assert weights(backbone, CLASSES[kind]) == pytest.approx(MILLIONS[name], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "cifar10", "imagenet"),
+    [("18", 11.17, 11.69), ("34", 21.28, 21.80), ("50", 23.52, 25.56), ("101", 42.51, 44.55)],
+)
+def test_whose_numbers_of_weights_the_published_table_has(name, cifar10, imagenet):
+    """OpenMixup's page on ImageNet lists those for CIFAR-10; ours are torchvision's, as said."""
+    small = Backbone(f"resnet{name}", 32)
+    assert weights(small, 10) == pytest.approx(cifar10, abs=0.005)
+    known = getattr(torchvision.models, f"ResNet{name}_Weights").IMAGENET1K_V1.meta["num_params"]
+    assert known / 1e6 == pytest.approx(imagenet, abs=0.005)
+    assert MILLIONS[f"imagenet/resnet{name}"] == imagenet
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert f"{cifar10:.2f}" in text
+    assert f"{imagenet:.2f}" in text
 
 
 @pytest.mark.usefixtures("_small_is_whole")

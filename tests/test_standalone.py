@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ssl_samix
+from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.checkpoint_io import META
 from ssl_samix.config import build, compose
 from ssl_samix.errors import CheckpointError, ConfigError
@@ -88,6 +89,30 @@ def test_it_stays_frozen_inside_another_model(run, images):
     assert not any(p.requires_grad for p in mixer.parameters())
     for key, tensor in mixer.state_dict().items():
         assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_can_be_loaded_where_gradients_are_off(run, images, mode):
+    partner = torch.arange(6).roll(1)
+    expected = ssl_samix.load_mixer(run)(images, 0.3, partner).images
+    encoder = ssl_samix.load_encoder(run)
+    with mode():
+        mixer, second = ssl_samix.load_mixer(run), ssl_samix.load_encoder(run)
+        assert not torch.is_grad_enabled()  # as it was
+        assert torch.equal(mixer(images, 0.3, partner).images, expected)
+        assert mixer.backbone.names_read(3) == encoder.backbone.names_read(3)
+    assert not any(tensor.is_inference() for tensor in mixer.state_dict().values())
+    loss = mixer.requires_grad_(True).backbone.stage_map(images, 3).sum()
+    loss.backward()  # weights of inference mode would refuse
+    torch.nn.functional.mse_loss(second(images), encoder(images) + 1).backward()
+    assert all(p.grad is not None for p in second.parameters())
+
+
+def test_a_backbone_made_in_inference_mode_names_what_is_read(run):
+    with torch.inference_mode():
+        backbone = Backbone("resnet18", image_size=16, width=8)
+        names = backbone.names_read(3)
+    assert names == ssl_samix.load_mixer(run).backbone.names_read(3)
 
 
 def test_it_mixes_as_the_run_would(run, images):

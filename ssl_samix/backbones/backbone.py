@@ -155,12 +155,13 @@ class Backbone(nn.Module):
             ConfigError: If the backbone has no such stage.
         """
         self.map_spec(stage)
-        copied = copy.deepcopy(self).eval().requires_grad_(True)
-        weights = dict(copied.named_parameters())
-        image = next(iter(weights.values())).new_zeros(1, 3, self.image_size, self.image_size)
-        with torch.enable_grad():
+        # The gradient is what names them, and a caller may have switched gradients off.
+        with torch.inference_mode(False), torch.enable_grad():
+            copied = copy.deepcopy(self).eval().requires_grad_(True)
+            weights = dict(copied.named_parameters())
+            image = next(iter(weights.values())).new_zeros(1, 3, self.image_size, self.image_size)
             given = copied.stage_map(image, stage)
-        slopes = torch.autograd.grad(given.sum(), list(weights.values()), allow_unused=True)
+            slopes = torch.autograd.grad(given.sum(), list(weights.values()), allow_unused=True)
         read = {n for n, slope in zip(weights, slopes, strict=True) if slope is not None}
         owners = {name.rpartition(".")[0] for name in read}
         without = {n for n, m in self.named_modules() if not list(m.parameters(recurse=False))}

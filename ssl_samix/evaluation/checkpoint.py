@@ -62,6 +62,7 @@ def save_encoder(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+@torch.inference_mode(False)  # weights that are made in it could never be trained
 def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     """Load an encoder in eval mode.
 

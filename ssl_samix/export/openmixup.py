@@ -1,15 +1,13 @@
-"""What is in a checkpoint of OpenMixup's AutoMixup/SAMix classifiers, in terms of ours."""
+"""What is in a checkpoint of OpenMixup, of classifiers or self-supervised, in terms of ours."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -18,88 +16,127 @@ from ssl_samix.backbones.resnet import RESNETS
 from ssl_samix.checkpoint_io import load_plain
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.evaluation.foreign import load_strictly
+from ssl_samix.export.openmixup_config import Computed, read_text
 
-LAM_MARGIN = 0.08  # of all SAMix configurations: an encoder's mixtures nearer to 0 or 1 are flat
-MOST_BEND = 10.0  # a larger lam_mul_k counts as this
-# Parts of our MixBlock -> what they are called there.
-PARTS = {
-    "query": "query.conv",
-    "key": "key.conv",
-    "value.0": "value.conv.0.conv",
-    "value.1": "value.conv.0.bn",
-    "value.3": "value.conv.1.conv",
+# Where the trained network and its moving average are, by whose files they are. Those with ".0"
+# hold a network and its projection in a row. Many files have a second name, backbone, for one.
+NETWORKS: tuple[tuple[str, str | None], ...] = (
+    ("backbone_q", "backbone_k"),  # AutoMixup
+    ("encoder_q.0", "encoder_k.0"),  # MOCO, DenseCL
+    ("encoder_q", "encoder_k"),  # MoCoSAMix, MoCoMix
+    ("online_net.0", "target_net.0"),  # BYOL
+    ("base_encoder.0", "momentum_encoder.0"),  # MoCoV3
+    ("encoder.0", None),  # SimSiam
+    ("backbone", None),  # SimCLR, BarlowTwins, SwAV and plain classifiers
+)
+# Settings that change a network and that no shape shows -> what ours has; the first is also what
+# theirs has if its configuration does not say.
+NETWORK = {
+    "style": ("pytorch",),  # where a bottleneck has its stride
+    "strides": ([1, 2, 2, 2],),
+    "dilations": ([1, 1, 1, 1],),
+    "conv_cfg": (None, {"type": "Conv2d"}),
 }
-LAST_BIAS = "value.conv.1.conv.bias"  # which SAMix's configurations leave out
+EPS = 1e-5  # of every normalisation
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file: its weights by OpenMixup's names, and its configuration; published ones have none."""
+    """A file as OpenMixup writes it.
+
+    Attributes:
+        path: The file.
+        weights: By OpenMixup's names.
+        settings: Its configuration; published files have none.
+    """
 
     path: Path
     weights: dict[str, Tensor]
-    config: str
+    settings: dict[str, Any]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return the weights whose names begin with ``prefix``, without it."""
         return {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
 
     @property
+    def networks(self) -> tuple[str, str | None]:
+        """Names of the trained network and of its moving average; ``None``: it has none."""
+        return next(pair for pair in NETWORKS if self.under(f"{pair[0]}."))
+
+    @property
     def classes(self) -> int | None:
-        """The number of classes of its classifiers."""
+        """The number of classes of its classifiers, and not of clusters."""
         heads = (k for k in self.weights if re.fullmatch(r"head\w*\.(fc|fc_cls)\.weight", k))
-        return next((len(self.weights[k]) for k in heads), None)
+        return next((len(self.weights[k]) for k in heads if "clst" not in k), None)
 
-    def said(self, name: str) -> Any:
-        """Return the first value that the configuration gives a setting; None: it does not."""
-        found = re.search(rf"\b{name}\s*=\s*(\[[^\]]*\]|[^,)\s]+)", self.config)
-        try:
-            return None if found is None else ast.literal_eval(found[1])
-        except (ValueError, SyntaxError):
-            return None
+    def section(self, *names: str) -> dict[str, Any]:
+        """Return a dict of the configuration, such as its model's backbone; empty: none."""
+        found: Any = self.settings
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
 
-    def one(self, given: Any, name: str, usual: Any) -> Any:
+    def one(self, given: Any, section: dict[str, Any], name: str, usual: Any) -> Any:
         """Return what the user gives, or the setting's only value, or the usual one.
 
         Raises:
             ConfigError: If it has several, of which OpenMixup draws one in each step.
+            CheckpointError: If its value is not written out.
         """
-        value = self.said(name) if given is None else given
+        value = section.get(name, usual) if given is None else given
         if isinstance(value, list) and len(value) != 1:
             option = "--upsampling" if name == "unsampling_mode" else "--lam-mul-k"
             raise ConfigError(f"{self.path} was trained with {name}={value}: choose by {option}")
         value = value[0] if isinstance(value, list) else value
-        return usual if value is None else value
+        number = not isinstance(usual, (int, float)) or isinstance(value, (int, float))
+        if isinstance(value, Computed) or not number:
+            raise CheckpointError(f"{self.path} does not say what its {name}={value!r} is")
+        return value
 
-    def require(self, name: str, value: Any) -> None:
-        """Refuse a setting that no shape shows, if the configuration gives it another value.
+    def require(
+        self, section: dict[str, Any], wanted: dict[str, tuple[Any, ...]], hint: str = ""
+    ) -> None:
+        """Refuse settings that no shape shows, if the configuration gives one another value.
 
         Raises:
             CheckpointError: With both values.
         """
-        if self.said(name) not in (None, value):
-            found = f"{name}={self.said(name)!r}"
-            raise CheckpointError(f"{self.path} was trained with {found}: it must be {value!r}")
+        for name, values in wanted.items():
+            value = section.get(name, values[0])
+            if value not in values:
+                found = f"{name}={value!r}"
+                raise CheckpointError(
+                    f"{self.path} was trained with {found}: it must be {values[0]!r}{hint}"
+                )
+        norm = section.get("norm_cfg")
+        if isinstance(norm, dict) and norm.get("eps", EPS) != EPS:
+            raise CheckpointError(
+                f"{self.path} was trained with norm_cfg={norm}: its eps must be {EPS:g}{hint}"
+            )
 
 
 def read(path: Path) -> Checkpoint:
     """Read a file as OpenMixup trains or publishes it.
 
     Raises:
-        CheckpointError: If it is damaged, would run code, or is none of OpenMixup's classifiers.
+        CheckpointError: If it is damaged, would run code, or is not one of OpenMixup's.
     """
     found = load_plain(path)
     found = found if isinstance(found, Mapping) else {}
     state, meta = found.get("state_dict", found), found.get("meta")
     state = state if isinstance(state, Mapping) else {}
     weights = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    networks = {k.split(".")[0] for k in weights}
-    if "backbone_q" not in networks and not {"backbone", "head"} <= networks:
+    networks = [q for q, _ in NETWORKS if any(k.startswith(f"{q}.") for k in weights)]
+    beside = any(k.startswith(("neck.", "head.", "head_")) for k in weights)
+    if not networks or (networks == ["backbone"] and not beside):
+        names = ", ".join(q for q, _ in NETWORKS if q != "backbone")
         raise CheckpointError(
-            f"{path} is no checkpoint of OpenMixup's classifiers: it has no backbone_q"
+            f"{path} is not a checkpoint of OpenMixup: it has no {names}, and no backbone with a "
+            "neck or head"
         )
     config = meta.get("config") if isinstance(meta, Mapping) else None
-    return Checkpoint(path, weights, config if isinstance(config, str) else "")
+    settings = read_text(config, path) if isinstance(config, str) else {}
+    return Checkpoint(path, weights, settings)
 
 
 def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
@@ -108,7 +145,9 @@ def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
     Raises:
         CheckpointError: If the file has no such network, or one that ours cannot be.
     """
-    checkpoint.require("style", "pytorch")  # where a bottleneck has its stride
+    own = "backbone_k" if name == "backbone_k" else "backbone"  # a teacher may have its own
+    section = checkpoint.section("model", own) or checkpoint.section("model", "backbone")
+    checkpoint.require(section, NETWORK)
     weights, what = checkpoint.under(f"{name}."), f"{name} in {checkpoint.path}"
     if not weights:
         raise CheckpointError(f"{checkpoint.path} has no {name}")
@@ -119,7 +158,7 @@ def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
         )
     first = weights.get("conv1.weight")
     if first is None or first.ndim != 4:
-        raise CheckpointError(f"{what} is no ResNet: it has no conv1")
+        raise CheckpointError(f"{what} is not a ResNet: it has no conv1")
     stem = "small" if first.shape[-1] == 3 else "standard"
     backbone = Backbone(_resnet(weights, what), image_size, len(first), stem)  # type: ignore[arg-type]
     load_strictly(backbone, weights, what)
@@ -140,87 +179,4 @@ def _resnet(weights: dict[str, Tensor], what: str) -> str:
         fitting = [name for name, known in RESNETS.items() if known == shown]
         if fitting:
             return fitting[0]
-    raise CheckpointError(f"{what} is no ResNet that is known: its stages have {counts} blocks")
-
-
-def mixer(
-    checkpoint: Checkpoint, teacher: Backbone, lam_mul_k: float | None, upsampling: str | None
-) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """Describe a Mixer that computes the masks of the file's mix_block.
-
-    Returns:
-        The stage that it reads, the arguments of ``SAMix``, and the state of its ``MixBlock``.
-
-    Raises:
-        UserError: If the mix_block computes what ours cannot, or its settings are not known.
-    """
-    for name in ("lam_residual", "use_scale"):
-        checkpoint.require(name, True)
-    found = {  # older files have no ".conv" here
-        re.sub(r"^(query|key)\.(weight|bias)$", r"\1.conv.\2", k): v
-        for k, v in checkpoint.under("mix_block.").items()
-    }
-    what = f"mix_block in {checkpoint.path}"
-    inner, both = _check_parts(found, what)
-    stages = [n for n in range(1, 5) if 2 * teacher.map_spec(n).channels == both]
-    if not stages:
-        raise _unfit(what, f"no stage of backbone_k has half of its query's {both} channels")
-    bend = checkpoint.one(lam_mul_k, "lam_mul_k", _usual_bend(teacher, checkpoint.classes))
-    settings = {
-        "channels": both // 2,
-        "lam": "drawn",
-        "lam_margin": LAM_MARGIN,
-        "form": "paper",
-        "width": inner,
-        "upsampling": checkpoint.one(upsampling, "unsampling_mode", "bilinear"),
-        "activation": "elu",
-        "lam_curve": min(float(bend), MOST_BEND) if bend >= 0 else None,
-    }
-    gamma = torch.tensor(float(checkpoint.one(None, "lam_mul", True)))
-    theirs = {t: ours for ours, t in PARTS.items()}
-    state = {"gamma": gamma, "value.3.bias": torch.zeros(1)}
-    for name, tensor in found.items():
-        part, _, kind = name.rpartition(".")
-        state[f"{theirs[part]}.{kind}"] = tensor
-    return stages[0], settings, state
-
-
-def _usual_bend(teacher: Backbone, classes: int | None) -> float:
-    """Return the lam_mul_k of SAMix's configurations for such a network."""
-    if not teacher.small_stem:  # aircraft, birds
-        return {100: 1.0, 200: 1.0}.get(classes or 0, -1.0)
-    tiny = 0.25 if teacher.name.startswith("resnext") else -1.0
-    return {10: 0.25, 100: 0.25, 200: tiny}.get(classes or 0, -1.0)
-
-
-def _unfit(what: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{what} is not SAMix's, {why}: --encoder-only leaves the Mixer")
-
-
-def _check_parts(found: dict[str, Tensor], what: str) -> tuple[int, int]:
-    """Refuse other parts and shapes than SAMix's; return the query's channels, out and in."""
-    if "value.weight" in found:
-        raise _unfit(what, "its value is one convolution, as AutoMix's")
-    if not any(k.startswith("key.") for k in found):
-        raise _unfit(what, "it has no key (x_qk_concat=False)")
-    query = found.get("query.conv.weight")
-    if query is None or query.ndim != 4:
-        raise _unfit(what, "it has no query")
-    both, inner = query.shape[1], max(1, query.shape[1] // 4)
-    wanted: dict[str, tuple[int, ...]] = {
-        "value.conv.0.conv.weight": (inner, both // 2, 1, 1),
-        "value.conv.0.bn.num_batches_tracked": (),
-        "value.conv.1.conv.weight": (1, inner, 1, 1),
-        LAST_BIAS: (1,),
-    }
-    for part in ("query", "key"):
-        wanted |= {f"{part}.conv.weight": (inner, both, 1, 1), f"{part}.conv.bias": (inner,)}
-    for kind in ("weight", "bias", "running_mean", "running_var"):
-        wanted[f"value.conv.0.bn.{kind}"] = (inner,)
-    missing = sorted(wanted.keys() - found.keys() - {LAST_BIAS})
-    unknown = sorted(found.keys() - wanted.keys())
-    other = sorted(k for k in wanted.keys() & found.keys() if found[k].shape != wanted[k])
-    for names, problem in ((missing, "lacks"), (unknown, "also has"), (other, "has another")):
-        if names:
-            raise _unfit(what, f"it {problem} {names[0]}")
-    return inner, both
+    raise CheckpointError(f"{what} is not a known ResNet: its stages have {counts} blocks")

@@ -14,20 +14,27 @@ from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.convert import configured, main
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.evaluation.checkpoint import load_encoder
-from ssl_samix.export.openmixup import Checkpoint
+from ssl_samix.export.openmixup_config import read_text, side
 from ssl_samix.mixup.mixer import MixBlock, bend
 from ssl_samix.standalone import Frozen, PretrainedObjective, load_mixer
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
 CONFIG = """
 img_norm_cfg = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+train_pipeline = [
+    dict(type='RandomResizedCrop', size=40, scale=(0.2, 1.0)),
+    dict(type='RandomHorizontalFlip')
+]
 model = dict(
     type='AutoMixup',
-    backbone=dict(type='ResNet', depth=18, style='pytorch'),
+    lam_margin=0.2,
+    backbone=dict(type='ResNet', depth=18, style='pytorch', norm_cfg=dict(type='BN')),
     mix_block=dict(
+        type='PixelMixBlock',
         unsampling_mode=['nearest'], lam_mul=True, lam_mul_k=1, lam_residual=True,
-        use_scale=True),
-    mix_args=dict(fill_std=[1, 1, 1]))
+        use_scale=True,
+        value_neck_cfg=dict(type='ConvNeck', norm_cfg=dict(type='BN'), with_last_dropout=0.1)),
+    mix_args=dict(fill_std=[1, 1, 1], automix=dict(lam_margin=0)))
 """
 
 
@@ -60,7 +67,9 @@ def mix_block(channels):
     return block
 
 
-def reference_mask(block, own, partner, lam, k, size, mode="bilinear"):
+def reference_mask(
+    block, own, partner, lam, k, size, mode="bilinear", *, elu=True, scaled=True, gamma=1.0
+):
     """PixelMixBlock's mask for the partner, one image and one position at a time, in float64."""
     w = {name: t.double() for name, t in block.items()}
     conv = {n.removesuffix(".weight"): t[:, :, 0, 0] for n, t in w.items() if t.ndim == 4}
@@ -71,12 +80,12 @@ def reference_mask(block, own, partner, lam, k, size, mode="bilinear"):
     masks = []
     for mine, theirs in zip(own.double(), partner.double(), strict=True):
         side = mine.shape[-1]
-        a = mine.flatten(1).T * (1 + bent)  # (positions, channels)
-        b = theirs.flatten(1).T * (2 - bent)
+        a = mine.flatten(1).T * (1 + gamma * bent)  # (positions, channels)
+        b = theirs.flatten(1).T * (1 + gamma * (1 - bent))
         hidden = b @ conv["value.conv.0.conv"].T - w["value.conv.0.bn.running_mean"]
         hidden = hidden / (w["value.conv.0.bn.running_var"] + 1e-5).sqrt()
         hidden = hidden * w["value.conv.0.bn.weight"] + w["value.conv.0.bn.bias"]
-        hidden = torch.where(hidden > 0, hidden, hidden.exp() - 1)
+        hidden = torch.where(hidden > 0, hidden, (hidden.exp() - 1) * elu)
         value = hidden @ conv["value.conv.1.conv"][0]
         query, key = (
             torch.cat([a, b], 1) @ conv[f"{n}.conv"].T + w[f"{n}.conv.bias"]
@@ -84,7 +93,7 @@ def reference_mask(block, own, partner, lam, k, size, mode="bilinear"):
         )
         seen = []
         for one in query:
-            likeness = key @ one / len(one) ** 0.5
+            likeness = key @ one / (len(one) ** 0.5 if scaled else 1)
             share = (likeness - likeness.max()).exp()
             seen.append((share / share.sum()) @ value)
         masks.append(torch.stack(seen).view(1, side, side))
@@ -176,7 +185,7 @@ def test_whole_checkpoint_gives_the_features_of_its_network(tmp_path):
     }  # fmt: skip
     assert (encoder.image_size, encoder.mean, encoder.std) == (32, CIFAR_MEAN, CIFAR_STD)
     assert "backbone_q, resnet18 of width 64 (small stem), of images of 32 px" in said
-    assert "reads stage 3 of backbone_k, lam_mul_k 0.25, bilinear masks" in said
+    assert "reads stage 3 of backbone_k, lam_mul_k 0.25, lam_margin 0.08, bilinear masks" in said
 
 
 @pytest.mark.parametrize("k", [-1.0, 0.25, 1.0])
@@ -275,8 +284,64 @@ def test_configuration_in_the_file_is_believed(tmp_path):
     state, _, _ = checkpoint()
     out, _ = converted(tmp_path, state, meta={"config": CONFIG, "epoch": 3})
     mixer = load_mixer(out)
-    assert (mixer.mean, mixer.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (mixer.image_size, mixer.mean, mixer.std) == (40, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (mixer.policy.block.lam_curve, mixer.policy.block.upsampling) == (1, "nearest")
+    assert mixer.policy.lam_margin == 0.2  # and not what another part of it says
+
+
+def test_ratios_beyond_the_margin_of_the_configuration_have_masks_of_their_own(tmp_path):
+    """Their masks are flat where lam_margin >= lam or lam_margin >= 1 - lam."""
+    state, _, _ = checkpoint()
+    images, partner = torch.randn(2, 3, 40, 40), torch.tensor([1, 0])
+    for margin, flat in (("0.2", (0.01, 0.1, 0.15, 0.85)), ("0.02", (0.01,)), ("-1", ())):
+        text = CONFIG.replace("lam_margin=0.2", f"lam_margin={margin}")
+        (tmp_path / margin).mkdir()
+        mixer = load_mixer(converted(tmp_path / margin, state, meta={"config": text})[0])
+        for lam in (0.01, 0.1, 0.15, 0.5, 0.85):
+            spread = mixer(images, lam=lam, partner=partner).mask.std()
+            assert (spread < 1e-6) == (lam in flat)
+
+
+def test_what_a_configuration_leaves_out_has_the_values_of_the_constructors(tmp_path):
+    state, _, teacher = checkpoint()
+    block = {n.removeprefix("mix_block."): t for n, t in state.items() if "mix_block" in n}
+    text = "model = dict(type='AutoMixup', mix_block=dict(type='PixelMixBlock', in_channels=32))"
+    mixer = load_mixer(converted(tmp_path, state, meta={"config": text})[0])
+    assert mixer.policy.lam_margin == 0
+    images, partner = torch.randn(2, 3, 32, 32), torch.tensor([1, 0])
+    with torch.no_grad():
+        maps = teacher.stage_maps(images)[2]
+    expected = reference_mask(block, maps, maps[partner], 0.05, -1, 32, gamma=0)
+    mask = mixer(images, lam=0.05, partner=partner).mask
+    torch.testing.assert_close(mask, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options"),
+    [
+        ("with_last_dropout=0.1", "act_cfg=dict(type='ReLU', inplace=True)", {"elu": False}),
+        ("with_last_dropout=0.1", "act_cfg=dict(type='ELU')", {}),
+        ("use_scale=True", "use_scale=False", {"scaled": False}),
+        ("lam_mul=True", "lam_mul=0.5", {"gamma": 0.5}),
+        ("lam_mul=True", "lam_mul=False", {"gamma": 0}),
+        ("lam_mul=True, lam_mul_k=1, lam_residual=True,", "lam_residual=False,", {"gamma": 0}),
+    ],
+)
+def test_settings_that_change_the_mask_are_read(tmp_path, old, new, options):
+    state, _, teacher = checkpoint()
+    block = {n.removeprefix("mix_block."): t for n, t in state.items() if "mix_block" in n}
+    assert old in CONFIG
+    meta = {"config": CONFIG.replace(old, new)}
+    mixer = load_mixer(converted(tmp_path, state, meta=meta)[0])
+    images, partner = torch.randn(2, 3, 40, 40), torch.tensor([1, 0])
+    with torch.no_grad():
+        maps = teacher.stage_maps(images)[2]
+    mask = mixer(images, lam=0.7, partner=partner).mask
+    expected = reference_mask(block, maps, maps[partner], 0.7, 1, 40, "nearest", **options)
+    torch.testing.assert_close(mask, expected, rtol=0, atol=1e-5)
+    if options:
+        without = reference_mask(block, maps, maps[partner], 0.7, 1, 40, "nearest")
+        assert (mask - without).abs().max() > 1e-3  # the setting shows
 
 
 def test_old_names_and_prefixes_give_the_same_mixer(tmp_path):
@@ -319,6 +384,92 @@ def test_depth_and_groups_are_seen_in_the_shapes(tmp_path, name):
     assert (settings["name"], settings["width"], settings["stem"]) == (name, width, "small")
 
 
+# Self-supervised checkpoints
+
+
+def self_supervised(q, k, names, alias):
+    """State dict of a method, its networks at ``names``, beside projections and a queue."""
+    state = {}
+    for name, net in zip(names, (q, k), strict=True):
+        state |= {f"{name}.{n}": t for n, t in net.state_dict().items()}
+        neck = name[:-2] + ".1" if name.endswith(".0") else f"neck{name[-2:]}"
+        state |= {f"{neck}.mlp.0.weight": torch.zeros(4, 64), f"{neck}.mlp.0.bias": torch.zeros(4)}
+    if alias:  # of the trained network, which is registered twice
+        state |= {f"backbone.{n}": t for n, t in q.state_dict().items()}
+    return state | {"queue": torch.zeros(4, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("names", "alias"),
+    [
+        (("encoder_q.0", "encoder_k.0"), True),  # MOCO, DenseCL
+        (("encoder_q", "encoder_k"), True),  # MoCoSAMix
+        (("encoder_q", "encoder_k"), False),  # MoCoMix
+        (("online_net.0", "target_net.0"), True),  # BYOL
+        (("base_encoder.0", "momentum_encoder.0"), True),  # MoCoV3
+    ],
+)
+def test_methods_with_a_moving_average(tmp_path, names, alias):
+    q, k = network(8, small=False), network(8, small=False)
+    state = self_supervised(q, k, names, alias)
+    images = torch.randn(2, 3, 64, 64)
+    for letter, net, name in (("q", q, names[0]), ("k", k, names[1])):
+        (tmp_path / letter).mkdir()
+        out, said = converted(tmp_path / letter, state, "--network", letter)
+        assert [path.name for path in out.iterdir()] == ["encoder.safetensors"]
+        assert f"{name}, resnet18 of width 8 (standard stem), of images of 224 px" in said
+        with torch.no_grad():
+            torch.testing.assert_close(load_encoder(out)(images), net(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["backbone", "encoder.0"])  # SimCLR and others; SimSiam
+def test_methods_without_a_moving_average(tmp_path, name):
+    q = network(8)
+    state = {f"{name}.{n}": t for n, t in q.state_dict().items()}
+    state |= {f"backbone.{n}": t for n, t in q.state_dict().items()}
+    state["neck.fc.0.weight"] = torch.zeros(4, 64)
+    assert "published.pth has no moving average: it has" in refused(
+        tmp_path, state, "--network", "k"
+    )
+    assert "give --image-size, --mean and --std" in refused(tmp_path, state)
+    out, said = converted(tmp_path, state, meta={"config": CONFIG})
+    assert f"{name}, resnet18 of width 8 (small stem), of images of 40 px" in said
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(load_encoder(out)(images), q(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG.replace("AutoMixup", "MoCoSAMix"), None])
+def test_mixer_of_moco_samix_and_its_teacher(tmp_path, config):
+    q, k = network(8, small=False), network(8, small=False)
+    block = mix_block(32)
+    state = self_supervised(q, k, ("encoder_q", "encoder_k"), alias=True)
+    state |= {f"mix_block.{n}": t for n, t in block.items()}
+    state["mix_block.pre_head.fc.weight"] = torch.zeros(2)  # of older versions, beside the mask
+    state["head_clst.fc_cls.weight"] = torch.zeros(100, 64)  # clusters, not aircraft
+    size = ["--image-size", "64"]
+    out, said = converted(tmp_path, state, *size, meta={"config": config} if config else None)
+    assert "mix_block, reads stage 3 of encoder_k" in said
+    assert ("lam_mul_k 1, lam_margin 0.2" if config else "lam_mul_k -1, lam_margin 0.08") in said
+    mixer = load_mixer(out)
+    images, partner = torch.randn(3, 3, 64, 64), torch.tensor([1, 2, 0])
+    with torch.no_grad():
+        maps = k.stage_maps(images)[2]
+    settings = (1, 64, "nearest") if config else (-1, 64)
+    for lam in (0.25, 0.6):
+        expected = reference_mask(block, maps, maps[partner], lam, *settings)
+        assert expected.std() > 0.01
+        mask = mixer(images, lam=lam, partner=partner).mask
+        torch.testing.assert_close(mask, expected, rtol=0, atol=1e-5)
+
+
+def test_teacher_has_to_be_there(tmp_path):
+    q = network(8, small=False)
+    state = {f"encoder_q.{n}": t for n, t in q.state_dict().items()}
+    state |= {f"mix_block.{n}": t for n, t in mix_block(32).items()}
+    assert "has no encoder_k" in refused(tmp_path, state)
+
+
 # What is refused
 
 
@@ -344,32 +495,81 @@ def test_automix_and_other_mix_blocks_are_refused(tmp_path):
     assert not (out / "mixer.safetensors").exists()
 
 
-def test_settings_that_change_the_mask_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("use_scale=True", "att_act_cfg=dict(type='ReLU')", "att_act_cfg={'type': 'ReLU'}: it"),
+        ("use_scale=True", "mask_mode='none'", "mask_mode='none': it must be 'none_v_'"),
+        ("use_scale=True", "double_norm=True", "double_norm=True: it must be False"),
+        ("use_scale=True", "attention_mode='gaussian'", "it must be 'embedded_gaussian'"),
+        ("use_scale=True", "pre_norm_cfg=dict(type='IN')", "{'type': 'IN'}: it must be None"),
+        ("lam_residual=True", "lam_residual=False", "lam_residual=False: it must be True"),
+        ("lam_residual=True,", "", "lam_residual=False: it must be True"),
+        ("with_last_dropout=0.1", "act_cfg=dict(type='GELU')", "value: it must be ELU or ReLU"),
+        ("with_last_dropout=0.1", "act_cfg=None", "act_cfg=None of the value: it must be ELU"),
+        ("with_last_dropout=0.1", "act_cfg=dict(type='ELU', alpha=2)", "'alpha': 2} of the value"),
+        ("with_last_dropout=0.1", "conv_cfg=dict(type='ConvWS')", "'ConvWS'}: it must be None"),
+        ("dict(type='BN'), with", "dict(type='BN', eps=0.1), with", "its eps must be 1e-05"),
+        ("use_scale=True", "use_scale=not debug", "does not say what its use_scale=not debug is"),
+        ("lam_mul_k=1", "lam_mul_k=None", "does not say what its lam_mul_k=None is"),
+        ("lam_margin=0.2", "lam_margin=0.7", "lam_margin must be a number in [0, 0.5], got 0.7"),
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_mask_are_refused(tmp_path, old, new, said):
     state, _, _ = checkpoint()
-    text = CONFIG.replace("use_scale=True", "use_scale=False")
-    sentence = "was trained with use_scale=False: it must be True"
-    assert sentence in refused(tmp_path, state, meta={"config": text})
+    assert old in CONFIG
+    text = CONFIG.replace(old, new)
+    sentence = refused(tmp_path, state, meta={"config": text})
+    assert said in sentence
+    assert "\n" not in sentence
+    converted(tmp_path, state, "--encoder-only", meta={"config": text})  # needs none of them
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("style='pytorch'", "style='caffe'", "style='caffe': it must be 'pytorch'"),
+        ("style='pytorch'", "strides=(1, 2, 2, 1)", "1]: it must be [1, 2, 2, 2]"),
+        ("style='pytorch'", "dilations=(1, 1, 1, 2)", "dilations=[1, 1, 1, 2]: it must be"),
+        ("style='pytorch'", "conv_cfg=dict(type='ConvWS')", "it must be None"),
+        ("dict(type='BN'))", "dict(type='BN', eps=0.1))", "its eps must be 1e-05"),
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_features_are_refused(tmp_path, old, new, said):
+    state, _, _ = checkpoint()
+    text = CONFIG.replace(old, new)
+    assert text != CONFIG
+    assert said in refused(tmp_path, state, "--encoder-only", meta={"config": text})
+
+
+def test_several_ways_of_upsampling_have_to_be_chosen_from(tmp_path):
+    state, _, _ = checkpoint()
     text = CONFIG.replace("['nearest']", "['nearest', 'bilinear']")
     sentence = refused(tmp_path, state, meta={"config": text})
     assert "unsampling_mode=['nearest', 'bilinear']: choose by --upsampling" in sentence
-    text = CONFIG.replace("'pytorch'", "'caffe'")
-    assert "style='caffe': it must be 'pytorch'" in refused(tmp_path, state, meta={"config": text})
+    out, _ = converted(tmp_path, state, "--upsampling", "bilinear", meta={"config": text})
+    assert load_mixer(out).policy.block.upsampling == "bilinear"
+
+
+def test_configuration_that_is_not_text_of_python(tmp_path):
+    sentence = refused(tmp_path, checkpoint()[0], meta={"config": "model: {type: AutoMixup"})
+    assert "has a configuration that cannot be read: write its state_dict alone" in sentence
 
 
 def test_networks_that_do_not_fit_are_refused(tmp_path):
     state, _, _ = checkpoint()
-    assert "has no backbone_q" in refused(tmp_path, {"fc.weight": torch.zeros(2, 2)})
+    for foreign in ("fc.weight", "backbone.conv1.weight", "encoder.conv1.weight"):
+        sentence = refused(tmp_path, {foreign: torch.zeros(2, 2)})
+        assert "is not a checkpoint of OpenMixup: it has no backbone_q, encoder_q.0" in sentence
     deep = {**state, "backbone_q.stem.0.weight": torch.zeros(4, 3, 3, 3)}
     assert "begins with three convolutions (ResNetV1c, V1d)" in refused(tmp_path, deep)
     lacking = {n: t for n, t in state.items() if n != "backbone_q.layer2.0.bn1.weight"}
     sentence = "does not fit resnet18: it lacks layer2.0.bn1.weight"
     assert sentence in refused(tmp_path, lacking)
     short = {n: t for n, t in state.items() if "backbone_q.layer4" not in n}
-    assert "is no ResNet that is known: its stages have (2, 2, 2, 0) blocks" in refused(
-        tmp_path, short
-    )
+    assert "is not a known ResNet: its stages have (2, 2, 2, 0) blocks" in refused(tmp_path, short)
     stemless = {n: t for n, t in state.items() if n != "backbone_q.conv1.weight"}
-    assert "is no ResNet: it has no conv1" in refused(tmp_path, stemless)
+    assert "is not a ResNet: it has no conv1" in refused(tmp_path, stemless)
     alone = {n: t for n, t in state.items() if not n.startswith("backbone_k.")}
     assert "has no backbone_k" in refused(tmp_path, alone)
 
@@ -408,8 +608,12 @@ def test_file_that_would_run_code_is_refused_in_one_sentence(tmp_path):
     assert "\n" not in sentence
 
 
-def test_first_value_of_a_setting_counts(tmp_path):
-    config = Checkpoint(tmp_path, {}, CONFIG)
-    assert config.said("lam_mul") is True
-    assert config.said("std") == [0.4, 0.5, 0.6]
-    assert config.said("lam_margin") is None
+def test_text_of_a_configuration(tmp_path):
+    more = "a = {'b c': (1, -2.5), **img_norm_cfg}\nd = dict(e=a, **a)\nf = a['b c']"
+    found = read_text(CONFIG + more, tmp_path)
+    assert found["a"] == {"b c": [1, -2.5], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert found["d"] == {"e": found["a"], **found["a"]}
+    assert repr(found["f"]) == "a['b c']"
+    assert found["model"]["mix_block"]["lam_mul"] is True
+    assert side(found) == 40
+    assert side({}) is None
