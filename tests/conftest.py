@@ -72,7 +72,9 @@ def without(kw, *names):
 # name -> objective for a backbone; ``dim`` is the width of the method's embeddings
 MIXINGS = {
     "mixup": lambda backbone, **kw: MixObjective(Mixup(), **without(kw, "dim")),
-    "samix": lambda backbone, **kw: SAMixObjective(backbone=backbone, **without(kw, "dim")),
+    "samix": lambda backbone, **kw: SAMixObjective(
+        backbone=backbone, **{"mask": "exact", **without(kw, "dim")}
+    ),
     "samix_c": clustered,
     "samix_p": lambda backbone, **kw: MixObjective(Frozen(frozen_mixer()), **without(kw, "dim")),
 }

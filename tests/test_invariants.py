@@ -468,7 +468,7 @@ def test_lam_margin_makes_extreme_masks_flat_for_the_encoder_only():
 
 
 def test_lam_can_be_the_share_of_the_mask():
-    method = mixed_method("moco", "samix", lam="mask")
+    method = mixed_method("moco", "samix", mask="paper", lam="mask")
     images = batch()
     with method.memory.step():
         plan = method.mixing.draw(images.views[0])
@@ -493,6 +493,10 @@ def test_lam_can_be_the_share_of_the_mask():
         ({"update_every": 0}, "mixup.update_every must be"),
         ({"eta": -11.0}, "mixup.eta must be"),
         ({"lam": "image"}, "unknown mixup.lam"),
+        ({"mask": "exakt"}, "unknown mixup.mask 'exakt': did you mean 'exact'"),
+        ({"optimizer": "adamm"}, "unknown mixup.optimizer 'adamm': did you mean 'adam'"),
+        ({"optimizer": "adamw", "lr": 0.0}, "mixup.lr must be a number at least 1e-08, got 0.0"),
+        ({"lr": -1.0}, "mixup.lr must be"),
         ({"targets": "siblings"}, "unknown mixup.targets 'siblings': did you mean 'sibling'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +11,8 @@ import pytorch_lightning as pl
 from ssl_samix.errors import ConfigError
 
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
+DEAF = 0.5  # slope of the masks' shares on their ratios; 1 is right, 0 knows nothing of them
+FEW_STEPS = 200  # of a run, in which a Mixer may stay near plain mixup
 ONE_SIDED = 0.9  # share of mixtures that are one of their parents, though their ratio is not
 EARLY = 0.1  # share of what is mixed of the run; the published form starts flat
 _log = logging.getLogger(__name__)
@@ -48,35 +51,64 @@ class MixerHealth(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the epoch's means."""
-        metrics, epoch = trainer.callback_metrics, trainer.current_epoch
-        mixing: Any = pl_module.mixing
-        begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
-        early = epoch < (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
-        faults = []
-        if "mixer/mask_std" in metrics and metrics["mixer/mask_std"] < FLAT and not early:
-            faults.append("flat")
-        if "mixer/one_sided" in metrics and metrics["mixer/one_sided"] > ONE_SIDED:
-            faults.append("one-sided")
-        for fault in faults:
+        epoch, mixing = trainer.current_epoch, pl_module.mixing
+        for fault in self._faults(trainer, mixing):
             if fault not in self.said and trainer.is_global_zero:
-                _log.warning("epoch %d: %s", epoch + 1, self._sentence(fault, metrics, pl_module))
+                sentence = _sentence(fault, trainer.callback_metrics, mixing)
+                _log.warning("epoch %d: %s", epoch + 1, sentence)
             self.said.add(fault)
 
     @staticmethod
-    def _sentence(fault: str, metrics: dict[str, Any], module: Any) -> str:
-        tries = ["mixup.update_every=1"] if module.mixing.update_every > 1 else []
-        if module.mixing.policy.block.form != "anchored":
-            tries.append("mixup.mask=anchored")
-        if fault == "flat":
-            tries += ["a higher mixup.lr", "mixup.variance_weight above 0"]
-            found = (
-                f"the Mixer's masks are flat (spatial deviation {metrics['mixer/mask_std']:.3f}): "
-                "it has fallen back to plain mixup"
-            )
-        else:
-            tries += ["a lower mixup.lr", "a higher mixup.mask_weight"]
-            found = (
-                f"{metrics['mixer/one_sided']:.0%} of the mixtures are a copy of one parent: "
-                "the Mixer mixes nothing"
-            )
-        return f"{found}; what may help in a new run: {', '.join(tries)}"
+    def _faults(trainer: pl.Trainer, mixing: Any) -> list[str]:
+        """Name what is wrong with the epoch's means, of what it has measured."""
+        measured = trainer.callback_metrics
+        begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
+        first = (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
+
+        def found(name: str, wrong: Callable[[Any], Any]) -> bool:
+            return f"mixer/{name}" in measured and bool(wrong(measured[f"mixer/{name}"]))
+
+        faults = []
+        if trainer.current_epoch >= first:
+            if found("ratio_slope", lambda slope: slope < DEAF):
+                faults.append("deaf")
+            if trainer.estimated_stepping_batches >= FEW_STEPS:
+                if found("mask_std", lambda deviation: deviation < FLAT):
+                    faults.append("flat")
+                elif found("gain", lambda gain: gain < 0):
+                    faults.append("harmful")
+        if found("one_sided", lambda share: share > ONE_SIDED):
+            faults.append("one-sided")
+        return faults
+
+
+def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
+    """Say what was found, and what to change."""
+    learns_more = ["mixup.update_every=1"] if mixing.update_every > 1 else []
+    other_mask = ["mixup.mask=exact"] if mixing.policy.block.form != "exact" else []
+    own = ["mixup.optimizer=adamw mixup.lr=0.02"] if mixing.optimizer.shared else []
+    if fault == "deaf":
+        tries = other_mask or ["a lower mixup.lr"]
+        found = (
+            "the Mixer's masks ignore the ratio that is asked for (slope "
+            f"{metrics['mixer/ratio_slope']:.2f}; 1 is right): the encoder learns wrong weights"
+        )
+    elif fault == "flat":
+        tries = [*learns_more, *own, "a higher mixup.lr"]
+        found = (
+            f"the Mixer's masks are flat (spatial deviation {metrics['mixer/mask_std']:.3f}): "
+            "it has fallen back to plain mixup"
+        )
+    elif fault == "harmful":
+        tries = [*other_mask, *learns_more, *own, "a lower mixup.lr"]
+        found = (
+            "the Mixer's masks are worse than flat ones by its own loss (gain "
+            f"{metrics['mixer/gain']:.3f}): plain mixup costs less"
+        )
+    else:
+        tries = [*other_mask, "a lower mixup.lr", "a higher mixup.mask_weight"]
+        found = (
+            f"{metrics['mixer/one_sided']:.0%} of the mixtures are a copy of one parent: "
+            "the Mixer mixes nothing"
+        )
+    return f"{found}; what may help in a new run: {', '.join(tries)}"

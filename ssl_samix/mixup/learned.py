@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_samix.errors import check_range
+from ssl_samix.errors import check_choice, check_range
 from ssl_samix.losses.precision import full_precision
 from ssl_samix.mixup.blend import blend, flat, share
 from ssl_samix.mixup.objective import MixObjective, towards, weighted
@@ -19,6 +19,7 @@ from ssl_samix.optim.joint import MixerOptimizer
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
 ONE_SIDED = 0.05  # share of a parent in a mixture, below which the mixture is the other parent
+EAGER = 0.05  # share of what is mixed of the run, in which the Mixer learns in every step
 GAIN_EVERY = 5  # learning steps between two comparisons with flat masks, a forward pass each
 
 
@@ -35,7 +36,7 @@ class SAMixObjective(MixObjective):
         mask: Form of the mask, ``exact``, ``paper`` or ``anchored`` (see ``MixBlock``).
         width: Of the Mixer's attention.
         upsampling: Of the mask.
-        lam: ``drawn`` or ``mask`` (see ``SAMix``).
+        lam: ``drawn`` or ``mask`` (see ``SAMix``), or ``seen`` (see ``MixObjective``).
         lam_margin: A ratio this near to 0 or 1 gets a flat mask.
         eta: Weight of the global term. Below 0 the Mixer is an adversary: mixtures are to be hard
             to tell from other images (after AdAutoMix, arXiv 2312.11954), and between their parents
@@ -44,7 +45,7 @@ class SAMixObjective(MixObjective):
         mask_weight: Weight of the mask loss at the start; it falls to 0 by a cosine.
         mask_margin: How far a mask may be from its ratio, free of cost.
         variance_weight: Reward for the masks' spatial standard deviation.
-        update_every: The Mixer learns in every n-th step.
+        update_every: The Mixer learns in every n-th step, in the first twentieth of the run in all.
         optimizer: Of the Mixer: ``adamw``, ``adam`` or ``sgd`` of its own, or the ``encoder``'s.
         lr: Its learning rate; with ``optimizer=encoder``, a factor on the encoder's.
         momentum: Of the Mixer's teacher, for a method that has no momentum encoder of its own.
@@ -66,7 +67,7 @@ class SAMixObjective(MixObjective):
         mask: Literal["exact", "paper", "anchored"] = "paper",
         width: int = 128,
         upsampling: Literal["bilinear", "nearest"] = "bilinear",
-        lam: Literal["drawn", "mask"] = "drawn",
+        lam: Literal["drawn", "mask", "seen"] = "drawn",
         lam_margin: float = 0.0,
         eta: float = 0.5,
         temperature: float = 0.2,
@@ -88,13 +89,16 @@ class SAMixObjective(MixObjective):
         check_range("mixup.momentum", momentum, 0, 1)
         settings: dict[str, Any] = {
             "channels": backbone.map_spec(stage).channels,
-            "lam": lam,
+            "lam": "drawn" if lam == "seen" else lam,
             "lam_margin": lam_margin,
             "form": mask,
             "width": width,
             "upsampling": upsampling,
         }
-        super().__init__(SAMix(**settings), stage=stage, backbone=backbone, **mixing)
+        check_choice("mixup.lam", lam, ("drawn", "mask", "seen"))
+        policy = SAMix(**settings)
+        weights: Any = "seen" if lam == "seen" else "drawn"
+        super().__init__(policy, stage=stage, backbone=backbone, lam=weights, **mixing)
         self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
         self.eta, self.temperature, self.update_every = eta, temperature, update_every
         self.mask_weight, self.mask_margin = mask_weight, mask_margin
@@ -107,17 +111,24 @@ class SAMixObjective(MixObjective):
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
         """Return the encoder's losses and, when its turn has come, the Mixer's."""
         self._step = step
-        self._learns_now = self.mixes(step, total_steps) and step % self.update_every == 0
+        self._learns_now = self.mixes(step, total_steps) and self._due(step, total_steps)
         terms = super().forward(method, batch, step, total_steps)
         if not self._learns_now:
             # Zero, but a loss of every weight: processes wait for each other's gradients of it.
             idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0
             return Terms({**terms.losses, "mixer": idle}, terms.logs)
-        done = (share_done(step, total_steps) - self.begin) / (self.end - self.begin)
-        learning = self.learn(method, batch, done)
+        learning = self.learn(method, batch, self._done(step, total_steps))
         return Terms(
             {**terms.losses, "mixer": learning.losses["mixer"]}, {**terms.logs, **learning.logs}
         )
+
+    def _due(self, step: int, total_steps: int) -> bool:
+        """Say whether the Mixer's turn has come: every time at first, so that it soon is alive."""
+        return self._done(step, total_steps) < EAGER or step % self.update_every == 0
+
+    def _done(self, step: int, total_steps: int) -> float:
+        """Return the share that is done of the part of the run that mixes, in [0, 1]."""
+        return (share_done(step, total_steps) - self.begin) / (self.end - self.begin)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -141,7 +152,7 @@ class SAMixObjective(MixObjective):
         local, global_ = self.judged(method, batch, mixed, plan, targets)
         loss = local + self.eta * global_ + self.mask_loss(mixed, progress)
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
-        if self._step // self.update_every % GAIN_EVERY == 0:
+        if (self._step + self.update_every) % (self.update_every * GAIN_EVERY) == 0:
             with torch.no_grad():
                 masks = flat(plan.lam, images.shape[-1])
                 plain = blend(images, partners, plan, masks, plan.lam)

@@ -32,6 +32,7 @@ class MixBlock(nn.Module):
         width: Channels of query, key and value; C / 2 in the paper, at most this many here (wide
             backbones would pay for it, not gain).
         form: ``exact``: the output says only where; each mask's mean is 1 - lam (``balanced``).
+            Maps are normalised, and a convolution of both adds to the attention's output.
             ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
             is added to the logit of the ratio. ``exact`` and ``anchored`` start as plain mixup.
         upsampling: From positions to pixels, ``bilinear`` or ``nearest``.
@@ -72,6 +73,16 @@ class MixBlock(nn.Module):
             ACTIVATIONS[activation](inplace=True),
             nn.Conv2d(inner, 1, 1),
         )
+        if form == "exact":
+            # Attention is nearly even at its start, and even attention gives flat masks, which
+            # teach it nothing: the first steps learn by a way past it, position by position.
+            self.norm = nn.BatchNorm2d(channels)
+            self.place = nn.Sequential(
+                nn.Conv2d(2 * channels, inner, 1, bias=False),
+                nn.BatchNorm2d(inner),
+                ACTIVATIONS[activation](inplace=True),
+                nn.Conv2d(inner, 1, 1, bias=False),  # a level has no place
+            )
         self._initialise()
 
     def _initialise(self) -> None:
@@ -82,6 +93,8 @@ class MixBlock(nn.Module):
         nn.init.normal_(last.weight, std=deviation)
         for conv in (self.query, self.key, last):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        if self.form == "exact":
+            nn.init.normal_(self.place[3].weight, std=deviation)  # type: ignore[arg-type]
 
     @property
     def bounded_gamma(self) -> Tensor:
@@ -102,12 +115,16 @@ class MixBlock(nn.Module):
         """
         ratio = bend(lam, self.lam_curve).to(own.dtype)[:, None, None, None]
         gamma = self.bounded_gamma.to(own.dtype)
+        if self.form == "exact":
+            own, partner = self.norm(torch.cat([own, partner])).chunk(2)
         own = own * (1 + gamma * ratio)
         partner = partner * (1 + gamma * (1 - ratio))
         both = torch.cat([own, partner], dim=1)  # (K, 2C, h, w)
         query, key = self.query(both).flatten(2), self.key(both).flatten(2)  # (K, d, hw)
         value = self.value(partner).flatten(2)  # (K, 1, hw)
         output = attend(query, key, value).view(-1, 1, *own.shape[-2:])
+        if self.form == "exact":
+            output = output + self.place(both)
         output = self._upsample(output, size)
         if self.form == "exact":
             return balanced(output, lam)

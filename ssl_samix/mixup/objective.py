@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ from ssl_samix.types import (
     StagedBackbone,
     Terms,
 )
+
+SEEN_TEMPERATURE = 0.2  # of similarities, as of the Mixer's local term
 
 
 class MixObjective(nn.Module):
@@ -39,6 +42,10 @@ class MixObjective(nn.Module):
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
             ``auto``: same where mixtures replace the views (else their only task were an easy one:
             the partner is compared with the very view its pixels are of), cross beside them.
+        lam: Weight of the image in a mixture's loss. ``drawn``: the ratio that was drawn, or what
+            the policy says instead. ``seen``: the mean of that and of what the teacher sees: the
+            softmax of the mixture's similarities to both parents, at a pass of the teacher without
+            gradient (after SUMix, arXiv 2407.07805).
         targets: Of the parents of ``cross`` pairs. ``shared``: both of the view that the partner's
             pixels are of, which every method has anyway; the partner is told by that very view.
             ``sibling``: each parent's is of the view that its pixels are not of, as in OpenMixup's
@@ -68,6 +75,7 @@ class MixObjective(nn.Module):
         during: Sequence[float] = (0.0, 1.0),
         pairs: Literal["auto", "cross", "same"] = "auto",
         targets: Literal["shared", "sibling"] = "shared",
+        lam: Literal["drawn", "seen"] = "drawn",
         stage: int | None = None,
         features: Literal["teacher", "online"] = "teacher",
         backbone: StagedBackbone | None = None,
@@ -79,12 +87,14 @@ class MixObjective(nn.Module):
         check_choice("mixup.placement", placement, ("auto", "add", "replace"))
         check_choice("mixup.pairs", pairs, ("auto", "cross", "same"))
         check_choice("mixup.targets", targets, ("shared", "sibling"))
+        check_choice("mixup.lam", lam, ("drawn", "seen"))
         check_choice("mixup.features", features, ("teacher", "online"))
         if stage is not None and backbone is not None:
             backbone.map_spec(stage)
         self.policy = policy
         self.alpha, self.weight, self.fraction = alpha, weight, fraction
         self.placement, self.pairs, self.targets = placement, pairs, targets
+        self.lam = lam
         self.begin, self.end = window(during)
         self.stage, self.features = stage, features
 
@@ -136,7 +146,20 @@ class MixObjective(nn.Module):
         targets = self.both_targets(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
         query = method.query(mixed.images.detach())
-        return weighted(towards(method.pair_loss, query, targets, plan.parents), mixed.lam)
+        lam = self.weights(method, mixed, plan, targets)
+        return weighted(towards(method.pair_loss, query, targets, plan.parents), lam)
+
+    @torch.no_grad()
+    def weights(
+        self, method: Method, mixed: Mixed, plan: MixPlan, targets: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the weight that the loss of each mixture gives the image itself, (K,)."""
+        if self.lam == "drawn":
+            return mixed.lam
+        query = method.frozen_query(mixed.images)
+        like = partial(method.likeness, temperature=SEEN_TEMPERATURE)
+        seen = towards(like, query, targets, plan.parents).float().softmax(dim=1)[:, 0]
+        return (mixed.lam + seen.to(mixed.lam.dtype)) / 2
 
     def _in_place(self, method: Method, batch: Batch, first: int, second: int) -> Tensor:
         """View ``first`` is the mixture; what is not mixed is a mixture with lam = 1, (B,)."""
@@ -146,10 +169,11 @@ class MixObjective(nn.Module):
         mixed = self.mixtures(method, batch, plan, first, second)
         own = torch.arange(len(images), device=images.device)[:, None]
         parents = own.repeat(1, 2).index_copy(0, plan.rows, plan.parents)
-        lam = torch.ones(len(images), device=images.device, dtype=mixed.lam.dtype)
-        lam = lam.index_copy(0, plan.rows, mixed.lam.detach())
-        query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
         targets = self.both_targets(method, batch, keys, first)
+        weights = self.weights(method, mixed, plan, targets)
+        lam = torch.ones(len(images), device=images.device, dtype=weights.dtype)
+        lam = lam.index_copy(0, plan.rows, weights)
+        query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
         return weighted(towards(method.pair_loss, query, targets, parents), lam)
 
     def both_targets(

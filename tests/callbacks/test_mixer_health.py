@@ -13,20 +13,24 @@ import torch
 import ssl_samix
 from ssl_samix.callbacks.mixer_health import MixerHealth
 from ssl_samix.callbacks.progress import RunProgress
+from ssl_samix.optim.joint import MixerOptimizer
 
-HEALTHY = {"mixer/mask_std": 0.2, "mixer/one_sided": 0.1}
 
-
-def module(update_every=1, form="paper", begin=0.0, end=1.0):
+def module(update_every=1, form="paper", begin=0.0, end=1.0, optimizer="encoder"):
     policy = SimpleNamespace(block=SimpleNamespace(form=form))
     mixing = {"update_every": update_every, "policy": policy, "begin": begin, "end": end}
+    mixing["optimizer"] = MixerOptimizer(optimizer)
     return SimpleNamespace(mixing=SimpleNamespace(**mixing))
 
 
-def trainer(epoch=5, epochs=20, zero=True, **metrics):
+def trainer(epoch=5, epochs=20, zero=True, steps=2000, **metrics):
     values = {f"mixer/{name}": torch.tensor(value) for name, value in metrics.items()}
     return SimpleNamespace(
-        callback_metrics=values, current_epoch=epoch, max_epochs=epochs, is_global_zero=zero
+        callback_metrics=values,
+        current_epoch=epoch,
+        max_epochs=epochs,
+        is_global_zero=zero,
+        estimated_stepping_batches=steps,
     )
 
 
@@ -46,9 +50,36 @@ def test_flat_masks_are_told_of_once(said):
     (sentence,) = said(MixerHealth(), *flat, of=module(update_every=4))
     assert sentence == (
         "epoch 5: the Mixer's masks are flat (spatial deviation 0.019): it has fallen back to "
-        "plain mixup; what may help in a new run: mixup.update_every=1, mixup.mask=anchored, "
-        "a higher mixup.lr, mixup.variance_weight above 0"
+        "plain mixup; what may help in a new run: mixup.update_every=1, "
+        "mixup.optimizer=adamw mixup.lr=0.02, a higher mixup.lr"
     )
+
+
+def test_masks_that_ignore_their_ratio_are_told_of_once(said):
+    deaf = [trainer(epoch, ratio_slope=0.1, mask_std=0.2) for epoch in (1, 2, 3)]
+    (sentence,) = said(MixerHealth(), *deaf)
+    assert sentence == (
+        "epoch 3: the Mixer's masks ignore the ratio that is asked for (slope 0.10; 1 is right): "
+        "the encoder learns wrong weights; what may help in a new run: mixup.mask=exact"
+    )
+    assert said(MixerHealth(), trainer(ratio_slope=0.51)) == []
+
+
+def test_masks_that_are_worse_than_flat_ones_are_told_of_once(said):
+    harmful = [trainer(epoch, gain=-0.012, mask_std=0.2, ratio_slope=1.0) for epoch in (5, 6)]
+    (sentence,) = said(MixerHealth(), *harmful, of=module(form="exact", optimizer="adamw"))
+    assert sentence == (
+        "epoch 6: the Mixer's masks are worse than flat ones by its own loss (gain -0.012): plain "
+        "mixup costs less; what may help in a new run: a lower mixup.lr"
+    )
+    assert said(MixerHealth(), trainer(gain=0.001, mask_std=0.2)) == []
+
+
+def test_what_a_short_run_has_not_learned_is_no_fault(said):
+    new = {"mask_std": 0.0, "gain": -0.1}
+    assert said(MixerHealth(), trainer(steps=199, **new)) == []
+    assert len(said(MixerHealth(), trainer(steps=200, **new))) == 1
+    assert len(said(MixerHealth(), trainer(steps=20, ratio_slope=0.0))) == 1
 
 
 def test_early_is_seen_from_where_mixing_begins(said):
@@ -62,7 +93,7 @@ def test_copies_of_one_parent_are_told_of_once(said):
     copying = [trainer(epoch, mask_std=0.02, one_sided=0.95) for epoch in (0, 1)]
     (sentence,) = said(MixerHealth(), *copying)
     assert sentence.startswith("epoch 1: 95% of the mixtures are a copy of one parent")
-    assert "a lower mixup.lr, a higher mixup.mask_weight" in sentence
+    assert "mixup.mask=exact, a lower mixup.lr, a higher mixup.mask_weight" in sentence
 
 
 def test_both_faults_are_told_of(said):
@@ -70,10 +101,12 @@ def test_both_faults_are_told_of(said):
 
 
 def test_advice_leaves_out_what_is_set_already(said):
-    flat = trainer(mask_std=0.0, one_sided=0.0)
-    (sentence,) = said(MixerHealth(), flat, of=module(update_every=1, form="anchored"))
-    assert "update_every" not in sentence
-    assert "anchored" not in sentence
+    flat = trainer(mask_std=0.0, one_sided=0.95)
+    set_already = module(update_every=1, form="exact", optimizer="adamw")
+    sentences = said(MixerHealth(), flat, of=set_already)
+    assert len(sentences) == 2
+    for sentence in sentences:
+        assert not any(word in sentence for word in ("update_every", "exact", "optimizer"))
 
 
 def test_the_first_tenth_of_a_run_may_be_flat(said):
@@ -86,6 +119,8 @@ def test_the_first_tenth_of_a_run_may_be_flat(said):
     "quiet",
     [
         trainer(mask_std=0.02, one_sided=0.9),
+        trainer(mask_std=0.2, ratio_slope=0.9, gain=0.0),
+        trainer(ratio_slope=float("nan"), gain=float("nan")),
         trainer(mask_std=0.3, one_sided=0.0),
         trainer(mask_std=float("nan"), one_sided=float("nan")),
         trainer(),  # nobody trains a Mixer
@@ -110,13 +145,13 @@ def test_a_real_run_says_it_and_remembers(tmp_path, caplog):
         "data.limit": 64, "data.batch_size": 32, "backbone.width": 8, "method.queue_size": 64,
         "trainer.max_epochs": 2, "trainer.accelerator": "cpu", "callbacks.knn.val_limit": 20,
         "mixup": "samix", "mixup.pairs": "same", "mixup.upsampling": "nearest",
-        "mixup.alpha": 1000, "mixup.mask": "anchored", "mixup.lr": 1e-6, "mixup.update_every": 1,
+        "mixup.alpha": 1000, "mixup.mask": "paper", "mixup.lr": 1e-6, "mixup.update_every": 1,
     }  # fmt: skip
     run = ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
     (said,) = [m for m in caplog.messages if "Mixer" in m]
-    assert "epoch 2: the Mixer's masks are flat" in said
+    assert "the Mixer's masks ignore the ratio that is asked for (slope " in said
     checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
-    assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["flat"]}
+    assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["deaf"]}
     caplog.clear()
     ssl_samix.pretrain(resume=run.out, trainer={"max_epochs": 3})
     assert not [m for m in caplog.messages if "Mixer" in m]

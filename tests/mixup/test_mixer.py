@@ -9,7 +9,7 @@ import torch
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.mixup import mixer
-from ssl_samix.mixup.mixer import MixBlock, attend
+from ssl_samix.mixup.mixer import MixBlock, attend, balanced
 
 
 def bilinear(side, size):
@@ -103,12 +103,64 @@ def test_gamma_is_bounded_and_comes_back(start, bound):
     assert block.gamma.grad.item() == 1.0
 
 
-def test_untrained_anchored_mixer_is_mixup():
-    block = MixBlock(8, form="anchored")
+@pytest.mark.parametrize("form", ["anchored", "exact"])
+def test_an_untrained_mixer_is_mixup(form):
+    block = MixBlock(8, form=form)
     lam = torch.tensor([0.05, 0.3, 0.5, 0.99])
     mask = block(torch.randn(4, 8, 4, 4), torch.randn(4, 8, 4, 4), lam, 16)
     expected = (1 - lam)[:, None, None, None].expand_as(mask)
     torch.testing.assert_close(mask, expected, rtol=0, atol=5e-3)
+
+
+LAMS = [0.0, 1e-3, 0.02, 0.3, 0.5, 0.9, 0.999, 1.0]
+LOGITS = {
+    "flat": torch.zeros_like,
+    "noise": lambda noise: noise,
+    "strong noise": lambda noise: 100 * noise,
+    "huge": lambda noise: 3e4 * noise.sign(),
+    "one pixel": lambda noise: torch.zeros_like(noise).index_fill(3, torch.tensor([0]), 60.0),
+    "skewed": lambda noise: noise.exp().square(),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LOGITS))
+@pytest.mark.parametrize("size", [1, 5, 32, 224])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_exact_mask_has_the_share_that_is_asked_for(kind, size, dtype):
+    lam = torch.tensor(LAMS)
+    logits = LOGITS[kind](torch.randn(len(lam), 1, size, size)).to(dtype)
+    mask = balanced(logits, lam.to(dtype))
+    assert ((mask >= 0) & (mask <= 1)).all()
+    assert mask.dtype in (torch.float32, torch.float64)
+    share = 1 - mask.double().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(share, lam.to(dtype).double(), rtol=0, atol=1e-3)
+
+
+def test_an_exact_mask_keeps_the_order_of_its_logits():
+    logits = torch.randn(3, 1, 6, 6)
+    mask = balanced(logits, torch.tensor([0.2, 0.5, 0.8]))
+    order, found = logits.flatten(1).argsort(dim=1), mask.flatten(1)
+    assert (found.gather(1, order).diff(dim=1) > 0).all()
+
+
+def test_the_gradient_of_an_exact_mask_is_that_of_its_level():
+    """By finite differences: the level answers to each logit, so that the share stays."""
+    logits = torch.randn(3, 1, 4, 5, dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: balanced(x, lam), logits)
+    (slope,) = torch.autograd.grad(balanced(logits, lam).mean(), logits)
+    assert slope.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("size", [8, 30])
+def test_whatever_an_exact_mixer_has_learned_its_masks_keep_their_ratios(size):
+    block = MixBlock(8, form="exact")
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=3.0)
+    lam = torch.linspace(0, 1, 16)
+    mask = block(torch.randn(16, 8, 4, 4), torch.randn(16, 8, 4, 4), lam, size)
+    assert mask.flatten(1).std(dim=1)[1:-1].min() > 0.01
+    torch.testing.assert_close(1 - mask.mean(dim=(1, 2, 3)), lam, rtol=0, atol=1e-3)
 
 
 def test_anchored_mask_is_finite_at_the_ends():

@@ -10,6 +10,7 @@ from torch import nn
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.optim.groups import parameter_groups
+from ssl_samix.optim.joint import MixerOptimizer
 from tests.conftest import mixed_method, recipe
 
 
@@ -93,9 +94,11 @@ def test_lars_leaves_biases_unscaled():
     assert (module.weight - before[1]).abs().max() < 0.01  # trust coefficient 0.001
 
 
-def test_the_mixer_has_a_learning_rate_of_its_own_and_no_decay():
+def test_the_mixer_may_share_the_encoders_optimizer_without_decay():
     method = mixed_method("simclr", "samix")
-    built = recipe(lr=0.4, scaling="none", weight_decay=0.1).build(method, 256, 100, 10, 0.5)
+    built = recipe(lr=0.4, scaling="none", weight_decay=0.1).build(
+        method, 256, 100, 10, MixerOptimizer("encoder", 0.5)
+    )
     groups = {group["name"]: group for group in built["optimizer"].param_groups}
     assert {name: group["initial_lr"] for name, group in groups.items()} == {
         "encoder": 0.4, "no_decay": 0.4, "mixer": 0.2,
