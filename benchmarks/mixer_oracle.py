@@ -11,10 +11,10 @@ mask of the share that was drawn. The last column is the share of the oracle's g
 
 `train`: pretraining as `samix pretrain` does it with these words, with the oracle's masks as the
 mixing policy (slow: each step holds `--steps` passes of the teacher, forward and backward), then
-`samix knn` and `samix linear`. What the masks seek is the objective: `both` the Mixer's own loss,
-`local` or `global` one of its terms, `hard` a mixture that is between its parents but far from both
-(local - eta * global), `random` nothing (smooth random masks of the drawn share), `flat` plain
-mixup.
+`samix knn` and `samix linear`. What the masks seek is the objective: `both` the published loss,
+`local` (the default Mixer's) or `global` one of its terms, `hard` a mixture between its parents but
+far from both (local - eta * global), `random` nothing (smooth random masks of the drawn share),
+`flat` plain mixup.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ from ssl_samix.run_folder import RunFolder
 from ssl_samix.subcommands import SUBCOMMANDS
 from ssl_samix.types import Batch, Method, Mixed, MixPlan
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Seek = Callable[[Tensor, Tensor], Tensor]
+OBJECTIVES: dict[str, Seek] = {
     "both": lambda local, global_: local + ETA * global_,
     "local": lambda local, global_: local,
     "global": lambda local, global_: global_,
     "hard": lambda local, global_: local - ETA * global_,
 }
 WITHOUT_STEPS = ("random", "flat")
-ETA, TEMPERATURE = 0.5, 0.2  # of the default Mixer's loss
+ETA, TEMPERATURE = 0.5, 0.2  # as published; of the local term
 LR = 1.0  # of Adam on the logits
 STRENGTH = 2.0  # standard deviation of the random masks' logits
 
@@ -68,14 +69,14 @@ class Oracle(MixObjective):
     """Mixes by masks that are sought for each pair anew.
 
     Args:
-        objective: What they seek, or ``random`` or ``flat``.
+        objective: What they seek, a name or a function of both terms; or ``random`` or ``flat``.
         steps: Of Adam.
         **mixing: Arguments of ``MixObjective``.
     """
 
     learns = True  # so that every method has a teacher
 
-    def __init__(self, objective: str, steps: int, **mixing: Any) -> None:
+    def __init__(self, objective: str | Seek, steps: int, **mixing: Any) -> None:
         super().__init__(Mixup(), stage=3, **mixing)
         self.objective, self.steps = objective, steps
         spec = mixing["backbone"].map_spec(3)
@@ -107,7 +108,7 @@ class Oracle(MixObjective):
         logits = torch.randn(len(plan.lam), 1, side, side, device=images.device)
         if self.objective == "random":
             return balanced(upsampled(STRENGTH * logits, size), plan.lam)
-        seek = OBJECTIVES[self.objective]
+        seek = OBJECTIVES[self.objective] if isinstance(self.objective, str) else self.objective
         logits = (0.01 * logits).requires_grad_()
         adam = torch.optim.Adam([logits], lr=LR, betas=(0.8, 0.95))
         for _ in range(self.steps):
@@ -184,7 +185,11 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
     """Measure flat masks, the Mixer's and the oracle's on the same pairs of some batches."""
     mixing: SAMixObjective = method.mixing  # type: ignore[assignment]
     spec = {"backbone": method.backbone, "pairs": mixing.pairs, "targets": mixing.targets}
-    oracle = Oracle(args.objective, args.steps, **spec)
+
+    def own_loss(local: Tensor, global_: Tensor) -> Tensor:
+        return local + mixing.eta * global_
+
+    oracle = Oracle(own_loss, args.steps, **spec)
     method.to(args.device).eval()
     found: dict[str, list[list[float]]] = {"flat": [], "Mixer": [], "oracle": []}
     train = data.splits.train
@@ -207,8 +212,7 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
             for name, mask in masks.items():
                 mixed = blend(images, partners, plan, mask, plan.lam)
                 local, global_ = terms(method, mixed.images, plan, targets)
-                own = OBJECTIVES["both"](local, global_)
-                values = (local, global_, own, spread(mask))
+                values = (local, global_, own_loss(local, global_), spread(mask))
                 found[name].append([float(value.mean()) for value in values])
     return {name: [fmean(column) for column in zip(*v, strict=True)] for name, v in found.items()}
 
@@ -221,7 +225,8 @@ def train(args: Any) -> None:
     rows = list(csv.reader(path.open()))[1:] if path.exists() else []
     for seed in args.seeds.split(","):
         key = [args.objective, str(args.steps), seed]
-        if any(row[:3] == key and row[-1] == " ".join(args.words) for row in rows):
+        said = " ".join(word for word in args.words if not word.startswith("data.root="))
+        if any(row[:3] == key and row[-1] == said for row in rows):
             continue
         progress(f"{' '.join(key)} ...")
         out = Path(args.out) / f"{args.objective}-{args.steps}-s{seed}"
@@ -233,7 +238,7 @@ def train(args: Any) -> None:
             command.job([f"run={out}", f"out={result}"])
             results = json.loads((result / "results.json").read_text("utf-8"))["results"]
             values.append(f"{results[0]['numbers']['top1']:.2f}")
-        rows.append([*key, *values, f"{run:.0f}", " ".join(args.words)])
+        rows.append([*key, *values, f"{run:.0f}", said])
         text = "\n".join(",".join(row) for row in [columns, *rows]) + "\n"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
     print_table(columns[:-1], [row[:-1] for row in rows])

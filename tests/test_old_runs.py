@@ -1,9 +1,8 @@
 """A run folder of an earlier version (November 2026, before the Mixer had an optimizer of its own).
 
-``old_run`` is the first of two epochs of
-``samix pretrain data.limit=64 data.batch_size=32 method=simclr backbone.name=resnet10
-backbone.width=4 trainer.precision=32-true mixup.update_every=1``, ``expected.safetensors`` what that
-version computed from its files.
+``old_run`` is the first of two epochs of ``samix pretrain data.limit=64 data.batch_size=32
+method=simclr backbone.name=resnet10 backbone.width=4 trainer.precision=32-true
+mixup.update_every=1``, ``expected.safetensors`` what that version computed from its files.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +12,7 @@ from ssl_samix.errors import ConfigError
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
 DEAF = 0.5  # slope of the masks' shares on their ratios; 1 is right, 0 knows nothing of them
 FEW_STEPS = 200  # of a run, in which a Mixer may stay near plain mixup
+LOSING = 2  # epochs in a row: the gain is measured in a few steps of each, and near 0 it is noise
 ONE_SIDED = 0.9  # share of mixtures that are one of their parents, though their ratio is not
 EARLY = 0.1  # share of what is mixed of the run; the published form starts flat
 _log = logging.getLogger(__name__)
@@ -26,14 +26,15 @@ class MixerHealth(pl.Callback):
 
     def __init__(self) -> None:
         self.said: set[str] = set()
+        self.losing = 0  # epochs in a row whose gain was below 0
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what has been said over a resume."""
-        return {"said": sorted(self.said)}
+        return {"said": sorted(self.said), "losing": self.losing}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what has been said."""
-        self.said = set(state_dict["said"])
+        """Take back what has been said; an earlier version counted no gains."""
+        self.said, self.losing = set(state_dict["said"]), state_dict.get("losing", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a ``during`` that holds no step.
@@ -58,28 +59,27 @@ class MixerHealth(pl.Callback):
                 _log.warning("epoch %d: %s", epoch + 1, sentence)
             self.said.add(fault)
 
-    @staticmethod
-    def _faults(trainer: pl.Trainer, mixing: Any) -> list[str]:
+    def _faults(self, trainer: pl.Trainer, mixing: Any) -> list[str]:
         """Name what is wrong with the epoch's means, of what it has measured."""
-        measured = trainer.callback_metrics
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
-        first = (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
-
-        def found(name: str, wrong: Callable[[Any], Any]) -> bool:
-            return f"mixer/{name}" in measured and bool(wrong(measured[f"mixer/{name}"]))
-
+        late = trainer.current_epoch >= (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
         faults = []
-        if trainer.current_epoch >= first:
-            if found("ratio_slope", lambda slope: slope < DEAF):
-                faults.append("deaf")
-            if trainer.estimated_stepping_batches >= FEW_STEPS:
-                if found("mask_std", lambda deviation: deviation < FLAT):
-                    faults.append("flat")
-                elif found("gain", lambda gain: gain < 0):
-                    faults.append("harmful")
-        if found("one_sided", lambda share: share > ONE_SIDED):
+        if late and measured.get("mixer/ratio_slope", 1.0) < DEAF:
+            faults.append("deaf")
+        if late and trainer.estimated_stepping_batches >= FEW_STEPS:
+            faults += self._unlearned(measured)
+        if measured.get("mixer/one_sided", 0.0) > ONE_SIDED:
             faults.append("one-sided")
         return faults
+
+    def _unlearned(self, measured: dict[str, float]) -> list[str]:
+        """Name what a Mixer that has had the time to learn has not learned."""
+        if measured.get("mixer/mask_std", 1.0) < FLAT:
+            return ["flat"]
+        if "mixer/gain" in measured:
+            self.losing = self.losing + 1 if measured["mixer/gain"] < 0 else 0
+        return ["harmful"] if self.losing >= LOSING else []
 
 
 def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
