@@ -19,6 +19,7 @@ far from both (local - eta * global), `random` nothing (smooth random masks of t
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
@@ -230,12 +231,14 @@ def train(args: Any) -> None:
             continue
         progress(f"{' '.join(key)} ...")
         out = Path(args.out) / f"{args.objective}-{args.steps}-s{seed}"
-        run = pretrained([*args.words, f"seed={seed}", f"out={out}"], args)
+        with contextlib.redirect_stdout(sys.stderr):  # the table is on standard output
+            run = pretrained([*args.words, f"seed={seed}", f"out={out}"], args)
         values = []
         for protocol in ("knn", "linear"):
             result = out / "results" / f"oracle-{protocol}"
             command: Any = SUBCOMMANDS[protocol]
-            command.job([f"run={out}", f"out={result}"])
+            with contextlib.redirect_stdout(sys.stderr):
+                command.job([f"run={out}", f"out={result}"])
             results = json.loads((result / "results.json").read_text("utf-8"))["results"]
             values.append(f"{results[0]['numbers']['top1']:.2f}")
         rows.append([*key, *values, f"{run:.0f}", said])

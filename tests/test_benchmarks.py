@@ -18,7 +18,8 @@ from ssl_samix.data.datasets import load_splits
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.mixup.samix import SAMix
 from ssl_samix.standalone import save_mixer
-from tests.conftest import samix_here
+from ssl_samix.types import Batch
+from tests.conftest import mixed_method, samix_here
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -219,6 +220,42 @@ def test_object_contrast_of_known_masks(bench):
         assert (seen.contrast() - expected).abs().max() < 1e-6
     rising = torch.tensor([0.0, 0.2, 0.4, 1.0])[:, None].expand(3, 1, 4, 4)
     assert truth.observe(pairs, lam, rising).contrast().tolist() == pytest.approx([0.3, 0.4])
+
+
+def test_mixer_oracle(bench, tmp_path):
+    small = ["data.limit=256", "data.batch_size=64", "backbone.width=8", "trainer.max_epochs=1"]
+    small += ["trainer.precision=32-true", "method=simclr", "callbacks.knn.val_limit=20"]
+    run = tmp_path / "run"
+    samix_here("pretrain", "mixup=samix", *small, f"out={run}", cwd=tmp_path)
+    _, (rows,) = bench("mixer_oracle", "score", run, "--steps", "10", "--batches", "1")
+    own = {row["masks"]: float(row["own loss"]) for row in rows}
+    assert own["oracle"] < own["flat"] - 0.01
+    assert float(rows[-1]["share of the gain"]) == 1.0
+    assert float(rows[-1]["mask_std"]) > 0.01
+    words = ["train", "--steps", "2", "--objective", "local", "--out", tmp_path / "oracle"]
+    _, (rows,) = bench("mixer_oracle", *words, "--csv", tmp_path / "rows.csv", *small)
+    assert [row["objective"] for row in rows] == ["local"]
+    assert 0 <= float(rows[0]["knn_top1"]) <= 100
+    before = (tmp_path / "rows.csv").read_text()
+    bench("mixer_oracle", *words, "--csv", tmp_path / "rows.csv", *small)  # it is done
+    assert (tmp_path / "rows.csv").read_text() == before
+
+
+def test_an_oracle_has_the_shares_that_were_drawn_and_does_not_move_the_teacher(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    oracle = importlib.import_module("mixer_oracle")
+    method = mixed_method("simclr", "samix")
+    before = {n: t.clone() for n, t in method.state_dict().items()}
+    seek = oracle.Oracle("both", 3, backbone=method.backbone)
+    views = tuple(torch.randn(6, 3, 16, 16) for _ in range(2))
+    images = Batch(views, torch.full((6,), -1), torch.arange(6))
+    plan = seek.draw(views[0])
+    method.eval()
+    mixed = seek.mixtures(method, images, plan, 0, 1)
+    torch.testing.assert_close(1 - mixed.mask.mean(dim=(1, 2, 3)), plan.lam, rtol=0, atol=1e-3)
+    assert mixed.mask.flatten(1).std(dim=1).min() > 0.01
+    assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
 
 
 def test_beyond(bench, tmp_path, capsys):

@@ -81,20 +81,20 @@ class OptimizerRecipe:
         mixer = mixer or MixerOptimizer()
         lr = self.scaled_lr(batch_size)
         groups = parameter_groups(module, self.weight_decay)
-        alone = (lambda group: False) if mixer.shared else (lambda group: group["name"] == "mixer")
-        shared = [group for group in groups if not alone(group)]
-        own = [group for group in groups if alone(group)]
+        own = [g for g in groups if g["name"] == "mixer" and not mixer.shared]
+        shared = [g for g in groups if g["name"] != "mixer" or mixer.shared]
         for group in shared:
             group["lr"] = lr * (mixer.lr if group["name"] == "mixer" else 1.0)
+        warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
         try:
-            optimizer = self.optimizer(shared, lr=lr)
+            parts = [self.optimizer(shared, lr=lr)] if shared else []  # or the encoder is frozen
         except (ValueError, TypeError) as error:
             raise ConfigError(f"the optimizer refuses its settings: {error}") from error
-        warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
         schedules = [cosine(total_steps, self.final, warmup) for _ in shared]
         if own:
-            optimizer = JointOptimizer([optimizer, mixer.build(own)])
+            parts.append(mixer.build(own))
             schedules += [cosine(total_steps, FINAL) for _ in own]
+        optimizer = parts[0] if len(parts) == 1 else JointOptimizer(parts)
         schedule = LambdaLR(optimizer, schedules)
         return {
             "optimizer": optimizer,

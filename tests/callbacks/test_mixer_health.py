@@ -119,7 +119,7 @@ def test_the_first_tenth_of_a_run_may_be_flat(said):
 @pytest.mark.parametrize(
     "quiet",
     [
-        trainer(mask_std=0.02, one_sided=0.9),
+        trainer(mask_std=0.021, one_sided=0.89),
         trainer(mask_std=0.2, ratio_slope=0.9, gain=0.0),
         trainer(ratio_slope=float("nan"), gain=float("nan")),
         trainer(mask_std=0.3, one_sided=0.0),
