@@ -42,7 +42,8 @@ class SAMixObjective(MixObjective):
             to tell from other images (after AdAutoMix, arXiv 2312.11954), and between their parents
             by the local term alone.
         temperature: Of the local term.
-        mask_weight: Weight of the mask loss at the start; it falls to 0 by a cosine.
+        mask_weight: Weight of the mask loss.
+        mask_decay: Let that weight fall to 0 over the run, by a cosine.
         mask_margin: How far a mask may be from its ratio, free of cost.
         variance_weight: Reward for the masks' spatial standard deviation.
         update_every: The Mixer learns in every n-th step, in the first twentieth of the run in all.
@@ -73,6 +74,7 @@ class SAMixObjective(MixObjective):
         temperature: float = 0.2,
         mask_weight: float = 0.1,
         mask_margin: float = 0.1,
+        mask_decay: bool = True,
         variance_weight: float = 0.0,
         update_every: int = 1,
         optimizer: str = "encoder",
@@ -102,6 +104,7 @@ class SAMixObjective(MixObjective):
         self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
         self.eta, self.temperature, self.update_every = eta, temperature, update_every
         self.mask_weight, self.mask_margin = mask_weight, mask_margin
+        self.mask_decay = mask_decay
         self.variance_weight, self.momentum = variance_weight, momentum
         self.optimizer = MixerOptimizer(optimizer, lr)
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
@@ -187,9 +190,10 @@ class SAMixObjective(MixObjective):
         return weighted(towards(method.contrast, query, targets, plan.parents), plan.lam)
 
     def mask_loss(self, mixed: Mixed, progress: float) -> Tensor:
-        """Hold each mask's share near its ratio, ever less so; and, if wanted, away from flat."""
+        """Hold each mask's share near its ratio; and, if wanted, away from flat."""
         gap = (share(mixed.mask) - mixed.lam).abs() - self.mask_margin
-        weight = self.mask_weight * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if self.mask_decay else 1.0
+        weight = self.mask_weight * left
         return weight * gap.relu().mean() - self.variance_weight * spread(mixed.mask).mean()
 
     def mixtures(
