@@ -24,7 +24,13 @@ FREE_KEYS = (
 
 
 # Keys that came later, with what runs from before them did.
-LATER = {"mixup.during": [0.0, 1.0], "mixup.optimizer": "encoder", "mixup.lam": "drawn", "mixup.mask_decay": True}
+LATER = {
+    "mixup.during": [0.0, 1.0],
+    "mixup.optimizer": "encoder",
+    "mixup.lam": "drawn",
+    "mixup.mask_decay": True,
+    "classifier.heads": "one",
+}
 
 
 class RunFolder:

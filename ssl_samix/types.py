@@ -95,6 +95,12 @@ class Method(Protocol):
     def query(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) with the online branch, with gradient, to (B, D)."""
 
+    def mixed_query(self, images: Tensor) -> Tensor:
+        """Embed mixtures that come beside plain views: as ``query``, if it has one head for both.
+
+        ``frozen_query`` is this one's frozen twin.
+        """
+
     def keys(self, images: Tensor) -> Tensor:
         """Embed what its own loss compares queries with, (B, D), with gradient where it has one."""
 

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     return ssl_samix.train_supervised(
         root,
         folder / "run",
-        **{"data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 8},
+        **{"data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 16},
         # Its files are measured again in float32.
         **{"trainer.precision": "32-true"},
     )
@@ -49,6 +49,8 @@ def run(tmp_path_factory):
 def test_what_can_be_learned_is_learned(run):
     assert run.metrics["val/top1"] == 100
     assert run.metrics["val/ema_top1"] == 100
+    assert run.metrics["val/mix_top1"] == 100
+    assert run.metrics["val/ema_mix_top1"] == 100
     assert {"mixer/local", "mixer/mask_std", "loss/own", "loss/mix"} <= run.metrics.keys()
     names = {p.name for p in run.out.iterdir()}
     assert {"encoder.safetensors", "classifier.safetensors", "mixer.safetensors"} <= names
@@ -77,6 +79,67 @@ def test_the_files_hold_the_networks_that_were_measured(run):
     torch.testing.assert_close(
         run.classifier.head(run.encoder(images)), run.classifier(images), rtol=1e-5, atol=1e-6
     )
+
+
+def two_steps(out, **settings):
+    """Two optimizer steps of SAMix on digits."""
+    words = {**TINY, "data.limit": 128, "trainer.max_epochs": 1, "trainer.precision": "32-true"}
+    return ssl_samix.train_supervised("digits", out, **words, **settings)
+
+
+def test_samix_teaches_two_heads_and_exports_the_plain_images(tmp_path, capsys):
+    run = two_steps(tmp_path / "run")
+    assert "top-1 of their head" in capsys.readouterr().out
+    checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    state = checkpoint["state_dict"]
+    plain, mixed = state["projector.weight"], state["mixed_projector.weight"]
+    assert plain.shape == mixed.shape == (10, 64)
+    assert not torch.equal(plain, mixed)
+    assert not torch.equal(state["mixed_twin.module.weight"], mixed)
+    # Both heads on the same features give what metrics.csv says of either.
+    splits = load_splits("digits", None, 16, 128)
+    loaded = {name: ssl_samix.load_classifier(run.out, name) for name in ("online", "ema")}
+    for source in (run.out, run.out / "last.ckpt"):
+        assert torch.equal(ssl_samix.load_classifier(source).head.weight, plain)
+    heads = {
+        "val/": (loaded["online"], "projector."),
+        "val/mix_": (loaded["online"], "mixed_projector."),
+        "val/ema_": (loaded["ema"], "twin.module.1."),
+        "val/ema_mix_": (loaded["ema"], "mixed_twin.module."),
+    }
+    for prefix, (classifier, name) in heads.items():
+        classifier.head.weight.data = state[f"{name}weight"]
+        classifier.head.bias.data = state[f"{name}bias"]
+        logits = extract(
+            classifier, splits.val, range(len(splits.val)), splits.mean, splits.std,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        top1, top5 = top1_top5(logits, splits.val.labels)
+        loss = torch.nn.functional.cross_entropy(logits, splits.val.labels).item()
+        wanted = {"top1": top1, "top5": top5, "loss": loss}
+        for key, value in wanted.items():
+            assert run.metrics[f"{prefix}{key}"] == pytest.approx(value, rel=1e-4), (prefix, key)
+
+
+def test_a_run_from_before_there_were_two_heads_goes_on_with_one(tmp_path, fails):
+    run = two_steps(tmp_path / "run", **{"classifier.heads": "one"})
+    assert "val/mix_top1" not in run.metrics
+    config = (run.out / "config.yaml").read_text()
+    assert "  heads: one\n" in config
+    (run.out / "config.yaml").write_text(config.replace("  heads: one\n", ""))
+    again = ssl_samix.train_supervised(resume=run.out, **{"trainer.max_epochs": 2})
+    state = torch.load(again.out / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [key for key in state if key.startswith("mixed_")]
+    (again.out / "classifier.safetensors").unlink()
+    loaded = ssl_samix.load_classifier(again.out)  # from last.ckpt
+    assert torch.equal(loaded.head.weight, state["projector.weight"])
+    words = [f"{key}={value}" for key, value in TINY.items()]
+    said = fails(
+        "supervised", *words, "data.limit=128", "trainer.precision=32-true", "trainer.max_epochs=2",
+        f"out={run.out}",
+    )  # fmt: skip
+    assert "(classifier.heads is one there, auto here)" in said
 
 
 def test_a_picture_becomes_a_class(run):
@@ -201,7 +264,7 @@ def test_a_label_outside_the_class_list_is_refused(tmp_path, monkeypatch):
 
 def test_another_number_of_classes_is_told_with_both_numbers(fails, run, tmp_path):
     root = colours(tmp_path / "three", ("blue", "green", "red"))
-    words = [f"resume={run.out}", f"data.root={root}", "trainer.max_epochs=9"]
+    words = [f"resume={run.out}", f"data.root={root}", "trainer.max_epochs=17"]
     assert "a classifier of 2 classes, the data have 3" in refused(fails, *words)
     words = [f"run={run.out}", "data=folder", f"data.root={root}"]
     assert "knows 2 classes and the data have 3" in fails("robustness", *words)

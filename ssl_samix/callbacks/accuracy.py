@@ -15,7 +15,9 @@ from ssl_samix.evaluation.features import extract
 class AccuracyMonitor(Monitor):
     """Every n epochs: top-1 and top-5 of the classifier and of its moving average (EMA), and loss.
 
-    On un-augmented validation images; nothing where there are none.
+    On un-augmented validation images; nothing where there are none. Where mixtures have a head of
+    their own it is measured in the same passes, but the plain images' head is the one whose best
+    epoch is kept.
 
     Args:
         every_n_epochs: The interval, see ``Monitor``.
@@ -36,14 +38,15 @@ class AccuracyMonitor(Monitor):
 
         Returns:
             ``val/top1``, ``val/top5`` in percent and ``val/loss``, the plain cross-entropy; of the
-            average ``val/ema_top1`` and so on.
+            average ``val/ema_top1`` and so on; of the mixtures' heads, where there are some,
+            ``val/mix_top1``, ``val/ema_mix_top1`` and so on.
         """
         val, splits = data.splits.val, data.splits
         found: dict[str, float] = {}
         if val is None:
             return {}
-        for prefix, network in (("val/", module.embedder), ("val/ema_", module.teacher)):
-            logits = extract(
+        for network_name, network in module.measured().items():
+            both = extract(
                 network,
                 val,
                 range(len(val)),
@@ -52,14 +55,22 @@ class AccuracyMonitor(Monitor):
                 device=module.device,
                 workers=data.worker_count(),
             )
-            top1, top5 = top1_top5(logits, val.labels)
-            loss = F.cross_entropy(logits, val.labels).item()
-            found |= {f"{prefix}top1": top1, f"{prefix}top5": top5, f"{prefix}loss": loss}
+            heads = both.split(module.classes, dim=1)
+            for head_name, logits in zip(("", "mix_"), heads, strict=False):
+                prefix = f"val/{network_name}{head_name}"
+                top1, top5 = top1_top5(logits, val.labels)
+                loss = F.cross_entropy(logits, val.labels).item()
+                found |= {f"{prefix}top1": top1, f"{prefix}top5": top5, f"{prefix}loss": loss}
         return found
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return the accuracy of both networks, where it was measured."""
+        """Return the accuracy of both networks, of each head where there are two."""
         if "val/top1" not in newest:
             return []
         now, best, ema = (newest[f"val/{n}"] for n in ("top1", "best_top1", "ema_top1"))
-        return [("top-1", f"{now:.2f}% final, {best:.2f}% best; EMA {ema:.2f}% final")]
+        lines = [("top-1", f"{now:.2f}% final, {best:.2f}% best; EMA {ema:.2f}% final")]
+        if "val/mix_top1" in newest:
+            mix, average = newest["val/mix_top1"], newest["val/ema_mix_top1"]
+            text = f"top-1 of their head {mix:.2f}% final; EMA {average:.2f}% final"
+            lines.append(("mixtures", text))
+        return lines

@@ -134,9 +134,13 @@ class BaseMethod(pl.LightningModule, ABC):
 
     def query(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) with the online branch to (B, D), with gradient."""
-        query = self.pass_online(images).query
+        query = self.memory.once("online", images, lambda: self._online(images)).query
         assert query is not None
         return query
+
+    def mixed_query(self, images: Tensor) -> Tensor:
+        """Embed mixtures that come beside plain views; as these, but for a method of two heads."""
+        return self.query(images)
 
     def frozen_query(self, images: Tensor) -> Tensor:
         """Embed with the frozen teacher to (B, D); gradient reaches the images only."""
@@ -173,10 +177,6 @@ class BaseMethod(pl.LightningModule, ABC):
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
         """Make the pass of the online embedder."""
         return self.read(self.embedder, images)
-
-    def pass_online(self, images: Tensor) -> Passed:
-        """Make the online pass, or take what it gave in this step."""
-        return self.memory.once("online", images, lambda: self._online(images))
 
     def _online(self, images: Tensor) -> Passed:
         embedding, *maps = self.embed(images)

@@ -6,21 +6,19 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_choice, check_range
 from ssl_samix.losses.classification import binary_cross_entropy, cross_entropy, soft_labels
-from ssl_samix.methods.base import BaseMethod
-from ssl_samix.modules.ema import EMATwin
+from ssl_samix.methods.linear_heads import LinearHeads
 from ssl_samix.types import Batch
 
 LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
-INIT_STD = 0.01  # of the head's weights
 YOUNG = 10  # steps; the average of a younger network follows it faster than ``ema`` says
 
 
-class Classifier(BaseMethod):
+class Classifier(LinearHeads):
     """Classifies images of known classes; the "embedding" is the row of logits.
 
     What a mixture is compared with, its targets, are the classes of its parents, and so all of
@@ -33,15 +31,17 @@ class Classifier(BaseMethod):
         loss: ``cross_entropy`` or ``binary_cross_entropy``.
         smoothing: Share of a label that all classes have in equal parts.
         ema: Share of the old weights in a step of the average.
+        heads: ``one`` for all images, ``two`` for plain images and for mixtures (see
+            ``LinearHeads``), or ``auto``: two where a policy learns beside plain images. Mixtures
+            that replace the plain images have the plain images' head.
         **base: Arguments of ``BaseMethod``.
 
     Raises:
-        ConfigError: For a setting outside its range.
+        ConfigError: For a setting outside its range, and for two heads where only one would learn.
     """
 
     wants_sync_batchnorm = False  # batches are large enough, and papers do without
     keeps_plain_views = False
-    twin: EMATwin
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Classifier(BaseMethod):
         loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy",
         smoothing: float = 0.0,
         ema: float = 0.999,
+        heads: Literal["auto", "one", "two"] = "one",  # as runs from before the key existed
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
@@ -58,10 +59,7 @@ class Classifier(BaseMethod):
         check_choice("classifier.loss", loss, LOSSES)
         check_range("classifier.smoothing", smoothing, 0, 0.99)
         check_range("classifier.ema", ema, 0, 1)
-        self.projector = nn.Linear(backbone.feature_dim, classes)
-        nn.init.normal_(self.projector.weight, std=INIT_STD)
-        nn.init.zeros_(self.projector.bias)
-        self.twin = EMATwin(self.embedder)
+        self.add_heads(classes, heads)
         self.classes, self.smoothing, self.ema = classes, smoothing, ema
         self.criterion = LOSSES[loss]
         self._labels = torch.empty(0, dtype=torch.int64)
@@ -96,7 +94,6 @@ class Classifier(BaseMethod):
         return query.gather(1, target.argmax(dim=1)[parents])
 
     def after_step(self) -> None:
-        """Move the average, statistics of the normalisation included."""
+        """Move the average."""
         step = self.global_step
-        momentum = min(self.ema, (1 + step) / (YOUNG + step))
-        self.twin.update(self.embedder, momentum, statistics=True)
+        self.move_averages(min(self.ema, (1 + step) / (YOUNG + step)))

@@ -145,7 +145,7 @@ class MixObjective(nn.Module):
         # Before the mixtures: what these passes give may be the maps that masks are made from.
         targets = self.both_targets(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
-        query = method.query(mixed.images.detach())
+        query = method.mixed_query(mixed.images.detach())
         lam = self.weights(method, mixed, plan, targets)
         return weighted(towards(method.pair_loss, query, targets, plan.parents), lam)
 
