@@ -188,7 +188,8 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
     spec = {"backbone": method.backbone, "pairs": mixing.pairs, "targets": mixing.targets}
 
     def own_loss(local: Tensor, global_: Tensor) -> Tensor:
-        return local + mixing.eta * global_
+        eta = method.mixer_eta if mixing.eta == "auto" else mixing.eta
+        return local + eta * global_
 
     oracle = Oracle(own_loss, args.steps, **spec)
     method.to(args.device).eval()

@@ -38,9 +38,10 @@ class SAMixObjective(MixObjective):
         upsampling: Of the mask.
         lam: ``drawn`` or ``mask`` (see ``SAMix``), or ``seen`` (see ``MixObjective``).
         lam_margin: A ratio this near to 0 or 1 gets a flat mask.
-        eta: Weight of the global term. Below 0 the Mixer is an adversary: mixtures are to be hard
-            to tell from other images (after AdAutoMix, arXiv 2312.11954), and between their parents
-            by the local term alone.
+        eta: Weight of the global term; ``auto``: what the method says (0 in pretraining, where it
+            makes mixtures that teach less; 1 with labels, as published). Below 0 the Mixer is an
+            adversary: mixtures are to be hard to tell from other images (after AdAutoMix, arXiv
+            2312.11954), and between their parents by the local term alone.
         temperature: Of the local term.
         mask_weight: Weight of the mask loss.
         mask_decay: Let that weight fall to 0 over the run, by a cosine.
@@ -70,7 +71,7 @@ class SAMixObjective(MixObjective):
         upsampling: Literal["bilinear", "nearest"] = "bilinear",
         lam: Literal["drawn", "mask", "seen"] = "drawn",
         lam_margin: float = 0.0,
-        eta: float = 0.5,
+        eta: float | Literal["auto"] = 0.5,
         temperature: float = 0.2,
         mask_weight: float = 0.1,
         mask_margin: float = 0.1,
@@ -82,7 +83,8 @@ class SAMixObjective(MixObjective):
         momentum: float = 0.99,
         **mixing: Any,
     ) -> None:
-        check_range("mixup.eta", eta, -10, 10)
+        if eta != "auto":
+            check_range("mixup.eta", eta, -10, 10)
         check_range("mixup.temperature", temperature, 1e-3)
         check_range("mixup.mask_weight", mask_weight, 0)
         check_range("mixup.mask_margin", mask_margin, 0, 1)
@@ -153,14 +155,15 @@ class SAMixObjective(MixObjective):
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
         local, global_ = self.judged(method, batch, mixed, plan, targets)
-        loss = local + self.eta * global_ + self.mask_loss(mixed, progress)
+        eta = method.mixer_eta if self.eta == "auto" else self.eta
+        loss = local + eta * global_ + self.mask_loss(mixed, progress)
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
         if (self._step + self.update_every) % (self.update_every * GAIN_EVERY) == 0:
             with torch.no_grad():
                 masks = flat(plan.lam, images.shape[-1])
                 plain = blend(images, partners, plan, masks, plan.lam)
                 flat_local, flat_global = self.judged(method, batch, plain, plan, targets)
-            logs["mixer/gain"] = flat_local - local + self.eta * (flat_global - global_)
+            logs["mixer/gain"] = flat_local - local + eta * (flat_global - global_)
         return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
 
     def judged(
