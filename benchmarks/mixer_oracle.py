@@ -189,7 +189,7 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
 
     def own_loss(local: Tensor, global_: Tensor) -> Tensor:
         eta = method.mixer_eta if mixing.eta == "auto" else mixing.eta
-        return local + eta * global_
+        return mixing.local_weight * local + eta * global_
 
     oracle = Oracle(own_loss, args.steps, **spec)
     method.to(args.device).eval()

@@ -29,6 +29,7 @@ LATER = {
     "mixup.optimizer": "encoder",
     "mixup.lam": "drawn",
     "mixup.mask_decay": True,
+    "mixup.local_weight": 1.0,
     "classifier.heads": "one",
 }
 

@@ -42,6 +42,8 @@ class SAMixObjective(MixObjective):
             makes mixtures that teach less; 1 with labels, as published). Below 0 the Mixer is an
             adversary: mixtures are to be hard to tell from other images (after AdAutoMix, arXiv
             2312.11954), and between their parents by the local term alone.
+        local_weight: Weight of the local term. OpenMixup's loss is the global term alone, which
+            with labels is the local one plus what tells both classes from all others.
         temperature: Of the local term.
         mask_weight: Weight of the mask loss.
         mask_decay: Let that weight fall to 0 over the run, by a cosine.
@@ -72,6 +74,7 @@ class SAMixObjective(MixObjective):
         lam: Literal["drawn", "mask", "seen"] = "drawn",
         lam_margin: float = 0.0,
         eta: float | Literal["auto"] = 0.5,
+        local_weight: float = 1.0,
         temperature: float = 0.2,
         mask_weight: float = 0.1,
         mask_margin: float = 0.1,
@@ -85,6 +88,7 @@ class SAMixObjective(MixObjective):
     ) -> None:
         if eta != "auto":
             check_range("mixup.eta", eta, -10, 10)
+        check_range("mixup.local_weight", local_weight, 0)
         check_range("mixup.temperature", temperature, 1e-3)
         check_range("mixup.mask_weight", mask_weight, 0)
         check_range("mixup.mask_margin", mask_margin, 0, 1)
@@ -106,7 +110,7 @@ class SAMixObjective(MixObjective):
         self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
         self.eta, self.temperature, self.update_every = eta, temperature, update_every
         self.mask_weight, self.mask_margin = mask_weight, mask_margin
-        self.mask_decay = mask_decay
+        self.mask_decay, self.local_weight = mask_decay, local_weight
         self.variance_weight, self.momentum = variance_weight, momentum
         self.optimizer = MixerOptimizer(optimizer, lr)
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
@@ -156,14 +160,15 @@ class SAMixObjective(MixObjective):
         mixed = self.policy.attached(images, partners, plan, maps)
         local, global_ = self.judged(method, batch, mixed, plan, targets)
         eta = method.mixer_eta if self.eta == "auto" else self.eta
-        loss = local + eta * global_ + self.mask_loss(mixed, progress)
+        loss = self.local_weight * local + eta * global_ + self.mask_loss(mixed, progress)
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
         if (self._step + self.update_every) % (self.update_every * GAIN_EVERY) == 0:
             with torch.no_grad():
                 masks = flat(plan.lam, images.shape[-1])
                 plain = blend(images, partners, plan, masks, plan.lam)
                 flat_local, flat_global = self.judged(method, batch, plain, plan, targets)
-            logs["mixer/gain"] = flat_local - local + eta * (flat_global - global_)
+            gains = flat_local - local, flat_global - global_
+            logs["mixer/gain"] = self.local_weight * gains[0] + eta * gains[1]
         return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
 
     def judged(
