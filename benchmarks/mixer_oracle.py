@@ -188,8 +188,8 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
     spec = {"backbone": method.backbone, "pairs": mixing.pairs, "targets": mixing.targets}
 
     def own_loss(local: Tensor, global_: Tensor) -> Tensor:
-        eta = method.mixer_eta if mixing.eta == "auto" else mixing.eta
-        return mixing.local_weight * local + eta * global_
+        share_local, share_global = mixing.term_weights(method)
+        return share_local * local + share_global * global_
 
     oracle = Oracle(own_loss, args.steps, **spec)
     method.to(args.device).eval()

@@ -58,7 +58,7 @@ class OurSide:
         self.model = our_method(config, size, device)
         # What methods ask of a trainer; a real one would not let several sides take turns.
         self.trainer = SimpleNamespace(
-            global_step=0,
+            global_step=STEPS // 2,  # the Mixer no longer learns in every step
             estimated_stepping_batches=STEPS,
             max_epochs=10,
             accumulate_grad_batches=1,

@@ -88,7 +88,7 @@ class Method(Protocol):
 
     directions: tuple[tuple[int, int], ...]  # (query view, key view) of each term of its own loss
     keeps_plain_views: bool  # beside mixtures, where the configuration leaves it to the method
-    mixer_eta: float  # weight of a Mixer's global term, where the configuration leaves it likewise
+    mixer_weights: tuple[float, float]  # of a Mixer's local and global term, likewise
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of the plain views, (B,)."""

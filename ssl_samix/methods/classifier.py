@@ -42,7 +42,7 @@ class Classifier(LinearHeads):
 
     wants_sync_batchnorm = False  # batches are large enough, and papers do without
     keeps_plain_views = False
-    mixer_eta = 1.0
+    mixer_weights = (0.0, 1.0)
 
     def __init__(
         self,

@@ -38,12 +38,12 @@ class SAMixObjective(MixObjective):
         upsampling: Of the mask.
         lam: ``drawn`` or ``mask`` (see ``SAMix``), or ``seen`` (see ``MixObjective``).
         lam_margin: A ratio this near to 0 or 1 gets a flat mask.
-        eta: Weight of the global term; ``auto``: what the method says (0 in pretraining, where it
-            makes mixtures that teach less; 1 with labels, as published). Below 0 the Mixer is an
+        eta: Weight of the global term; ``auto``: what the method says, 0 in pretraining, where the
+            global term makes mixtures that teach less, and 1 with labels. Below 0 the Mixer is an
             adversary: mixtures are to be hard to tell from other images (after AdAutoMix, arXiv
             2312.11954), and between their parents by the local term alone.
-        local_weight: Weight of the local term. OpenMixup's loss is the global term alone, which
-            with labels is the local one plus what tells both classes from all others.
+        local_weight: Weight of the local term; ``auto``: 1 in pretraining, 0 with labels, where
+            the global term holds it (OpenMixup's automix.py has the global term alone).
         temperature: Of the local term.
         mask_weight: Weight of the mask loss.
         mask_decay: Let that weight fall to 0 over the run, by a cosine.
@@ -74,7 +74,7 @@ class SAMixObjective(MixObjective):
         lam: Literal["drawn", "mask", "seen"] = "drawn",
         lam_margin: float = 0.0,
         eta: float | Literal["auto"] = 0.5,
-        local_weight: float = 1.0,
+        local_weight: float | Literal["auto"] = 1.0,
         temperature: float = 0.2,
         mask_weight: float = 0.1,
         mask_margin: float = 0.1,
@@ -88,7 +88,8 @@ class SAMixObjective(MixObjective):
     ) -> None:
         if eta != "auto":
             check_range("mixup.eta", eta, -10, 10)
-        check_range("mixup.local_weight", local_weight, 0)
+        if local_weight != "auto":
+            check_range("mixup.local_weight", local_weight, 0)
         check_range("mixup.temperature", temperature, 1e-3)
         check_range("mixup.mask_weight", mask_weight, 0)
         check_range("mixup.mask_margin", mask_margin, 0, 1)
@@ -159,8 +160,8 @@ class SAMixObjective(MixObjective):
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
         local, global_ = self.judged(method, batch, mixed, plan, targets)
-        eta = method.mixer_eta if self.eta == "auto" else self.eta
-        loss = self.local_weight * local + eta * global_ + self.mask_loss(mixed, progress)
+        share_local, share_global = self.term_weights(method)
+        loss = share_local * local + share_global * global_ + self.mask_loss(mixed, progress)
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
         if (self._step + self.update_every) % (self.update_every * GAIN_EVERY) == 0:
             with torch.no_grad():
@@ -168,8 +169,16 @@ class SAMixObjective(MixObjective):
                 plain = blend(images, partners, plan, masks, plan.lam)
                 flat_local, flat_global = self.judged(method, batch, plain, plan, targets)
             gains = flat_local - local, flat_global - global_
-            logs["mixer/gain"] = self.local_weight * gains[0] + eta * gains[1]
+            logs["mixer/gain"] = share_local * gains[0] + share_global * gains[1]
         return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
+
+    def term_weights(self, method: Method) -> tuple[float, float]:
+        """Return the weights of the local and of the global term."""
+        local, global_ = method.mixer_weights
+        return (
+            local if self.local_weight == "auto" else self.local_weight,
+            global_ if self.eta == "auto" else self.eta,
+        )
 
     def judged(
         self,

@@ -8,6 +8,7 @@ import torch
 import ssl_samix
 from ssl_samix.callbacks.metrics_csv import read_metrics
 from ssl_samix.callbacks.mixer_health import FLAT
+from ssl_samix.methods.classifier import Classifier
 from ssl_samix.mixup.learned import EAGER, GAIN_EVERY, slope
 from tests.conftest import METHODS, mixed_method
 from tests.test_invariants import batch, terms_of
@@ -109,3 +110,17 @@ def test_the_shipped_mixer_is_alive_in_every_method(name, tmp_path):
     assert min(float(row["mixer/mask_std"]) for row in late) > FLAT
     gains = [float(row["mixer/gain"]) for row in late if row["mixer/gain"]]
     assert sum(gains) / len(gains) > 0
+
+
+@pytest.mark.parametrize(("name", "weights"), [("moco", (1, 0)), ("byol", (1, 0))])
+def test_what_the_configuration_leaves_to_the_method(name, weights):
+    method = mixed_method(name, "samix", eta="auto", local_weight="auto")
+    assert method.mixing.term_weights(method) == weights
+    logs, losses = (terms := terms_of(method)).logs, terms.losses
+    torch.testing.assert_close(losses["mixer"].detach(), logs["mixer/local"])
+    given = mixed_method(name, "samix", eta=0.3, local_weight="auto")
+    assert given.mixing.term_weights(given) == (1, 0.3)
+
+
+def test_with_labels_the_mixer_learns_the_global_term():
+    assert Classifier.mixer_weights == (0, 1)
