@@ -181,8 +181,8 @@ def test_a_list_tells_what_is_done_before_torch_is_imported(study):
 
 
 @cache
-def composed(*choices):
-    return compose("pretrain", choices)[0]
+def composed(command, *choices):
+    return compose(command, choices)[0]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -191,7 +191,8 @@ def test_the_studies_that_come_with_it(path):
     for method, policy in product(plan.methods, plan.policies):
         given = dict(word.split("=") for word in plan.words(method, policy))
         mixup = given["mixup"] if method == next(iter(plan.methods)) else "none"
-        config = composed("data=folder", f"method={given['method']}", f"mixup={mixup}")
+        chosen = [f"method={given['method']}"] if "method" in given else []
+        config = composed(plan.command, "data=folder", *chosen, f"mixup={mixup}")
         for override in parse(quote_paths(plan.words(method, policy))):
             key = override.key_or_group
             if "." in key and (mixup != "none" or not key.startswith("mixup.")):
