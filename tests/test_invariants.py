@@ -467,6 +467,27 @@ def test_lam_margin_makes_extreme_masks_flat_for_the_encoder_only():
     assert (own.flatten(1).std(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("mixing", ["mixup", "samix"])
+@placements
+def test_lam_can_be_what_the_teacher_sees(mixing, placement):
+    """The mean of the ratio and of the softmax of both cosines over 0.2, parent by parent."""
+    method = mixed_method("moco", mixing, placement=placement, pairs="same", lam="seen").eval()
+    images, weights = batch(), []
+    original = method.mixing.weights
+    method.mixing.weights = lambda *given: (
+        weights.append((given, original(*given))) or weights[0][1]
+    )
+    terms_of(method, images=images)
+    (_, mixed, plan, _), found = weights[0]
+    query = method.frozen_query(mixed.images)
+    target = method.targets(images.views[1])
+    for row, (image, partner) in enumerate(plan.parents.tolist()):
+        own, other = ((query[row] @ target[k] / 0.2).exp().item() for k in (image, partner))
+        expected = (mixed.lam[row].item() + own / (own + other)) / 2
+        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+    assert not found.requires_grad
+
+
 def test_lam_can_be_the_share_of_the_mask():
     method = mixed_method("moco", "samix", mask="paper", lam="mask")
     images = batch()

@@ -10,9 +10,13 @@ import pytorch_lightning as pl
 from ssl_samix.errors import ConfigError
 
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
-DEAF = 0.5  # slope of the masks' shares on their ratios; 1 is right, 0 knows nothing of them
+LOWEST_SLOPE = (
+    0.5  # slope of the masks' shares on their ratios; 1 is right, 0 knows nothing of them
+)
 FEW_STEPS = 200  # of a run, in which a Mixer may stay near plain mixup
-LOSING = 2  # epochs in a row: the gain is measured in a few steps of each, and near 0 it is noise
+LOSING_EPOCHS = (
+    2  # epochs in a row: the gain is measured in a few steps of each, and near 0 it is noise
+)
 ONE_SIDED = 0.9  # share of mixtures that are one of their parents, though their ratio is not
 EARLY = 0.1  # share of what is mixed of the run; the published form starts flat
 _log = logging.getLogger(__name__)
@@ -26,15 +30,15 @@ class MixerHealth(pl.Callback):
 
     def __init__(self) -> None:
         self.said: set[str] = set()
-        self.losing = 0  # epochs in a row whose gain was below 0
+        self.losing_epochs = 0  # epochs in a row whose gain was below 0
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what has been said over a resume."""
-        return {"said": sorted(self.said), "losing": self.losing}
+        return {"said": sorted(self.said), "losing_epochs": self.losing_epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what has been said; an earlier version counted no gains."""
-        self.said, self.losing = set(state_dict["said"]), state_dict.get("losing", 0)
+        self.said, self.losing_epochs = set(state_dict["said"]), state_dict.get("losing_epochs", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a ``during`` that holds no step.
@@ -65,8 +69,8 @@ class MixerHealth(pl.Callback):
         begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
         late = trainer.current_epoch >= (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
         faults = []
-        if late and measured.get("mixer/ratio_slope", 1.0) < DEAF:
-            faults.append("deaf")
+        if late and measured.get("mixer/ratio_slope", 1.0) < LOWEST_SLOPE:
+            faults.append("ratio")
         if late and trainer.estimated_stepping_batches >= FEW_STEPS:
             faults += self._unlearned(measured)
         if measured.get("mixer/one_sided", 0.0) > ONE_SIDED:
@@ -78,8 +82,8 @@ class MixerHealth(pl.Callback):
         if measured.get("mixer/mask_std", 1.0) < FLAT:
             return ["flat"]
         if "mixer/gain" in measured:
-            self.losing = self.losing + 1 if measured["mixer/gain"] < 0 else 0
-        return ["harmful"] if self.losing >= LOSING else []
+            self.losing_epochs = self.losing_epochs + 1 if measured["mixer/gain"] < 0 else 0
+        return ["harmful"] if self.losing_epochs >= LOSING_EPOCHS else []
 
 
 def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
@@ -87,7 +91,7 @@ def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
     learns_more = ["mixup.update_every=1"] if mixing.update_every > 1 else []
     other_mask = ["mixup.mask=exact"] if mixing.policy.block.form != "exact" else []
     own = ["mixup.optimizer=adamw mixup.lr=0.02"] if mixing.optimizer.shared else []
-    if fault == "deaf":
+    if fault == "ratio":
         tries = other_mask or ["a lower mixup.lr"]
         found = (
             "the Mixer's masks ignore the ratio that is asked for (slope "

@@ -39,10 +39,8 @@ class BaseMethod(pl.LightningModule, ABC):
     wants_sync_batchnorm = True  # statistics over all devices, as SimCLR's and BYOL's papers have
     directions: tuple[tuple[int, int], ...] = ((0, 1),)
     keeps_plain_views = True  # beside mixtures, where the configuration does not say
-    mixer_weights = (
-        1.0,
-        0.0,
-    )  # of a Mixer's local and global term, likewise: docs/results/mixer.md
+    # Of a Mixer's local and global term, likewise (measured: docs/results/mixer.md).
+    mixer_weights = (1.0, 0.0)
     projector: nn.Module
     bad_step: Tensor  # the first whose loss was no number; -1: none
 

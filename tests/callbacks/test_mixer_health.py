@@ -56,8 +56,8 @@ def test_flat_masks_are_told_of_once(said):
 
 
 def test_masks_that_ignore_their_ratio_are_told_of_once(said):
-    deaf = [trainer(epoch, ratio_slope=0.1, mask_std=0.2) for epoch in (1, 2, 3)]
-    (sentence,) = said(MixerHealth(), *deaf)
+    ignoring = [trainer(epoch, ratio_slope=0.1, mask_std=0.2) for epoch in (1, 2, 3)]
+    (sentence,) = said(MixerHealth(), *ignoring)
     assert sentence == (
         "epoch 3: the Mixer's masks ignore the ratio that is asked for (slope 0.10; 1 is right): "
         "the encoder learns wrong weights; what may help in a new run: mixup.mask=exact"
@@ -152,7 +152,7 @@ def test_a_real_run_says_it_and_remembers(tmp_path, caplog):
     (said,) = [m for m in caplog.messages if "Mixer" in m]
     assert "the Mixer's masks ignore the ratio that is asked for (slope " in said
     checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
-    assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["deaf"], "losing": 0}
+    assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["ratio"], "losing_epochs": 0}
     caplog.clear()
     ssl_samix.pretrain(resume=run.out, trainer={"max_epochs": 3})
     assert not [m for m in caplog.messages if "Mixer" in m]
