@@ -7,7 +7,9 @@
 `score`: the Mixer's own loss (local + eta * global) on the same pairs and ratios, for flat masks
 (plain mixup), the Mixer of a run of `samix pretrain mixup=samix`, and the oracle: the logits
 of each pair's mask, one per position of the Mixer's maps, moved by Adam for `--steps` steps, every
-mask of the share that was drawn. The last column is the share of the oracle's gain that is reached.
+mask of the share that was drawn. `encoder's loss` and `gradient` say what the encoder would learn
+from these mixtures: the method's loss of them and the norm of its gradient in the backbone's
+weights. The last column is the share of the oracle's gain that is reached.
 
 `train`: pretraining as `samix pretrain` does it with these words, with the oracle's masks as the
 mixing policy (slow: each step holds `--steps` passes of the teacher, forward and backward), then
@@ -19,21 +21,18 @@ far from both (local - eta * global), `random` nothing (smooth random masks of t
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import Options, print_header, print_table, progress, refusing
+from common import Options, print_header, print_table, refusing
+from encoders import Table
 from torch import Tensor
 
 from ssl_samix import fitting
@@ -41,16 +40,13 @@ from ssl_samix.checkpoint_io import read_checkpoint
 from ssl_samix.config import build, compose
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.errors import CheckpointError, check_choice
-from ssl_samix.files import write_atomically
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.blend import blend, flat
 from ssl_samix.mixup.classic import Mixup
 from ssl_samix.mixup.learned import SAMixObjective, local_loss, spread
 from ssl_samix.mixup.mixer import balanced
 from ssl_samix.mixup.objective import MixObjective, towards, weighted
-from ssl_samix.pretraining import Pretraining, configured
 from ssl_samix.run_folder import RunFolder
-from ssl_samix.subcommands import SUBCOMMANDS
 from ssl_samix.types import Batch, Method, Mixed, MixPlan
 
 Seek = Callable[[Tensor, Tensor], Tensor]
@@ -168,7 +164,8 @@ def trained(path: str) -> tuple[BaseMethod, DataModule]:
 def score(args: Any) -> None:
     """Print the table of one or several runs."""
     print_header("The Mixer's own loss, and the least that masks can have", args)
-    columns = ("run", "masks", "local", "global", "own loss", "mask_std", "share of the gain")
+    measured = ("local", "global", "own loss", "mask_std", "encoder's loss", "gradient")
+    columns = ("run", "masks", *measured, "share of the gain")
 
     def rows() -> Any:
         for path in args.runs:
@@ -214,53 +211,36 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
             for name, mask in masks.items():
                 mixed = blend(images, partners, plan, mask, plan.lam)
                 local, global_ = terms(method, mixed.images, plan, targets)
-                values = (local, global_, own_loss(local, global_), spread(mask))
+                lesson = taught(method, mixed.images, plan, targets)
+                values = (local, global_, own_loss(local, global_), spread(mask), *lesson)
                 found[name].append([float(value.mean()) for value in values])
     return {name: [fmean(column) for column in zip(*v, strict=True)] for name, v in found.items()}
+
+
+def taught(
+    method: BaseMethod, mixed: Tensor, plan: MixPlan, targets: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the encoder's loss of mixtures (K, 3, S, S), and its gradient's norm."""
+    with torch.enable_grad():
+        losses = towards(method.pair_loss, method.mixed_query(mixed), targets, plan.parents)
+        loss = weighted(losses, plan.lam).mean()
+        gradients = torch.autograd.grad(loss, list(method.backbone.parameters()))
+    return loss.detach(), torch.stack([g.norm() for g in gradients]).norm()
 
 
 def train(args: Any) -> None:
     """Pretrain with the oracle, measure, and write a row for each seed."""
     print_header("Encoders that learn from masks optimised pair by pair", args)
-    columns = ("objective", "steps", "seed", "knn_top1", "linear_top1", "cpu_seconds", "words")
     path = Path(args.csv) if args.csv else Path(args.out) / "mixer_oracle.csv"
-    rows = list(csv.reader(path.open()))[1:] if path.exists() else []
+    table = Table(path, ("objective", "steps", "seed"))
     for seed in args.seeds.split(","):
-        key = [args.objective, str(args.steps), seed]
-        said = " ".join(word for word in args.words if not word.startswith("data.root="))
-        if any(row[:3] == key and row[-1] == said for row in rows):
-            continue
-        progress(f"{' '.join(key)} ...")
-        out = Path(args.out) / f"{args.objective}-{args.steps}-s{seed}"
-        with contextlib.redirect_stdout(sys.stderr):  # the table is on standard output
-            run = pretrained([*args.words, f"seed={seed}", f"out={out}"], args)
-        values = []
-        for protocol in ("knn", "linear"):
-            result = out / "results" / f"oracle-{protocol}"
-            command: Any = SUBCOMMANDS[protocol]
-            with contextlib.redirect_stdout(sys.stderr):
-                command.job([f"run={out}", f"out={result}"])
-            results = json.loads((result / "results.json").read_text("utf-8"))["results"]
-            values.append(f"{results[0]['numbers']['top1']:.2f}")
-        rows.append([*key, *values, f"{run:.0f}", said])
-        text = "\n".join(",".join(row) for row in [columns, *rows]) + "\n"
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-    print_table(columns[:-1], [row[:-1] for row in rows])
-
-
-def pretrained(words: list[str], args: Any) -> float:
-    """Run `samix pretrain` with the oracle as its policy; return its CPU seconds."""
-
-    def mixing(config: Any, backbone: Any, data: DataModule) -> MixObjective:
-        return Oracle(args.objective, args.steps, backbone=backbone)
-
-    with (
-        patch.object(fitting, "build_mixing", mixing),
-        patch.object(fitting, "save_mixer", lambda *_: None),
-    ):
-        config, choices, folder = configured("pretrain", [*words, "mixup=mixup"])
-        run = fitting.train(Pretraining(), config, choices, folder)
-    return run.metrics["cpu_seconds"] * config.trainer.max_epochs
+        table.train(
+            (args.objective, str(args.steps), seed),
+            lambda backbone: Oracle(args.objective, args.steps, backbone=backbone),
+            args.words,
+            Path(args.out) / f"{args.objective}-{args.steps}-s{seed}",
+        )
+    print_table(table.columns[:-1], table.shown())
 
 
 @refusing()

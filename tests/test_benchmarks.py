@@ -18,7 +18,7 @@ from ssl_samix.data.datasets import load_splits
 from ssl_samix.evaluation.table import read_rows
 from ssl_samix.mixup.samix import SAMix
 from ssl_samix.standalone import save_mixer
-from ssl_samix.types import Batch
+from ssl_samix.types import Batch, MixPlan
 from tests.conftest import mixed_method, samix_here
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -230,6 +230,7 @@ def test_mixer_oracle(bench, tmp_path):
     _, (rows,) = bench("mixer_oracle", "score", run, "--steps", "10", "--batches", "1")
     own = {row["masks"]: float(row["own loss"]) for row in rows}
     assert own["oracle"] < own["flat"] - 0.01
+    assert all(float(row["gradient"]) > 0 < float(row["encoder's loss"]) for row in rows)
     assert float(rows[-1]["share of the gain"]) == 1.0
     assert float(rows[-1]["mask_std"]) > 0.01
     words = ["train", "--steps", "2", "--objective", "local", "--out", tmp_path / "oracle"]
@@ -256,6 +257,45 @@ def test_an_oracle_has_the_shares_that_were_drawn_and_does_not_move_the_teacher(
     assert mixed.mask.flatten(1).std(dim=1).min() > 0.01
     assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
     assert all(p.grad is None for p in method.parameters())
+
+
+@pytest.mark.parametrize(("method", "names"), [("simclr", "unmix,sdmp"), ("moco", "imix")])
+def test_rivals(bench, tmp_path, method, names):
+    small = ["data.limit=256", "data.batch_size=64", "backbone.width=4", "trainer.max_epochs=1"]
+    small += ["trainer.precision=32-true", f"method={method}", "callbacks.knn.val_limit=20"]
+    words = ["--rivals", names, "--out", tmp_path / "rivals", *small]
+    _, (rows,) = bench("rivals", *words)
+    assert [(row["method"], row["rival"]) for row in rows] == [
+        (method, n) for n in names.split(",")
+    ]
+    assert len({(row["knn_top1"], row["linear_top1"]) for row in rows}) == len(rows)
+
+
+def test_what_mixtures_have_in_common(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rivals = importlib.import_module("rivals")
+    lam, rows = torch.tensor([0.75, 0.5, 1.0]), torch.arange(3)
+    found = rivals.overlaps(MixPlan(lam=lam, partner=torch.tensor([1, 2, 0]), rows=rows))
+    # Mixture 0: 3/4 of image 0, 1/4 of 1; mixture 1: 1/2 of 1, 1/2 of 2; mixture 2: image 2.
+    common = torch.tensor([[1.0, 0.25, 0.0], [0.25, 1.0, 0.5], [0.0, 0.5, 1.0]])
+    torch.testing.assert_close(found, common / common.sum(dim=1, keepdim=True))
+
+
+def test_mixed_barlow_twins_ask_nothing_of_what_is_not_mixed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rivals = importlib.import_module("rivals")
+    method = mixed_method("barlow_twins", "mixup")
+    objective = rivals.made("mixed_barlow", method.backbone)
+    views = tuple(torch.randn(6, 3, 16, 16) for _ in range(2))
+    images = Batch(views, torch.full((6,), -1), torch.arange(6))
+    losses = {}
+    for share in (1.0, 0.5):
+        plan = MixPlan(torch.full((6,), share), torch.arange(6).roll(1), torch.arange(6))
+        monkeypatch.setattr(objective, "draw", lambda _, plan=plan: plan)
+        with method.memory.step():
+            losses[share] = float(objective(method, images, 0, 10).losses["mix"].detach())
+    assert losses[1.0] < 1e-6
+    assert losses[0.5] > 1e-3
 
 
 def test_beyond(bench, tmp_path, capsys):

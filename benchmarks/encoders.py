@@ -1,0 +1,79 @@
+"""Train and measure encoders by mixing objectives that the package does not have."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from common import progress
+
+from ssl_samix import fitting
+from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.files import write_atomically
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.pretraining import Pretraining, configured
+from ssl_samix.subcommands import SUBCOMMANDS
+
+NUMBERS = ("knn_top1", "linear_top1", "cpu_seconds")
+Make = Callable[[Backbone], MixObjective | None]
+
+
+class Table:
+    """Rows of runs in a CSV file; a run that has a row is not done again.
+
+    Args:
+        path: The file.
+        keys: Columns that, with the words of the run, tell runs apart.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.columns = path, (*keys, *NUMBERS, "words")
+        self.keys = len(keys)
+        self.rows = list(csv.reader(path.open()))[1:] if path.exists() else []
+
+    def train(self, key: Sequence[str], make: Make, words: Sequence[str], out: Path) -> None:
+        """Pretrain with what ``make`` makes, measure, and write a row, if there is none."""
+        said = " ".join(word for word in words if not word.startswith("data.root="))
+        if any(row[: self.keys] == list(key) and row[-1] == said for row in self.rows):
+            return
+        progress(f"{' '.join(key)} ...")
+        with contextlib.redirect_stdout(sys.stderr):  # a table is on standard output
+            seconds = pretrained([*words, f"seed={key[-1]}", f"out={out}"], make)
+            tops = [top1(out, protocol) for protocol in ("knn", "linear")]
+        self.rows.append([*key, *tops, f"{seconds:.0f}", said])
+        text = "\n".join(",".join(row) for row in [self.columns, *self.rows]) + "\n"
+        write_atomically(self.path, lambda temporary: temporary.write_text(text))
+
+    def shown(self) -> Iterable[list[str]]:
+        """Return the rows, without their words."""
+        return [row[:-1] for row in self.rows]
+
+
+def pretrained(words: list[str], make: Make) -> float:
+    """Run `samix pretrain` with another mixing objective; return its CPU seconds."""
+
+    def mixing(_config: Any, backbone: Backbone, _data: Any) -> MixObjective | None:
+        return make(backbone)
+
+    with (
+        patch.object(fitting, "build_mixing", mixing),
+        patch.object(fitting, "save_mixer", lambda *_: None),
+    ):
+        config, choices, folder = configured("pretrain", [*words, "mixup=mixup"])
+        run = fitting.train(Pretraining(), config, choices, folder)
+    return float(run.metrics["cpu_seconds"] * config.trainer.max_epochs)
+
+
+def top1(run: Path, protocol: str) -> str:
+    """Measure the encoder of a run by a protocol."""
+    result = run / "results" / f"benchmark-{protocol}"
+    command: Any = SUBCOMMANDS[protocol]
+    command.job([f"run={run}", f"out={result}"])
+    results = json.loads((result / "results.json").read_text("utf-8"))["results"]
+    return f"{results[0]['numbers']['top1']:.2f}"
