@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -19,6 +20,7 @@ from ssl_samix.backbones.resnet import ResNetTrunk
 from ssl_samix.checkpoint_io import load_plain
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.evaluation.foreign import from_file
+from ssl_samix.evaluation.layouts import flatten
 from tests.evaluation.test_source import shaken, with_prefix
 
 WIDTH = 4
@@ -147,6 +149,20 @@ def test_a_prefix_may_be_the_end_of_the_whole_one(resnet, tmp_path):
         assert torch.equal(taken["conv1.weight"], other(state)["conv1.weight"])
     with pytest.raises(CheckpointError, match=r"no resnet18 under prefix=encoder\.: give prefix="):
         from_file(path, "resnet18", "encoder.", 32)
+
+
+def test_a_network_whose_state_has_a_version(tmp_path):
+    """torchvision's MNASNet refuses a state without one, as a plain dict is."""
+    model = shaken(torchvision.models.mnasnet0_5(num_classes=3))
+    path = save(dict(model.state_dict()), tmp_path)
+    model.classifier[1] = nn.Identity()
+    assert_same_features(from_file(path, "mnasnet0_5", None, 64), model, 64)
+
+
+def test_nested_names_are_joined():
+    inner = {"w": torch.ones(1), 3: {"x": torch.zeros(2)}, "epoch": 5}
+    inner["self"] = {"again": inner}  # which a pickle may hold
+    assert list(flatten({"a.b": inner})) == ["a.b.w", "a.b.3.x"]
 
 
 @pytest.fixture

@@ -609,7 +609,7 @@ class Code:
 def test_file_that_would_run_code_is_refused_in_one_sentence(tmp_path):
     state, _, _ = checkpoint()
     sentence = refused(tmp_path, state, meta={"loss": Code()})
-    assert "is refused: loading it would run code (__builtin__.eval)" in sentence
+    assert "is refused: loading it would run code (eval)" in sentence
     assert "\n" not in sentence
 
 
