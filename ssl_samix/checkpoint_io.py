@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +19,17 @@ from torch import Tensor, nn
 from ssl_samix.errors import CheckpointError
 from ssl_samix.files import write_atomically
 
+# What other projects save beside weights, and is not needed: it is neither read nor run.
+UNREAD = (
+    "argparse.Namespace",
+    *(f"{m}.{n}Path" for m in ("pathlib", "pathlib._local") for n in ("Posix", "Windows")),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(
+        f"numpy.{core}.multiarray.{function}"
+        for core in ("core", "_core")  # before numpy 2, and since
+        for function in ("scalar", "_reconstruct")
+    ),
+)
 META = "ssl_samix"  # key, in checkpoints and safetensors files, of what describes the encoder
 
 
@@ -85,18 +97,41 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+class _Unread:
+    """Stands for a value in a pickle that is not needed: takes its parts, and does nothing."""
+
+    def __init__(self, *parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Each under the name that pickles have for it: the class itself is never looked up.
+_STAND_INS: list[Any] = [
+    type(name.rpartition(".")[2], (_Unread,), {"__module__": name.rpartition(".")[0]})
+    for name in UNREAD
+]
+
+
 def load_plain(path: Path) -> Any:
     """Read what ``torch.save`` wrote, of any origin, if it is tensors and plain values only.
+
+    Returns:
+        What was saved; in the place of numpy's values, paths and parsed arguments, nothing of use.
 
     Raises:
         CheckpointError: If it is damaged, or a pickle that runs code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+        runs = re.search(r"GLOBAL (\S+)", str(error))
+        if "Weights only load failed" in str(error) and runs:
             raise CheckpointError(
-                f"{path} is refused: loading it would run code, which weights never need"
+                f"{path} is refused: loading it would run code ({runs[1]}), which weights never "
+                "need: save model.state_dict() alone"
             ) from error
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:

@@ -162,10 +162,10 @@ def read_folder(request: Request) -> Parts:
 
 
 def read_webdataset(request: Request) -> Parts:
-    """Read tar shards, see ``ssl_samix.data.shard_index``; class names are the numbers in .cls."""
+    """Read tar shards, see ``ssl_samix.data.shard_index``; the .cls members name the classes."""
     indexed = index(request.given)
-    numbers = [number for _, members in indexed for number in members.labels]
-    labels, classes = numbered(numbers, request.labels)
+    found = [label for _, members in indexed for label in members.labels]
+    labels, classes = numbered(found, request.labels)
     return Parts(Part(ShardSource.of(indexed), torch.tensor(labels)), None, classes)
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.backbones.resnet import RESNETS
 from ssl_samix.checkpoint_io import load_plain
 from ssl_samix.errors import CheckpointError, ConfigError
+from ssl_samix.evaluation import layouts
 
-NESTED = ("state_dict", "model", "model_state_dict", "teacher", "net")  # keys that hold weights
-CLASSIFIER = ("fc.", "head.", "heads.", "classifier.")  # what an encoder does without
-TWINS = ("encoder_k.", "momentum_", "teacher.", "target_", "key_encoder")  # averaged copies
 UNPUBLISHED = "no published weights are known for '{}': give weights=random"
 _log = logging.getLogger(__name__)
 
@@ -83,8 +79,9 @@ def from_file(path: Path, name: str | None, prefix: str | None, image_size: int)
     Args:
         path: Written by ``torch.save`` or as safetensors.
         name: The model's name.
-        prefix: What its entries begin with, as ``module.encoder_q.``; None: found out.
-        image_size: Side of its images, in px.
+        prefix: What its entries begin with, as ``module.encoder_q.``, or the end of that; None:
+            found out.
+        image_size: Side of its images, in px. Position tables of another size are interpolated.
 
     Raises:
         ConfigError: If the name is missing or unknown.
@@ -92,20 +89,71 @@ def from_file(path: Path, name: str | None, prefix: str | None, image_size: int)
     """
     weights = read_weights(path)
     if name is None:
-        raise ConfigError(f"{path} does not say whose weights it holds: give model=<name>")
-    if name not in RESNETS:
-        backbone = Backbone(name, image_size)
-        load_strictly(backbone, _without_prefix(backbone, weights, prefix, path), str(path))
-        return backbone
-    # A ResNet's first kernel says how wide it is, and which stem it has.
-    width, side = _first_kernel(weights, prefix, path)
-    backbone = Backbone(name, image_size, width, "small" if side == 3 else "standard")
-    load_strictly(backbone, _without_prefix(backbone, weights, prefix, path), str(path))
+        raise ConfigError(
+            f"{path} does not say whose weights it holds: give model=<name>{_hint(weights)}"
+        )
+    prefix = f"{prefix.rstrip('.')}." if prefix else None
+    backbone = _empty(name, weights, prefix, image_size, path)
+    fit = _the_one(path, backbone, weights, prefix)
+    for what in fit.resampled:
+        _log.warning("%s: %s, for images of %d px", path, what, image_size)
+    load_strictly(backbone, fit.weights, str(path))
     return backbone
 
 
+def _empty(
+    name: str, weights: dict[str, Tensor], prefix: str | None, image_size: int, path: Path
+) -> Backbone:
+    """Build the model, with what its name does not say and its weights show."""
+    if name in RESNETS:
+        kernel = layouts.first_kernel(weights, prefix) or layouts.first_kernel(weights, None)
+        if kernel is None:
+            raise CheckpointError(
+                f"{path} holds no ResNet: it has no conv1.weight of 3 channels{_hint(weights)}"
+            )
+        return Backbone(name, image_size, kernel[0], "small" if kernel[1] == 3 else "standard")
+    # MoCo v3's ViT-S has twice the heads of everybody else's, which no shape shows.
+    theirs = any(k.endswith("base_encoder.patch_embed.proj.weight") for k in weights)
+    if theirs and name.partition(".")[0] == "vit_small_patch16_224":
+        _log.info("%s: 12 heads, as MoCo v3 has them", name)
+        return Backbone(name, image_size, options={"num_heads": 12})
+    return Backbone(name, image_size)
+
+
+def _the_one(
+    path: Path, backbone: Backbone, weights: dict[str, Tensor], prefix: str | None
+) -> layouts.Fit:
+    found = layouts.find(_model(backbone), weights)
+    fitting = [fit for fit in found if fit.problem is None]
+    if not fitting:
+        total = len(_model(backbone).state_dict())
+        problem, matched = (found[0].problem, found[0].matched) if found else ("", 0)
+        raise CheckpointError(
+            f"{path} does not fit {backbone.name}: {problem or 'it has none of its names'} "
+            f"({matched} of {total} found){_hint(weights)}"
+        )
+    asked = [fit for fit in fitting if f".{fit.prefix}".endswith(f".{prefix or ''}")]
+    left = layouts.choose(asked if prefix else fitting)
+    if len(left) != 1:
+        problem = "several encoders" if left else f"no {backbone.name} under prefix={prefix}"
+        known = " or ".join(sorted(fit.prefix for fit in left or fitting))
+        raise CheckpointError(f"{path} holds {problem}: give prefix=<{known}>")
+    return left[0]
+
+
+def _hint(weights: dict[str, Tensor]) -> str:
+    """Say what was found in a file, and which model it is."""
+    some, rest = ", ".join(list(weights)[:3]), len(weights) - 3
+    found = f"; the file has {some}" + (f" and {rest} more" if rest > 0 else "")
+    model = layouts.model_for(weights)
+    return f"{found}, which fit model={model}" if model else found
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, of any origin.
+    """Read a file of weights, of any origin, nested or not.
+
+    Returns:
+        The tensors; names of nested dicts are joined by dots.
 
     Raises:
         CheckpointError: If it is damaged, would run code, or holds no weights.
@@ -115,26 +163,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file") from error
-    found = load_plain(path)
-    while isinstance(found, Mapping):
-        inner = next((found[k] for k in NESTED if isinstance(found.get(k), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    tensors = isinstance(found, Mapping) and {
-        k: v for k, v in found.items() if isinstance(v, torch.Tensor)
-    }
+    tensors = layouts.flatten(load_plain(path))
     if not tensors:
         raise CheckpointError(f"{path} holds no weights")
     return tensors
-
-
-def _first_kernel(weights: dict[str, Tensor], prefix: str | None, path: Path) -> tuple[int, int]:
-    kernels = [k for k in weights if k.endswith("conv1.weight") and "layer" not in k]
-    own = [k for k in kernels if k.startswith(prefix or "")]
-    if not own:
-        raise CheckpointError(f"{path} holds no ResNet: it has no conv1.weight")
-    return weights[own[0]].shape[0], weights[own[0]].shape[-1]
 
 
 def _inside(backbone: Backbone) -> str:
@@ -142,42 +174,25 @@ def _inside(backbone: Backbone) -> str:
     return "trunk." if backbone.name in RESNETS else "trunk.model."
 
 
-def _without_prefix(
-    backbone: Backbone, weights: dict[str, Tensor], prefix: str | None, path: Path
-) -> dict[str, Tensor]:
-    wanted = {k.removeprefix(_inside(backbone)) for k in backbone.state_dict()}
-    if prefix is None:
-        first = sorted(wanted)[0]
-        complete = [k.removesuffix(first) for k in weights if k.endswith(first)]
-        complete = [p for p in complete if all(p + k in weights for k in wanted)]
-        if len(complete) > 1:  # a momentum encoder is saved beside the encoder
-            complete = [p for p in complete if not any(t in p for t in TWINS)] or complete
-        if len(complete) > 1:
-            raise CheckpointError(
-                f"{path} holds several encoders: give prefix=<{' or '.join(sorted(complete))}>"
-            )
-        prefix = complete[0] if complete else ""
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+def _model(backbone: Backbone) -> nn.Module:
+    return backbone.get_submodule(_inside(backbone).rstrip("."))
 
 
 def load_strictly(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
-    """Load weights under the library's names; only a classifier may be left over.
+    """Load weights under the library's names; only heads may be left over.
 
     Raises:
         CheckpointError: If an entry is missing, has another shape, or is unknown.
     """
-    inside = _inside(backbone)
-    wanted = {k.removeprefix(inside): v for k, v in backbone.state_dict().items()}
-    missing = sorted(wanted.keys() - weights.keys())
-    unknown = sorted(k for k in weights.keys() - wanted.keys() if not k.startswith(CLASSIFIER))
-    other = sorted(k for k in wanted.keys() & weights.keys() if wanted[k].shape != weights[k].shape)
-    for names, problem in ((missing, "lacks"), (unknown, "also has"), (other, "has another")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{what} does not fit {backbone.name}: it {problem} {names[0]}{more}"
-            )
-    left = sorted(weights.keys() - wanted.keys())
+    model = _model(backbone)
+    state = model.state_dict()
+    problem = layouts.misfit(state, weights)
+    if problem is not None:
+        raise CheckpointError(f"{what} does not fit {backbone.name}: {problem}")
+    left = sorted(weights.keys() - state.keys())
     if left:
-        _log.info("not loaded, being a classifier's: %s", ", ".join(left))
-    backbone.load_state_dict({inside + k: weights[k] for k in wanted}, strict=True)
+        _log.info("not loaded, being of heads: %s", ", ".join(left))
+    # Updated, so that counters of BatchNorm, which old files are without, keep their values, and
+    # the state the versions of its modules.
+    state.update((k, weights[k]) for k in weights.keys() & state.keys())
+    model.load_state_dict(state, strict=True)

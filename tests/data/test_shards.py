@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -95,6 +96,10 @@ def grays(images):
     return images.load(range(len(images)))[:, 0, half, half].tolist()
 
 
+def labelled_grays(images):
+    return zip(grays(images), images.labels.tolist(), strict=True)
+
+
 def names(root):
     return [os.path.basename(found.shard.url) for found in find(str(root))]
 
@@ -140,22 +145,24 @@ def test_members_and_their_labels(tmp_path):
             ("./dir/one.png", pieces[0]),
             ("dir/one.json", b"{}"),
             ("later.cls", b"7\n"),
-            ("later.left.png", pieces[1]),
-            ("later.right.webp", pieces[2]),
+            ("later.png", pieces[1]),
+            ("later.mask.png", pieces[3]),
+            ("last.WebP", pieces[2]),
             ("._hidden.png", pieces[3]),
             (".git/x.png", pieces[3]),
             (long, pieces[4]),
             ("ünï.gif", pieces[5]),
-            ("ünï.cls", b"no number"),
+            ("ünï.CLS", b" a word\n"),
             ("dir/later.png", pieces[6]),
+            ("dir/later.mask.cls", b"8"),
         )
     )
     ((_, members),) = index(str(tmp_path))
     assert members.names == [
-        *("./dir/one.png", "later.left.png", "later.right.webp"),
+        *("./dir/one.png", "later.png", "last.WebP"),
         *(long, "ünï.gif", "dir/later.png"),
     ]
-    assert members.labels == [None, 7, 7, None, None, None]
+    assert members.labels == [None, 7, None, None, "a word", None]
     data = (tmp_path / "a.tar").read_bytes()
     found = [data[o : o + s] for o, s in zip(members.offsets, members.sizes, strict=True)]
     assert found == [pieces[i] for i in (0, 1, 2, 4, 5, 6)]
@@ -220,7 +227,7 @@ def test_images_without_labels(tmp_path):
         set(grays(load_splits("webdataset", root, 16, 5).train))
     )
     assert len(load_splits("webdataset", root, 16, 5).train) == 5
-    with pytest.raises(DataError, match=r"12 of 12 images have no number in a \.cls"):
+    with pytest.raises(DataError, match=r"12 of 12 images have no number or name in a \.cls"):
         load_splits("webdataset", root, "auto", None, labels=True)
 
 
@@ -243,8 +250,74 @@ def test_some_labels_are_none(tmp_path, caplog):
     (tmp_path / "a.tar").write_bytes(some)
     assert load_splits("webdataset", tmp_path, "auto", None).classes == ()
     assert "1 of 2 images have no label" in caplog.text
-    with pytest.raises(DataError, match="1 of 2 images have no number"):
+    with pytest.raises(DataError, match="1 of 2 images have no number or name"):
         load_splits("webdataset", tmp_path, "auto", None, labels="true")
+
+
+def shard(tmp_path, *names, **labels):
+    """Write one shard: images of the gray values 0, 1, 2 ..., and labels by their keys."""
+    images = [(name, picture(value)) for value, name in enumerate(names)]
+    texts = [(f"{key}.cls", text) for key, text in labels.items()]
+    (tmp_path / "a.tar").write_bytes(tar(*images, *texts))
+    return tmp_path / "a.tar"
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "second"),
+    [
+        (["img.0001.jpg", "img.0002.jpg"], "img.0001.jpg", "img.0002.jpg"),
+        (["d.x/a.jpg", "d.x/a.JPG"], "d.x/a.jpg", "d.x/a.JPG"),
+        (["b.png", "a.jpg", "c.png", "a.png"], "a.jpg", "a.png"),
+        (["a.left.png", "b.png", "a.right.png"], "a.left.png", "a.right.png"),
+    ],
+)
+def test_several_images_of_one_sample_are_refused(names, first, second, tmp_path):
+    path = shard(tmp_path, *names, a=b"1")
+    said = f"in {path}, {first} and {second} are images of one sample, whose name ends at the first"
+    with pytest.raises(DataError, match=re.escape(said)):
+        index(str(path))
+
+
+def test_masks_are_left_out_and_counted(tmp_path, caplog):
+    names = ["1.seg.png", "1.png", "2.png", "2.SEG.PNG", "2.depth.png", "3.png"]
+    path = shard(tmp_path, *names, **{"1": b"4", "2": b"5", "3": b"5"})
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        ((_, members),) = index(str(path))
+        assert members.names == ["1.png", "2.png", "3.png"]
+        assert members.labels == [4, 5, 5]
+        assert "3 images are left out, such as 1.seg.png" in caplog.text
+    assert grays(load_splits("webdataset", path, 32, None, labels=False).train) == [1, 2, 5]
+
+
+def test_masks_alone_are_no_images(tmp_path):
+    with pytest.raises(DataError, match=r"what follows the first dot .* 1\.seg\.png has more"):
+        index(str(shard(tmp_path, "1.seg.png", "2.seg.png")))
+
+
+def test_words_are_classes_by_name(tmp_path):
+    names = ["1.png", "2.png", "3.png", "4.png"]
+    words = {"1": b"tabby cat\n", "2": b"dog", "3": b"Zebra", "4": b"dog"}
+    path = shard(tmp_path, *names, **words)
+    splits = load_splits("webdataset", path, 32, None)
+    assert splits.classes == ("Zebra", "dog", "tabby cat")
+    pairs = {pair for part in (splits.train, splits.val) for pair in labelled_grays(part)}
+    assert pairs == {(0, 2), (1, 1), (2, 0), (3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (b"12", r"\.cls members hold numbers, such as 12, and names, such as cat: write either"),
+        (b"\xff\xfe", r"one number or one name, as text, and one holds '\ufffd\ufffd': write"),
+        (b"\x03\x00\x00", r"one number or one name, as text, and one holds '\\x03\\x00\\x00'"),
+    ],
+)
+def test_labels_of_several_kinds_are_refused_unless_they_are_ignored(second, sentence, tmp_path):
+    path = shard(tmp_path, "1.png", "2.png", **{"1": b"cat", "2": second})
+    with pytest.raises(DataError, match=sentence):
+        load_splits("webdataset", path, 32, None)
+    assert load_splits("webdataset", path, 32, None, labels=False).classes == ()
 
 
 def test_large_images_are_decoded_on_demand(tmp_path):

@@ -95,7 +95,8 @@ def test_of_an_encoder_and_its_average_the_encoder_is_taken(resnet, images, tmp_
 
 
 def test_two_encoders_of_equal_right_need_a_prefix(resnet, tmp_path):
-    state = {**with_prefix(resnet.state_dict(), "a."), **with_prefix(resnet.state_dict(), "b.")}
+    other = {k: v + 1 for k, v in resnet.state_dict().items()}
+    state = {**with_prefix(resnet.state_dict(), "a."), **with_prefix(other, "b.")}
     torch.save(state, tmp_path / "two.pth")
     with pytest.raises(CheckpointError, match=r"several encoders: give prefix=<a\. or b\.>"):
         load(tmp_path / "two.pth", model="resnet18", **KNOWN)

@@ -601,11 +601,22 @@ def test_bad_words_are_told_before_the_file_is_opened(tmp_path):
     assert "samix convert openmixup <file.pth> -o <folder>" in main(["--help"])
 
 
+class Code:
+    def __reduce__(self):
+        return (eval, ("1",))
+
+
 def test_file_that_would_run_code_is_refused_in_one_sentence(tmp_path):
     state, _, _ = checkpoint()
-    sentence = refused(tmp_path, state, meta={"loss": np.float64(1.5)})
-    assert "is refused: loading it would run code" in sentence
+    sentence = refused(tmp_path, state, meta={"loss": Code()})
+    assert "is refused: loading it would run code (eval)" in sentence
     assert "\n" not in sentence
+
+
+def test_a_numpy_scalar_beside_the_weights_is_let_be(tmp_path):
+    state, _, _ = checkpoint()
+    out, _ = converted(tmp_path, state, meta={"loss": np.float64(1.5)})
+    assert (out / "encoder.safetensors").exists()
 
 
 def test_text_of_a_configuration(tmp_path):
