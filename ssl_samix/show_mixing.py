@@ -130,15 +130,15 @@ def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
 
     from ssl_samix.data.images import fit, resized_side
     from ssl_samix.data.rgb import to_rgb
-    from ssl_samix.data.sources import UNREADABLE, PathSource
+    from ssl_samix.data.sources import UNREADABLE, PathSource, described
 
     source, found, damaged = PathSource(paths), [], []
     generator = torch.Generator().manual_seed(request.seed)
     for i in torch.randperm(len(paths), generator=generator).tolist():
         try:
             image = to_rgb(source.image(i, 2 * resized_side(size)))
-        except UNREADABLE:
-            damaged.append(source.name(i))
+        except UNREADABLE as error:
+            damaged.append(described(source.name(i), error))
             continue
         found.append(fit(image, size))
         if len(found) == 2 * request.rows:

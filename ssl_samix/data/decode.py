@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ssl_samix.data.images import MemoryImages, fit, resized_side
 from ssl_samix.data.rgb import to_rgb
-from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source
+from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     total = len(source)
     pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
     bad = _decode_into(pixels, source)
-    _judge([source.name(i) for i in bad], total)
+    _judge(list(bad.values()), total)
     names = [source.name(i) for i in range(total)]
     kept_source = source if isinstance(source, EncodedSource) else None  # an array would stay alive
     if bad:
         keep = torch.ones(total, dtype=torch.bool)
-        keep[bad] = False
+        keep[list(bad)] = False
         pixels, labels = pixels[keep], labels[keep]
         names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
         if kept_source is not None:
@@ -74,12 +74,13 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     spans = [range(i, min(i + 16, len(chosen))) for i in range(0, len(chosen), 16)]
     at_least = 2 * resized_side(size)
 
-    def check(span: range) -> list[int]:
-        return [i for i in span if _decoded(chosen, i, at_least) is None]
+    def check(span: range) -> list[str]:
+        decoded = (_decoded(chosen, i, at_least) for i in span)
+        return [bad for bad in decoded if isinstance(bad, str)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [i for found in pool.map(check, spans) for i in found]
-    _judge([chosen.name(i) for i in bad], len(chosen))
+        bad = [found for some in pool.map(check, spans) for found in some]
+    _judge(bad, len(chosen))
 
 
 def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
@@ -99,24 +100,24 @@ def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
         try:
             with source.open(i) as image:
                 sides.append(min(image.size))
-        except UNREADABLE:
-            bad.append(source.name(i))
+        except UNREADABLE as error:
+            bad.append(described(source.name(i), error))
     if not sides:
         _judge(bad, len(bad))
     return int(torch.tensor(sides).median())
 
 
-def _decode_into(pixels: Tensor, source: Source) -> list[int]:
-    """Fill (N, 3, S, S) ``pixels`` and return the positions that could not be read."""
+def _decode_into(pixels: Tensor, source: Source) -> dict[int, str]:
+    """Fill (N, 3, S, S) ``pixels``; return positions and names of what could not be read."""
     size = pixels.shape[-1]
     at_least = 2 * resized_side(size)  # reducing to twice the size keeps the result sharp
 
-    def decode(span: range) -> list[int]:
-        bad = []
+    def decode(span: range) -> dict[int, str]:
+        bad = {}
         for i in span:
             image = _decoded(source, i, at_least)
-            if image is None:
-                bad.append(i)
+            if isinstance(image, str):
+                bad[i] = image
             else:
                 pixels[i] = fit(image, size)
         return bad
@@ -124,14 +125,16 @@ def _decode_into(pixels: Tensor, source: Source) -> list[int]:
     total = len(source)
     spans = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
     with tqdm(total=total, unit=" images", desc="loading", disable=not _wants_bar(total)) as bar:
-        found = []
+        found = {}
         for span, bad in zip(spans, _each(decode, spans), strict=True):
-            found.extend(bad)
+            found.update(bad)
             bar.update(len(span))
     return found
 
 
-def _each(decode: Callable[[range], list[int]], spans: list[range]) -> Iterator[list[int]]:
+def _each(
+    decode: Callable[[range], dict[int, str]], spans: list[range]
+) -> Iterator[dict[int, str]]:
     """Yield ``decode(span)`` in order, on several threads where that helps."""
     begin = time.perf_counter()
     yield decode(spans[0])
@@ -144,12 +147,12 @@ def _each(decode: Callable[[range], list[int]], spans: list[range]) -> Iterator[
         yield from pool.map(decode, spans[1:])
 
 
-def _decoded(source: Source, index: int, at_least: int) -> Image.Image | None:
-    """Return the picture in RGB, or None if it cannot be read."""
+def _decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
+    """Return the picture in RGB, or its name for a report if it cannot be read."""
     try:
         return to_rgb(source.image(index, at_least))
-    except UNREADABLE:
-        return None
+    except UNREADABLE as error:
+        return described(source.name(index), error)
 
 
 def _judge(bad: list[str], total: int) -> None:

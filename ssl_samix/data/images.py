@@ -196,7 +196,7 @@ class FileImages(ImageSet):
             self._remember(index, position, reason)
             return image
         raise DataError(
-            f"{self.name(index)} cannot be read, nor any other image of its class: "
+            f"{self.name(index)} cannot be read ({reason}), nor any other image of its class: "
             "repair or remove them"
         )
 

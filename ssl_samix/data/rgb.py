@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 from PIL import Image, ImageOps
 
+from ssl_samix.data.levels import needs_scaling, to_8_bits
 from ssl_samix.data.sources import UNREADABLE
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -13,20 +13,26 @@ _ORIENTATION = 0x0112  # the EXIF tag
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any picture upright and into 8-bit RGB.
 
-    Transparent parts become white, as on the page they were made for. 16-bit gray is scaled from
-    0..65535; 32-bit and float gray from the smallest of 0..1 (floats), 0..255 and 0..65535 that
-    holds all values, else from the picture's own minimum and maximum.
+    Transparent parts become white, as on the page they were made for. Gray that is not 8 bits is
+    scaled as ``ssl_samix.data.levels`` says.
 
     Args:
         image: Any mode; an animation gives its current frame.
+
+    Raises:
+        UnusableImage: Its values cannot be understood, see ``to_8_bits``.
     """
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
+    stored, image = image, _upright(image)
+    if needs_scaling(stored):
+        image = to_8_bits(image, stored)
+    if image.has_transparency_data:
+        layer = _straight(image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _straight(image: Image.Image) -> Image.Image:
+    return image.convert("LA") if image.mode == "La" else image  # Pillow has no La to RGBA
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -37,15 +43,3 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except UNREADABLE:
         return image
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    tops = [65535.0] if image.mode.startswith("I;16") else [255.0, 65535.0]
-    if image.mode == "F":
-        tops.insert(0, 1.0)
-    top = next((top for top in tops if low >= 0 and high <= top), None)
-    if top is None:
-        values, top = values - low, high - low
-    return Image.fromarray(np.rint(values / top * 255).astype(np.uint8))

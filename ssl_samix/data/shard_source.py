@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssl_samix.data.shard_index import Members
 from ssl_samix.data.shards import Shard
-from ssl_samix.data.sources import EncodedSource
+from ssl_samix.data.sources import EncodedSource, open_image
 
 WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
 _OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
@@ -60,7 +60,7 @@ class ShardSource(EncodedSource):
         """Read one member; nothing but its header is decoded yet."""
         shard, offset, size = self.places[index].tolist()
         file = _opened(self.shards[shard], os.getpid())
-        return Image.open(io.BytesIO(os.pread(file.number, size, offset)))
+        return open_image(io.BytesIO(os.pread(file.number, size, offset)))
 
     def take(self, indices: Sequence[int]) -> ShardSource:
         """Return the members at these positions."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import struct
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ssl_samix.errors import check_range
+
+VARIABLE = "SSL_SAMIX_MAX_MEGAPIXELS"
+_MAX_MEGAPIXELS = 500  # more than any camera's; in RGB, 2 GB
 
 # what Pillow raises for a damaged file, depending on the format and on where the damage is
 UNREADABLE = (
@@ -25,6 +35,58 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,  # too many pixels to be a picture
 )
+
+
+class UnusableImage(OSError):  # noqa: N818  nothing went wrong, the file is what it is
+    """A file that cannot be used as a picture; the message says why, for its owner."""
+
+
+def described(name: str, error: Exception) -> str:
+    """Return the name of an unreadable picture, and the reason where it is not mere damage."""
+    return f"{name} ({error})" if isinstance(error, UnusableImage) else name
+
+
+def set_up_pillow() -> None:
+    """Set how large pictures may be, and keep Pillow's remarks on odd files off the screen.
+
+    What cannot be read is reported by us, by name. Filters and limits are the process's: those
+    that hold for a block only would not be safe with threads.
+
+    Raises:
+        ConfigError: ``$SSL_SAMIX_MAX_MEGAPIXELS`` is not a number from 1 on.
+    """
+    given: object = os.environ.get(VARIABLE) or _MAX_MEGAPIXELS
+    with suppress(ValueError):
+        given = float(str(given))
+    check_range(VARIABLE, given, 1)
+    assert isinstance(given, float)
+    Image.MAX_IMAGE_PIXELS = int(given * 1e6 / 2)  # Pillow warns from here on, refuses twice it
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+set_up_pillow()  # in workers too: they import this module when they are given a source
+
+
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """Read the header of a picture.
+
+    Raises:
+        One of ``UNREADABLE``.
+    """
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise _too_large(error) from error
+    except RuntimeError as error:  # of the decoders of AVIF and DDS
+        raise OSError(str(error)) from error
+
+
+def _too_large(error: Image.DecompressionBombError) -> UnusableImage:
+    found = re.search(r"\d+", str(error))  # the exception has no attributes
+    size = f"{int(found[0]) / 1e6:.0f} megapixels" if found else "too many pixels"
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+    return UnusableImage(f"{size}, and the limit is {most:g}: raise it with {VARIABLE}")
 
 
 class Source(Protocol):
@@ -83,12 +145,35 @@ class EncodedSource(ABC):
         with self.open(index) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # JPEG only: decodes at 1/2, 1/4 or 1/8
-            image.load()
+            halved = _is_16_bit_colour(image)
+            try:
+                image.load()
+            except Image.DecompressionBombError as error:  # a picture inside the file
+                raise _too_large(error) from error
+            except RuntimeError as error:
+                raise OSError(str(error)) from error
+            if halved and _is_dark(image):
+                raise UnusableImage(
+                    "of its 16 bits per channel Pillow reads the upper 8, which are all but empty: "
+                    "convert it to 8 bits"
+                )
             return image
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle all pictures."""
         return torch.randperm(len(self), generator=generator)
+
+
+def _is_16_bit_colour(image: Image.Image) -> bool:
+    """Say of a picture that is not loaded yet whether Pillow will drop half of its bits."""
+    tiles = getattr(image, "tile", [])  # codec, box, offset, arguments; gone after loading
+    return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in tiles)
+
+
+def _is_dark(image: Image.Image) -> bool:
+    """Say whether all channels but alpha lie in the lowest eighth."""
+    channels = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    return all(np.asarray(channel).max() < 32 for channel in channels)
 
 
 class PathSource(EncodedSource):
@@ -108,7 +193,7 @@ class PathSource(EncodedSource):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        return Image.open(self.paths[index])
+        return open_image(self.paths[index])
 
     def take(self, indices: Sequence[int]) -> PathSource:
         """Return the files at these positions."""

@@ -67,28 +67,6 @@ def test_cmyk_jpeg():
     assert max(red[1:]) < 15
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (np.array([[0, 32768, 65535]], dtype=np.uint16), [0, 128, 255]),
-        (np.array([[0, 100, 255]], dtype=np.uint16), [0, 0, 1]),  # dark stays dark
-        (np.array([[0, 128, 255]], dtype=np.int32), [0, 128, 255]),
-        (np.array([[0, 32768, 65535]], dtype=np.int32), [0, 128, 255]),
-        (np.array([[-100, 0, 100]], dtype=np.int32), [0, 128, 255]),
-        (np.array([[0.0, 0.5, 1.0]], dtype=np.float32), [0, 128, 255]),
-        (np.array([[-7.0, -7.0, np.nan]], dtype=np.float32), [0, 0, 255]),
-    ],
-)
-def test_deep_gray_is_scaled_to_8_bits(values, expected):
-    image = to_rgb(reopened(Image.fromarray(values), "TIFF"))
-    assert np.array(image)[0, :, 0].tolist() == expected
-
-
-def test_16_bit_png():
-    image = reopened(Image.fromarray(np.full((2, 2), 25700, dtype=np.uint16)), "PNG")
-    assert corner(to_rgb(image)) == (100, 100, 100)
-
-
 def test_exif_turns_the_picture_upright():
     image = Image.new("RGB", (16, 8), "black")
     image.paste("white", (0, 0, 8, 8))  # the left half
