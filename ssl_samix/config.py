@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ssl_samix import experiments
-from ssl_samix.backbones.options import check_options
+from ssl_samix.backbones.options import check_options, is_plain
 from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
 from ssl_samix.errors import ConfigError, UserError, nearest
 
@@ -210,8 +210,8 @@ def check_fit(key: str, value: Any, default: Any) -> None:
                     nearest(f"{key}.{inner}".lstrip("."), known.values() or [key], "key")
                 )
             check_fit(known[inner], part, default[inner])
-    elif isinstance(value, dict) or any(True for _ in _inner_keys(value)):
-        raise ConfigError(f"{key} needs a value, and not keys of its own")
+    elif not is_plain(value):
+        raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
     else:
         _check_kind(key, value, default)
 

@@ -94,8 +94,8 @@ def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) 
         own = installed.get(key)
         if is_hydras(key):
             _check_class(name, value, own)
-        elif isinstance(value, dict):
-            merged[key] = _merged(value, own if isinstance(own, dict) else {}, f"{name}.")
+        elif isinstance(value, dict) and isinstance(own, dict):
+            merged[key] = _merged(value, own, f"{name}.")
         else:
             _check_resolved(name, value)
             merged[key] = value
@@ -112,8 +112,10 @@ def _check_class(key: str, theirs: Any, own: Any) -> None:
 
 def _check_resolved(key: str, value: Any) -> None:
     """Refuse what OmegaConf would replace by something else, in lists too."""
-    if isinstance(value, list):
-        for part in value:
-            _check_resolved(key, part)
-    elif isinstance(value, str) and ("${" in value or value == "???"):
-        raise ConfigError(f"{key} is {value}, and only values are read")
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left.extend(part)
+        elif isinstance(part, str) and ("${" in part or part == "???"):
+            raise ConfigError(f"{key} is {part}, and only values are read")

@@ -10,6 +10,7 @@ from ssl_samix.errors import ConfigError
 KEY = "backbone.options"
 FILES = ("checkpoint_path", "cache_dir")  # a local file or folder
 PUBLISHED = "pretrained"  # what names of published weights begin with
+LISTS = (list, tuple)
 VALUES = (str, int, float, bool, type(None))
 
 
@@ -27,11 +28,12 @@ def check_options(options: Any) -> None:
                 f"{KEY} cannot have {name}: a network is built without weights; "
                 "samix supervised init=<file> starts from some"
             )
-        if not isinstance(name, str) or not _is_plain(value):
+        if not isinstance(name, str) or not is_plain(value):
             raise ConfigError(f"{KEY}.{name} needs a number, a text, or a list of these")
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, VALUES)
+def is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a text, true, false, null, or a list of these (of lists)."""
+    parts = value if isinstance(value, LISTS) else [value]
+    inner = (part if isinstance(part, LISTS) else [part] for part in parts)
+    return all(isinstance(one, VALUES) for ones in inner for one in ones)
