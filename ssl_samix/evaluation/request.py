@@ -141,8 +141,9 @@ def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[s
     try:
         return laid_over(own, plain(config.data), "data.")
     except ConfigError as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{origin.given} has data settings that are no values: {error}"
+            f"{origin.given} has data settings that cannot be used: {reason}"
         ) from error
 
 
@@ -155,7 +156,7 @@ def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
     if "data_settings" in meta:
         check_choice("data", meta.get("data"), groups()["data"])
         if not isinstance(meta["data_settings"], dict):
-            raise CheckpointError(f"{origin.path} has data settings that are no keys and values")
+            raise CheckpointError(f"{origin.path} has data settings that are not keys and values")
         return meta["data"], meta["data_settings"]
     if origin.run is not None:
         config, choices = origin.run.load_config()
