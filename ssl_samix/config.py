@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ssl_samix import experiments
+from ssl_samix.backbones.options import check_options, is_plain
 from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
 from ssl_samix.errors import ConfigError, UserError, nearest
 
@@ -72,7 +74,8 @@ def parse(arguments: Sequence[str]) -> list[Override]:
     """Parse ``key=value`` words.
 
     Raises:
-        ConfigError: For a word of another form, and for additions and removals.
+        ConfigError: For a word of another form, for additions and removals, and for a word of
+            Hydra's that names code.
     """
     overrides = []
     for word in arguments:
@@ -82,8 +85,25 @@ def parse(arguments: Sequence[str]) -> list[Override]:
             raise ConfigError(f"'{word}' is not of the form key=value") from error
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"'{word}': keys are neither added nor removed, write key=value")
+        keys = [*override.key_or_group.split("."), *_inner_keys(override.value())]
+        if code := next(filter(is_hydras, keys), None):
+            raise ConfigError(f"'{word}': {code} cannot be set, the choices say what is built")
         overrides.append(override)
     return overrides
+
+
+def is_hydras(key: object) -> bool:
+    """Say whether a key is one by which Hydra builds something, such as ``_target_``."""
+    return isinstance(key, str) and re.fullmatch(r"_\w+_", key) is not None
+
+
+def _inner_keys(value: Any) -> Iterator[Any]:
+    """Give the keys inside a value, at any depth."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _inner_keys(part)
 
 
 def check(config_name: str, arguments: Sequence[str]) -> list[DictConfig]:
@@ -164,14 +184,49 @@ def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] =
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     default = OmegaConf.select(config, key)
-    if isinstance(default, DictConfig) and not isinstance(value, dict):
-        raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
+    check_fit(key, value, plain(default) if OmegaConf.is_config(default) else default)
+
+
+def check_fit(key: str, value: Any, default: Any) -> None:
+    """Check that a value, or nested keys and values, are such as the default's.
+
+    Args:
+        key: Dotted; empty for a whole configuration.
+        value: Plain dicts, lists and values.
+        default: Likewise; a dict has all keys that the value's may have.
+
+    Raises:
+        ConfigError: For an unknown key, with the nearest one, and a value of another kind.
+    """
+    if key in OPEN_KEYS:
+        check_options(value)
+    elif isinstance(default, dict):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
+        known = {k: f"{key}.{k}" if key else k for k in default}
+        for inner, part in value.items():
+            if inner not in known:
+                raise ConfigError(
+                    nearest(f"{key}.{inner}".lstrip("."), known.values() or [key], "key")
+                )
+            check_fit(known[inner], part, default[inner])
+    elif not is_plain(value):
+        raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
+    else:
+        _check_kind(key, value, default)
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}
     for kind, words in wanted.items():
         if type(default) is kind:
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits:
                 raise ConfigError(f"{key} needs {words}, got '{value}'")
+    if key in PATH_KEYS and not isinstance(value, (str, type(None))):
+        raise ConfigError(f"{key} needs a path, got '{value}'")
+    if isinstance(value, list) and isinstance(default, str) and default != "auto":
+        raise ConfigError(f"{key} needs one value, got '{value}'")
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
@@ -219,8 +274,31 @@ def plain(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
+@cache
+def _installed_classes() -> frozenset[str]:
+    files = (file.read_text("utf-8") for file in CONFIG_DIR.rglob("*.yaml"))
+    return frozenset(n for text in files for n in re.findall(r"(?m)^ *_target_: *(\S+)", text))
+
+
+def _classes(node: Any) -> Iterator[Any]:
+    """Give what Hydra would build of a plain node, at any depth."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    if isinstance(node, (dict, list)):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _classes(part)
+
+
 def build(config: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a node with plain arguments; a user's mistake stays a ``UserError``."""
+    """Instantiate a node with plain arguments; a user's mistake stays a ``UserError``.
+
+    Raises:
+        ConfigError: If the node names a class that none of the installed configurations names.
+            That it begins with ``ssl_samix`` says nothing: ``ssl_samix.config.os.system`` does.
+    """
+    for name in map(str, _classes(plain(config))):
+        if name not in _installed_classes():
+            raise ConfigError(f"{name} is not built: no installed configuration names it")
     try:
         return instantiate(config, _partial_=True, _convert_="all")(**arguments)
     except InstantiationException as error:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_samix.config import check_value, parse, plain
-from ssl_samix.errors import CheckpointError, ConfigError, UserError
+from ssl_samix.choices import groups
+from ssl_samix.config import check_value, compose, parse, plain
+from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
 from ssl_samix.files import PARTIAL, write_atomically
+from ssl_samix.saved_config import laid_over, read_plain
 
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
@@ -32,6 +36,14 @@ LATER = {
     "mixup.local_weight": 1.0,
     "classifier.heads": "one",
 }
+
+# Keys that are read by name, and that every run has.
+NEEDED = (
+    "out", "seed", "init", "data.name", "data.root", "data.limit", "data.labels", "data.download",
+    "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
+    "callbacks.accuracy", "optimizer.optimizer",
+)  # fmt: skip
+LONGEST_REASON = 300  # characters
 
 
 class RunFolder:
@@ -116,22 +128,79 @@ class RunFolder:
     def load_config(self) -> tuple[DictConfig, dict[str, str]]:
         """Read the run's configuration and its choices.
 
+        The file gives values; the classes are those that the installed configuration has for the
+        choices, since the folder may be somebody else's.
+
         Raises:
-            CheckpointError: If there is no run in the folder, or its configuration is damaged.
+            CheckpointError: If there is no run in the folder, or its configuration is damaged, or
+                says more than values of known keys.
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is no run folder: it has no config.yaml")
+        said = read_plain(self.config)
         try:
-            whole = DictConfig(OmegaConf.load(self.config))
-            choices = plain(whole.pop("choices"))
-        except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{self.config} is damaged: {error}") from error
-        except Exception as error:  # yaml.YAMLError has no base that says more
-            if type(error).__module__.startswith(("yaml", "omegaconf")):
-                raise CheckpointError(f"{self.config} is damaged: not a configuration") from error
-            raise
+            choices = _choices(said)
+            whole = OmegaConf.create(laid_over(said, _installed(said, choices)))
+        except ConfigError as error:
+            reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")
+            raise CheckpointError(
+                f"{self.config} is damaged or not the configuration of a run: {reason}"
+            ) from error
         OmegaConf.set_struct(whole, True)
         return whole, choices
+
+
+def _choices(said: dict[str, Any]) -> dict[str, str]:
+    """Take the choices out of what a run's configuration says.
+
+    Raises:
+        ConfigError: If there are none, or they do not name what is installed.
+    """
+    choices = said.pop("choices", None)
+    if not isinstance(choices, dict):
+        raise ConfigError("it has no choices")
+    known = groups(_command(said, choices))
+    for group, name in choices.items():
+        check_choice("group", group, known)
+        if group != "experiment":  # whose values are written out, whatever became of the recipe
+            check_choice(group, name, known[group])
+        elif not isinstance(name, (str, type(None))):
+            raise ConfigError("experiment needs a name")
+    if unchosen := next((group for group in known if group in said and group not in choices), None):
+        raise ConfigError(f"it has no choices.{unchosen}")
+    return choices
+
+
+def _command(said: dict[str, Any], choices: dict[str, Any]) -> str:
+    return command_of({**said, **choices})
+
+
+def _installed(said: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+    """Compose what the choices of a run are now, and check that no part of it is missing there.
+
+    Raises:
+        ConfigError: If a part is missing, or they do not go together.
+    """
+    words = [f"{group}={name}" for group, name in choices.items() if group != "experiment"]
+    installed = _composed(_command(said, choices), *words)
+    parts = [key for key, value in installed.items() if isinstance(value, dict)]
+    for key in (*parts, *NEEDED):
+        if _has(installed, key) and not _has(said, key):
+            raise ConfigError(f"it has no {key}")
+    return installed
+
+
+@cache
+def _composed(command: str, *words: str) -> dict[str, Any]:
+    return plain(compose(command, words)[0])
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return True
 
 
 def resumed_config(

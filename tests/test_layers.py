@@ -26,6 +26,7 @@ ALLOWED = {
         "choices",
         "config",
         "run_folder",
+        "saved_config",
         "engine",
         "environment",
     },

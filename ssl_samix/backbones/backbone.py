@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_samix.backbones.layout import breaks_in_channels_last
+from ssl_samix.backbones.options import check_options
 from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk
 from ssl_samix.errors import ConfigError, nearest
 from ssl_samix.types import Features, MapSpec
@@ -29,7 +30,7 @@ class Backbone(nn.Module):
 
     Raises:
         ConfigError: For an unknown name, a width, stem or checkpointing that the model does not
-            have, or an image size that it cannot take.
+            have, options that name weights, or an image size that it cannot take.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Backbone(nn.Module):
         self.small_stem = stem == "small" or (
             stem == "auto" and name in RESNETS and image_size < SMALL_IMAGE
         )
+        check_options(options or {})
         self._check_resnet_settings(name, width, options)
         # What rebuilds this network, whatever "auto" means elsewhere.
         self.settings: dict[str, Any] = {

@@ -16,6 +16,7 @@ from ssl_samix.config import absolute, compose, parse, plain
 from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
 from ssl_samix.run_folder import RunFolder
+from ssl_samix.saved_config import laid_over
 
 WEIGHTS = ("own", "random", "pretrained")
 
@@ -117,10 +118,10 @@ def configured(protocol: str, words: list[str]) -> Request:
         choice, own = _own_data(_origin(protocol, config))
         words = [f"data={choice}", *words]
     config, choices = compose(protocol, words)
-    for key, value in own.items():
-        if key in config.data and f"data.{key}" not in given:
-            OmegaConf.update(config, f"data.{key}", value)
     origin = _origin(protocol, config)
+    untold = {key: value for key, value in own.items() if f"data.{key}" not in given}
+    for key, value in _settings(untold, config, origin).items():
+        OmegaConf.update(config, f"data.{key}", value)
     check_range("seed", config.get("seed", 0), 0)
     check_range("chunk", config.chunk, 1)
     check_layout(config.data.name, config.data.root, config.data.download)
@@ -135,6 +136,17 @@ def _origin(protocol: str, config: DictConfig) -> Origin:
     return find_origin(str(config.run), weights)
 
 
+def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[str, Any]:
+    """Take the data settings of an encoder's own files, which may be somebody else's, as values."""
+    try:
+        return laid_over(own, plain(config.data), "data.")
+    except ConfigError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{origin.given} has data settings that cannot be used: {reason}"
+        ) from error
+
+
 def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
     """Return the choice of data set and the settings that an encoder was trained with.
 
@@ -142,6 +154,9 @@ def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
     """
     meta = _described(origin.path)
     if "data_settings" in meta:
+        check_choice("data", meta.get("data"), groups()["data"])
+        if not isinstance(meta["data_settings"], dict):
+            raise CheckpointError(f"{origin.path} has data settings that are not keys and values")
         return meta["data"], meta["data_settings"]
     if origin.run is not None:
         config, choices = origin.run.load_config()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssl_samix.errors import CheckpointError
 
+MOST_PARTS = 100_000  # of a value; OpenMixup's longest have about 1,000
 CROPS = ("RandomResizedCrop", "RandomCrop", "CenterCrop")  # say how large images are trained on
 
 
@@ -35,18 +36,26 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
         stands for anything else.
 
     Raises:
-        CheckpointError: If it is not Python's text.
+        CheckpointError: If it is not Python's text, or names in names make it endless.
     """
     try:
-        tree = ast.parse(text)
+        return _assigned(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(
             f"{path} has a configuration that cannot be read: write its state_dict alone to a file"
         ) from error
+
+
+def _assigned(tree: ast.Module) -> dict[str, Any]:
     names: dict[str, Any] = {}
+    sizes: dict[str, int] = {}  # of a name's value, written out
     for line in tree.body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            names[line.targets[0].id] = _value(line.value, names)
+            name, parts = line.targets[0].id, ast.walk(line.value)
+            sizes[name] = sum(sizes.get(getattr(part, "id", ""), 1) for part in parts)
+            if sizes[name] > MOST_PARTS:
+                raise ValueError(f"{name} has {sizes[name]} parts")
+            names[name] = _value(line.value, names)
     return names
 
 
