@@ -174,11 +174,17 @@ def test_one_percent_is_skipped_named_and_counted(tmp_path, caplog):
     assert str(text) in record.message
 
 
-def test_more_than_one_percent_is_refused(tmp_path):
-    source = PathSource(files(tmp_path, 98, bad=2))
-    with pytest.raises(DataError, match=r"2 of 100 images cannot be read.*0098\.png, .*0099\.png"):
-        memory_images(source, torch.zeros(100), 8)
-    with pytest.raises(DataError, match="2 of 100 images"):
+@pytest.mark.parametrize(("total", "most"), [(500, 5), (100, 3), (31, 3), (6, 3), (3, 1)])
+def test_more_than_one_percent_and_a_few_are_refused(total, most, tmp_path):
+    paths = files(tmp_path, total - most, bad=most + 1)
+    enough = PathSource(paths[:total])
+    assert len(memory_images(enough, torch.zeros(total), 8)) == total - most
+    check_sample(enough, 8)
+    source = PathSource(paths[1:])
+    last = rf"{most + 1} of {total} images cannot be read.*{total:04}\.png"
+    with pytest.raises(DataError, match=last):
+        memory_images(source, torch.zeros(total), 8)
+    with pytest.raises(DataError, match=f"{most + 1} of {total} images"):
         check_sample(source, 8)
 
 
