@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_samix.data.image_files import open_image
+
 # what Pillow raises for a damaged file, depending on the format and on where the damage is
 UNREADABLE = (
     OSError,  # truncated data, PIL.UnidentifiedImageError, files that may not be read
@@ -108,7 +110,7 @@ class PathSource(EncodedSource):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        return Image.open(self.paths[index])
+        return open_image(self.paths[index])
 
     def take(self, indices: Sequence[int]) -> PathSource:
         """Return the files at these positions."""
