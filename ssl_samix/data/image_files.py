@@ -9,12 +9,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from typing import IO, TYPE_CHECKING, Literal
+from typing import Literal
 
 from ssl_samix.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # The common ones first: a picture is tried against them in this order. Missing on purpose: what
 # starts other programs (EPS, PDF, WMF), films (FLI, MPEG), formats of which Pillow knows the header
@@ -74,17 +71,6 @@ def told(others: Mapping[str, int]) -> str:
     heif = "; .heic needs pip install pillow-heif" if _HEIF & others.keys() else ""
     total = sum(others.values())
     return f"{total} files that are not images here ({', '.join(named + more)}{heif})"
-
-
-def open_image(file: str | IO[bytes]) -> Image.Image:
-    """Decode the header of a picture in one of ``formats``, whatever its name says.
-
-    Raises:
-        One of ``sources.UNREADABLE`` if it is none, or damaged.
-    """
-    from PIL import Image
-
-    return Image.open(file, formats=formats())
 
 
 def visible(path: str | os.PathLike[str]) -> Iterator[tuple[os.DirEntry[str], Kind, str]]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_samix.data.image_files import open_image
+from ssl_samix.data.image_files import formats
 
 # what Pillow raises for a damaged file, depending on the format and on where the damage is
 UNREADABLE = (
@@ -110,7 +110,7 @@ class PathSource(EncodedSource):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        return open_image(self.paths[index])
+        return Image.open(self.paths[index], formats=formats())
 
     def take(self, indices: Sequence[int]) -> PathSource:
         """Return the files at these positions."""

@@ -1,8 +1,10 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from ssl_samix.data import image_files
 from ssl_samix.data.folder import empty_classes, given_images, scan
@@ -277,3 +279,21 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_no_image(tmp_path):
     with pytest.raises(DataError, match="no image found"):
         scan(tree(tmp_path, "a/readme.txt"))
+
+
+def test_heic_is_an_image_where_its_package_is_installed(tmp_path, monkeypatch):
+    def register():
+        Image.register_open("HEIF", lambda *_: None)
+        Image.register_extension("HEIF", ".heic")
+
+    for table in ("OPEN", "EXTENSION"):
+        monkeypatch.setattr(Image, table, dict(getattr(Image, table)))
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    package = SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    known, opened = image_files.endings.__wrapped__, image_files.formats.__wrapped__
+    monkeypatch.setattr(image_files, "formats", opened)
+    monkeypatch.setattr(image_files, "endings", known)
+    index = scan(tree(tmp_path, "1.jpg", "2.HEIC", "3.jfif", "4.jp2", "5.pgm", "6.eps", "7.mpg"))
+    assert [os.path.basename(path)[0] for path in index.train.paths] == list("12345")
+    assert index.notes == ("left out: 2 files that are not images here (.eps 1, .mpg 1)",)

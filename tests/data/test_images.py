@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ssl_samix.data import decode
 from ssl_samix.data.decode import check_sample, memory_images, typical_side
@@ -186,6 +186,12 @@ def test_more_than_one_percent_and_a_few_are_refused(total, most, tmp_path):
         memory_images(source, torch.zeros(total), 8)
     with pytest.raises(DataError, match=f"{most + 1} of {total} images"):
         check_sample(source, 8)
+
+
+def test_what_starts_other_programs_is_not_opened_under_another_name(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        PathSource([str(tmp_path / "a.jpg")]).open(0)
 
 
 def test_all_unreadable_is_refused_with_twenty_names(tmp_path):
