@@ -8,6 +8,7 @@ training images; the test labels are read once, for the numbers.
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.painting import paint, paint_confusion, write_png
 
+_log = logging.getLogger(__name__)
 ASKED = 5000  # training images whose leave-one-out votes choose the setting, at most
 SHOWN = 8  # neighbours in the picture
 
@@ -45,9 +47,7 @@ def run(request: Request) -> Path:
     """Measure, print, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, test = task.labelled
-    ks, temperatures = list(config.k), list(config.temperature)
-    if max(ks) >= len(train):
-        raise DataError(f"k={max(ks)} needs more than {max(ks)} training images, got {len(train)}")
+    ks, temperatures = _fitting(list(config.k), len(train)), list(config.temperature)
     shown, report = _shown(config, len(test)), Report(request)
     with report.timed("features"):
         bank, query = task.embed(train, "training"), task.embed(test, "test")
@@ -56,7 +56,7 @@ def run(request: Request) -> Path:
         votes = vote_grid(
             near, train.labels[rows], test.labels, len(task.splits.classes), ks, temperatures
         )
-        chosen = votes[_choose(config, bank, train.labels, len(task.splits.classes))]
+        chosen = votes[_choose(config, ks, bank, train.labels, len(task.splits.classes))]
     results = [_row("chosen", chosen, {"k": chosen.k, "temperature": chosen.temperature})]
     results += [_row(f"k{v.k}-T{v.temperature:g}", v, {}) for v in votes]
     confusion = _confusion(test.labels, chosen.predictions, task.splits.classes, report.folder)
@@ -68,17 +68,33 @@ def run(request: Request) -> Path:
     return report.folder
 
 
+def _fitting(ks: list[int], images: int) -> list[int]:
+    """Return the numbers of neighbours that so many training images have, itself left out.
+
+    Raises:
+        DataError: If they have none of them.
+    """
+    fitting = [k for k in ks if k < images]
+    if not fitting:
+        raise DataError(
+            f"k={min(ks)} needs more than {min(ks)} training images, got {images}: "
+            + (f"give k=[{images - 1}] or less" if images > 1 else "add images")
+        )
+    if len(fitting) < len(ks):
+        left_out = ", ".join(str(k) for k in ks if k >= images)
+        _log.warning("k=%s left out: there are %d training images", left_out, images)
+    return fitting
+
+
 def _row(variant: str, vote: Vote, settings: dict[str, Any]) -> Row:
     return Row(variant, {"top1": vote.top1, "top5": vote.top5}, settings)
 
 
-def _choose(config: DictConfig, bank: Tensor, labels: Tensor, classes: int) -> int:
+def _choose(config: DictConfig, ks: list[int], bank: Tensor, labels: Tensor, classes: int) -> int:
     """Return the position in the grid of the setting that is best within the training images."""
     asked = stratified(labels, ASKED, config.seed)
-    near, rows = leave_one_out(bank, asked, max(config.k))
-    votes = vote_grid(
-        near, labels[rows], labels[asked], classes, list(config.k), list(config.temperature)
-    )
+    near, rows = leave_one_out(bank, asked, max(ks))
+    votes = vote_grid(near, labels[rows], labels[asked], classes, ks, list(config.temperature))
     return max(range(len(votes)), key=lambda i: votes[i].top1)
 
 

@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ssl_samix.data.folder import listed
 from ssl_samix.errors import CheckpointError
 from ssl_samix.files import write_atomically
 
@@ -68,12 +69,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(
                 f"{path} holds the backbone {describe(theirs)}, this run has {describe(ours)}"
             )
-        learned, given = (len(m.get("classes", ())) for m in (checkpoint[META], self.meta))
+        self._check_images(Path(path), checkpoint[META])
+        return checkpoint
+
+    def _check_images(self, path: Path, theirs: dict[str, Any]) -> None:
+        """Refuse images that are not those of the checkpoint, as far as its description tells.
+
+        Raises:
+            CheckpointError: If their classes differ, or their number, on which the steps of an
+                epoch and so the schedule depend.
+        """
+        learned, given = (list(m.get("classes", ())) for m in (theirs, self.meta))
         if learned != given:
             raise CheckpointError(
-                f"{path} holds a classifier of {learned} classes, the data have {given}"
+                f"{path} holds a classifier of {len(learned)} classes, the data have {len(given)}: "
+                f"{listed(learned)} there, {listed(given)} in the data; rename the folders back, "
+                f"or start a new run with init={path}"
             )
-        return checkpoint
+        before, now = theirs.get("train_images"), self.meta.get("train_images")
+        if before not in (None, now):
+            way = f" with init={path}" if given else ""
+            raise CheckpointError(
+                f"{path} is of a run on {before} training images, the data now hold {now}: put "
+                f"the images back as they were, or start a new run{way}"
+            )
 
 
 def describe(backbone: dict[str, Any]) -> str:

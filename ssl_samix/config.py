@@ -264,7 +264,8 @@ def absolute(config: DictConfig) -> DictConfig:
     """Make the paths that a run reads absolute, so that it finds them from anywhere."""
     for key in ("data.root", "mixup.mixer", "init"):
         path = OmegaConf.select(config, key)
-        if path is not None and "://" not in str(path):  # shards may be behind a URL
+        # shards may be behind a URL; an empty path is a mistake and not the current folder
+        if path and "://" not in str(path):
             OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(str(path))))
     return config
 

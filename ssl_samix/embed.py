@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from omegaconf import DictConfig
 
 from ssl_samix.config import compose
-from ssl_samix.data.folder import scan
+from ssl_samix.data.folder import FolderIndex, given_images
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
 from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
@@ -42,13 +42,13 @@ class Request:
 
     Attributes:
         origin: Where the encoder comes from.
-        images: Paths of image files; None: the run's own training images.
+        images: The image files; None: the run's own training images.
         out: The folder that is written.
         config: The other keys.
     """
 
     origin: Origin
-    images: list[str] | None
+    images: FolderIndex | None
     out: Path
     config: DictConfig
 
@@ -73,7 +73,7 @@ def configured(words: list[str]) -> Request:
         _check_own_images(origin)
         images = None
     else:
-        images = _image_files(Path(str(config.images)).expanduser())
+        images = given_images(str(config.images))
     return Request(origin, images, _out(config.out, origin), config)
 
 
@@ -83,12 +83,6 @@ def _check_own_images(origin: Origin) -> None:
     data = origin.run.load_config()[0].data
     if not is_there(data.name, data.root):
         raise DataError(f"the run's images are not in {data.root} any more: give images=<folder>")
-
-
-def _image_files(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"images={folder} is no folder: give a folder of images")
-    return scan(os.path.abspath(folder), labels=False, key="images").train.paths
 
 
 def _out(given: Any, origin: Origin) -> Path:
@@ -146,30 +140,21 @@ def _pictures(request: Request, encoder: Encoder) -> Pictures:
     from ssl_samix.evaluation.embedding import pictures
 
     if request.images is not None:
-        _tell_splits(request.images, request.config.images)
-        return PathSource(request.images)
+        _tell(request.images.notes)
+        return PathSource(request.images.train.paths)
     assert request.origin.run is not None
     data = request.origin.run.load_config()[0].data
     # No memory for images: they are decoded one by one, and a damaged one is noticed.
     splits = load_splits(
         data.name, data.root, encoder.image_size, data.limit, labels=data.labels, memory_gb=0
     )
+    _tell(splits.notes)
     return pictures(splits.train)
 
 
-def _tell_splits(paths: Sequence[str], given: str) -> None:
-    """Say which images are meant by a folder that holds ``train/`` and ``val/``."""
-    folder = Path(os.path.abspath(Path(given).expanduser()))
-    others = [
-        child.name
-        for child in sorted(folder.iterdir())
-        if child.is_dir() and child.name != "train" and not child.name.startswith(".")
-    ]
-    if others and all(Path(path).relative_to(folder).parts[0] == "train" for path in paths):
-        _log.warning(
-            "of %s the images in train are embedded: give images=%s for those",
-            given, Path(given) / others[0],
-        )  # fmt: skip
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        _log.warning("%s", note)
 
 
 def _features(request: Request, encoder: Encoder, source: Pictures, file: BinaryIO) -> Embedded:

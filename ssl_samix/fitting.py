@@ -88,12 +88,12 @@ def words(
     """Write the arguments of a Python call as the words of the command line.
 
     Args:
-        data: A data set's name, or the path of a folder of images.
+        data: A data set's name, or the path of a folder of images; a ``Path`` is never a name.
         overrides: Choices and keys, as nested dicts or dotted.
         **choices: Further ones; None is left out.
     """
     given = {**choices, **dotted(overrides)}
-    if data is not None and str(data) in groups()["data"]:
+    if isinstance(data, str) and data in groups()["data"]:
         given["data"] = data
     elif data is not None:
         given |= {"data": "folder", "data.root": data}
@@ -192,6 +192,7 @@ def _meta(
         "backbone": backbone.settings,
         "feature_dim": backbone.feature_dim,
         "image_size": data.splits.image_size,
+        "train_images": len(data.splits.train),
         "mean": list(data.splits.mean),
         "std": list(data.splits.std),
     }

@@ -31,7 +31,8 @@ def pretrain(
     """Pretrain an encoder: ``samix pretrain`` as a function.
 
     Args:
-        data: A data set's name (``digits`` if None), or the path of a folder of images.
+        data: A data set's name (``digits`` if None), or the path of a folder of images;
+            a ``Path`` is never a name.
         method: ``moco`` (if None), ``simclr`` or ``byol``.
         out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
             interrupted run goes on.

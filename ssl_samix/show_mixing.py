@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from omegaconf import ListConfig
 
 from ssl_samix.config import compose
-from ssl_samix.data.folder import scan
+from ssl_samix.data.folder import FolderIndex, given_images
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
 from ssl_samix.run_folder import RunFolder
@@ -37,7 +37,7 @@ class Request:
     """What is to be painted."""
 
     run: Path  # folder or file
-    images: list[str] | None  # paths of image files; None: the run's own training images
+    images: FolderIndex | None  # None: the run's own training images
     out: Path
     lams: list[float]
     rows: int
@@ -62,7 +62,7 @@ def configured(words: list[str]) -> Request:
     check_range("seed", config.seed, 0)
     run = Path(str(config.run)).expanduser()
     _check_run(run, own_images=config.images is None)
-    images = None if config.images is None else _image_files(Path(str(config.images)).expanduser())
+    images = None if config.images is None else _at_least_two(str(config.images))
     beside = (run if run.is_dir() else run.parent) / "mixing.png"
     out = beside if config.out is None else Path(str(config.out)).expanduser()
     if out.suffix.lower() != ".png":
@@ -86,13 +86,11 @@ def _check_run(run: Path, own_images: bool) -> None:
         raise DataError(f"the run's images are not in {root} any more: give images=<folder>")
 
 
-def _image_files(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"images={folder} is no folder: give a folder of images")
-    paths = scan(folder, labels=False, key="images").train.paths
-    if len(paths) < 2:
+def _at_least_two(folder: str) -> FolderIndex:
+    images = given_images(folder)
+    if len(images.train.paths) < 2:
         raise DataError(f"images={folder} holds one image: mixing takes at least 2")
-    return paths
+    return images
 
 
 def show(request: Request) -> Path:
@@ -108,7 +106,9 @@ def show(request: Request) -> Path:
     if request.images is None:
         pixels = _own_images(request, mixer.image_size)
     else:
-        pixels = _decoded(request, request.images, mixer.image_size)
+        for note in request.images.notes:
+            _log.warning("%s", note)
+        pixels = _decoded(request, request.images.train.paths, mixer.image_size)
     write_png(request.out, _painted(mixer, pixels, request))
     return request.out
 

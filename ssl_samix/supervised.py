@@ -36,7 +36,7 @@ def train_supervised(
 
     Args:
         data: A data set's name (``digits`` if None), or the path of a folder with a folder of
-            images per class.
+            images per class; a ``Path`` is never a name.
         out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
             interrupted run goes on.
         **overrides: Choices (``mixup="cutmix"``) and keys, as ``pretrain`` takes them.

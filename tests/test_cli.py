@@ -153,7 +153,8 @@ def test_empty_folder(fails, tmp_path):
 
 
 def test_too_many_unreadable_images_stop_at_the_start(photos, fails, tmp_path):
-    (photos / "07.jpg").write_text("no picture")
+    for name in ("04.jpg", "05.jpg", "06.jpg", "07.jpg"):
+        (photos / name).write_text("no picture")
     sentence = fails("pretrain", "data=folder", f"data.root={photos}", f"out={tmp_path}/run")
     assert "07.jpg" in sentence
 

@@ -224,7 +224,7 @@ def test_a_folder_of_splits_says_which_images_it_takes(photos, embedded, run, tm
     _, files, _ = embedded(f"run={run}", f"images={data}", f"out={tmp_path}/o", "sheet=0")
     assert {f.split("/data/")[1].split("/")[0] for f in files} == {"train"}
     assert caplog.messages == [
-        f"of {data} the images in train are embedded: give images={data}/val for those"
+        "the images are those in train/, left out beside train/: val/ (6 images)"
     ]
 
 

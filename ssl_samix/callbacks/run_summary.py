@@ -75,7 +75,8 @@ def announce(
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),
     }
-    print("\n".join(f"{name:<10}{text}" for name, text in rows.items()), flush=True)
+    said = [*rows.items(), *(("note", note) for note in splits.notes)]
+    print("\n".join(f"{name:<10}{text}" for name, text in said), flush=True)
 
 
 def finish(trainer: pl.Trainer, folder: RunFolder, monitor: Monitor) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ssl_samix.data import readers
@@ -74,6 +74,7 @@ class Splits:
     mean: Channels  # per channel, of pixels in 0..1
     std: Channels
     image_size: int  # S in pixels
+    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
 
 
 def load_splits(
@@ -107,8 +108,8 @@ def load_splits(
         labelled: Train on the labelled images alone, where a set has others beside them (STL-10).
 
     Raises:
-        DataError: The data set is unknown, missing, damaged or without images; more than 1% of
-            its images are unreadable; a setting is out of range.
+        DataError: The data set is unknown, missing, damaged or without images; too many of its
+            images are unreadable (see ``decode``); a setting is out of range.
         UserError: No room for copies of remote shards.
     """
     check_layout(name, root, download)
@@ -117,7 +118,7 @@ def load_splits(
     home = locate(name, root)
     parts = _with_val(spec.read(Request(home, download, labels, str(root))), spec.hold_out)
     if labelled and parts.bank is not None:
-        parts = Parts(parts.bank, parts.val, parts.classes)
+        parts = replace(parts, train=parts.bank, bank=None)
     size = image_size if image_size != "auto" else _auto_size(spec, parts.train)
     train = _image_set(_limited(parts.train, limit), size, memory_gb)
     bank = _image_set(parts.bank, size, memory_gb) if parts.bank else None
@@ -129,6 +130,7 @@ def load_splits(
         mean=spec.mean,
         std=spec.std,
         image_size=size,
+        notes=parts.notes,
     )
 
 
@@ -148,8 +150,9 @@ def _with_val(parts: Parts, share: float) -> Parts:
         return parts
     train, val = hold_out(parts.train.labels, share, _SPLIT_SEED)
     if len(val) == 0:  # one image per class
-        return parts
-    return Parts(parts.train.take(train), parts.train.take(val), parts.classes)
+        note = "each class has one image: none is held out for validation"
+        return replace(parts, notes=(*parts.notes, note))
+    return replace(parts, train=parts.train.take(train), val=parts.train.take(val))
 
 
 def _limited(part: Part, limit: int | None) -> Part:

@@ -20,7 +20,9 @@ from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
-_TOLERATED = 0.01  # share of unreadable images that is skipped; more is a damaged data set
+# Unreadable images that are skipped: this share, or a few of a small set, but no more than half.
+_TOLERATED = 0.01
+_A_FEW = 3
 _CHUNK = 256  # images per task of a thread
 _BAR_FROM = 5000  # images; fewer are there before a bar is read
 _WORTH_THREADS = 1e-3  # seconds per image
@@ -38,7 +40,7 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
         The readable images, in order.
 
     Raises:
-        DataError: More than 1% of the pictures, or all of them, are unreadable.
+        DataError: More pictures are unreadable than 1%, or 3 of a small set, or half of them.
     """
     total = len(source)
     pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
@@ -66,7 +68,7 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
         most: Pictures in the sample at most.
 
     Raises:
-        DataError: More than 1% of the sample, or all of it, is unreadable.
+        DataError: More of the sample is unreadable than 1%, or 3 of a small one, or half of it.
     """
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(source), generator=generator)[:most].sort().values.tolist()
@@ -159,10 +161,11 @@ def _judge(bad: list[str], total: int) -> None:
     """Warn about the unreadable images, or refuse when they are too many."""
     if not bad:
         return
-    if len(bad) > _TOLERATED * total:
+    most = min(max(int(_TOLERATED * total), _A_FEW), total // 2)
+    if len(bad) > most:
         raise DataError(
-            f"{len(bad)} of {total} images cannot be read, more than {_TOLERATED:.0%}: repair or "
-            f"remove {_named(bad, 20)}"
+            f"{len(bad)} of {total} images cannot be read, more than the {most} that would be "
+            f"skipped: repair or remove {_named(bad, 20)}"
         )
     _log.warning(
         "%d of %d images cannot be read and are skipped: %s", len(bad), total, _named(bad, 10)

@@ -2,30 +2,46 @@
 
 What is a class, with ``labels="auto"``:
 
-- The root is a pair of splits if it holds ``train/`` and one of ``val/``, ``valid/``,
-  ``validation/``, ``test/``, or ``train/`` and nothing else. Else the root is one tree.
-- A tree (the root, or ``train/``) is labelled if at least two folders directly in it hold images,
-  at any depth, and no image lies directly in it. Each such folder is a class.
+- The root is a pair of splits if it holds one folder named ``train`` or ``training`` and at least
+  one named ``val``, ``valid``, ``validation``, ``dev``, ``test`` or ``testing`` (in any case, a
+  number may follow), or the former and no other image. Else the root is one tree.
+- A tree (the root, or the training folder) is labelled if at least two folders directly in it hold
+  images, at any depth, and no image lies directly in it. Each such folder is a class.
+- Folders that look like splits (``train_images``, ``testB``) or parts (``images``, ``masks``) of
+  one data set are classes only with ``labels=True``.
 - Everything else is unlabelled: all images in the tree, at any depth.
 
 ``labels=False`` declares any tree unlabelled (folders by date, by camera), ``labels=True`` demands
-class folders. Hidden files and folders are skipped, links to folders are followed. The listings of
-large trees are remembered (``ssl_samix.data.listing``).
+class folders. Hidden files and folders, those of systems (``@eaDir``), run folders and results are
+skipped, links to folders are followed. Whatever is left out is told in the index's notes. The
+listings of large trees are remembered (``ssl_samix.data.listing``).
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from ssl_samix.data.image_files import told
 from ssl_samix.data.layout import no_images
 from ssl_samix.data.listing import Listing, Listings, remembered
 from ssl_samix.errors import DataError
 
-_log = logging.getLogger(__name__)
-_VAL_NAMES = ("val", "valid", "validation", "test")
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation", "dev", "test", "testing")  # the first is preferred
+_THUMBNAILS = frozenset({"thumb", "thumbs", "thumbnail", "thumbnails"})
+_PARTS = _THUMBNAILS | frozenset(
+    {
+        "image", "images", "img", "imgs", "jpegimages", "mask", "masks", "label", "labels",
+        "annotation", "annotations", "segmentation", "segmentations", "segmentationclass",
+        "segmentationobject", "gt", "groundtruth", "ground_truth", "preview", "previews",
+        "unlabeled", "unlabelled",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,7 @@ class FolderIndex:
     train: Files
     val: Files | None  # None without a labelled val/ or test/
     classes: tuple[str, ...]  # sorted; empty when unlabelled
+    notes: tuple[str, ...] = ()  # sentences: which folders are the splits, what is left out
 
 
 def scan(
@@ -56,28 +73,27 @@ def scan(
         key: What the folder was given as, for the sentence about one without images.
 
     Raises:
-        DataError: No image; classes of train and val differ; ``labels=True`` and no class folders
-            or images outside them; a folder that may not be read; an unknown ``labels``.
+        DataError: No image; a class of val that train has not; folders that may be classes or
+            parts of one data set; ``labels=True`` and no class folders or images outside them; a
+            folder that may not be read; an unknown ``labels``.
     """
     wanted = wanted_labels(labels)
     path = os.fspath(root)
-    return remembered(path, lambda listings: _scan(listings, path, wanted, key))
+    return remembered(path, lambda listings: _scan(_Walk(listings, path), wanted, key))
 
 
-def _scan(listings: Listings, root: str, wanted: bool | None, key: str) -> FolderIndex:
-    top = listings(root)
-    folders = {os.path.basename(folder): folder for folder in top.folders}
-    val_names = [name for name in _VAL_NAMES if name in folders]
-    is_split = "train" in folders and (val_names or (len(folders) == 1 and not top.images))
-    tree = _tree(listings, listings(folders["train"]) if is_split else top)
-    if not tree.loose and not tree.classes:
-        raise no_images(root, key)
-    if not _is_labelled(tree, wanted):
-        paths = [*tree.loose, *(path for files in tree.classes.values() for path in files)]
-        return FolderIndex(Files(paths, [-1] * len(paths)), None, ())
-    train, classes = _labelled(tree)
-    val_paths = [folders[name] for name in val_names] if is_split else []
-    return FolderIndex(train, _first_val(listings, val_paths, classes), classes)
+def given_images(folder: str, key: str = "images") -> FolderIndex:
+    """List the images, without labels, under a ``folder`` that a person gave as ``key``.
+
+    Raises:
+        DataError: It is empty text or not a folder; else as ``scan``.
+    """
+    if not folder:
+        raise DataError(f"{key}= is empty: give a folder of images")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{key}={path} is no folder: give a folder of images")
+    return scan(os.path.abspath(path), labels=False, key=key)
 
 
 def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]:
@@ -87,9 +103,10 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
         DataError: No class folder with images, or images outside the class folders.
     """
     top = os.fspath(path)
-    tree = remembered(top, lambda listings: _tree(listings, listings(top)))
+    tree = remembered(top, lambda listings: _tree(_Walk(listings, top), top))
     _is_labelled(tree, wanted=True)
-    return _labelled(tree)
+    classes = tuple(sorted(tree.classes))
+    return _labelled(tree, classes), classes
 
 
 def empty_classes(root: str | os.PathLike[str]) -> list[str]:
@@ -97,10 +114,9 @@ def empty_classes(root: str | os.PathLike[str]) -> list[str]:
     path = os.fspath(root)
 
     def look(listings: Listings) -> list[str]:
-        top = listings(path)
-        train = [folder for folder in top.folders if os.path.basename(folder) == "train"]
-        classes = listings(train[0]).folders if train and not top.images else top.folders
-        return [os.path.basename(c) for c in classes if not _walk(listings, c, frozenset())]
+        walk = _Walk(listings, path)
+        split = _split(walk)
+        return _tree(walk, split[0] if split else path).empty
 
     return remembered(path, look)
 
@@ -120,13 +136,6 @@ def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path:
         )
 
 
-@dataclass(frozen=True)
-class _Tree:
-    path: str
-    loose: list[str]  # images directly in it
-    classes: dict[str, list[str]]  # folder name -> all images below it, only folders with images
-
-
 def wanted_labels(labels: bool | str) -> bool | None:
     """Return what ``data.labels`` says: true, false, or None for auto.
 
@@ -140,21 +149,152 @@ def wanted_labels(labels: bool | str) -> bool | None:
     return choices[key]
 
 
-def _tree(listings: Listings, top: Listing) -> _Tree:
-    here = frozenset({top.identity})
-    below = {os.path.basename(folder): _walk(listings, folder, here) for folder in top.folders}
-    return _Tree(top.path, top.images, {name: files for name, files in below.items() if files})
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Join up to ``most`` names, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
-def _walk(listings: Listings, path: str, above: frozenset[tuple[int, int]]) -> list[str]:
-    """Return all images at and below ``path``: its own first, then folder by folder."""
-    listing = listings(path)
-    if listing.identity in above:  # a link back to a folder above
-        return []
-    found = listing.images
-    for folder in listing.folders:
-        found.extend(_walk(listings, folder, above | {listing.identity}))
-    return found
+@dataclass
+class _Found:
+    """What lies at and below a folder."""
+
+    images: list[str] = field(default_factory=list)  # paths: its own first, then folder by folder
+    others: Counter[str] = field(default_factory=Counter)  # files of other kinds, by ending
+    neither: list[str] = field(default_factory=list)  # neither files nor folders
+    ours: list[str] = field(default_factory=list)  # run folders and results
+
+    def add(self, more: _Found) -> None:
+        self.images += more.images
+        self.others += more.others
+        self.neither += more.neither
+        self.ours += more.ours
+
+
+class _Walk:
+    """Goes through the folders below a root, each at most once."""
+
+    def __init__(self, listings: Listings, root: str) -> None:
+        self.root = root
+        self.list = listings
+        self._top = listings(root)
+        self._below: dict[str, _Found] = {}
+
+    @property
+    def top(self) -> Listing:
+        """What lies directly in the root."""
+        return self._top
+
+    def below(self, folder: str, parent: Listing) -> _Found:
+        """Return what lies at and below a ``folder`` of ``parent``."""
+        if folder not in self._below:
+            self._below[folder] = self._at(folder, frozenset({parent.identity}))
+        return self._below[folder]
+
+    def _at(self, path: str, above: frozenset[tuple[int, int]]) -> _Found:
+        listing = self.list(path)
+        if listing.identity in above:  # a link back to a folder above
+            return _Found()
+        if listing.is_ours:
+            return _Found(ours=[path])
+        found = _directly_in(listing)
+        for folder in listing.folders:
+            found.add(self._at(folder, above | {listing.identity}))
+        return found
+
+
+def _directly_in(listing: Listing) -> _Found:
+    return _Found([*listing.images], Counter(listing.others), [*listing.neither])
+
+
+@dataclass(frozen=True)
+class _Tree:
+    path: str
+    loose: list[str]  # images directly in it
+    classes: dict[str, list[str]]  # folder name -> all images below it, only folders with images
+    empty: list[str]  # names of the folders with neither images nor anything of ours
+    found: _Found  # everything at and below it
+
+
+def _tree(walk: _Walk, path: str) -> _Tree:
+    top = walk.top if path == walk.root else walk.list(path)
+    below = {os.path.basename(folder): walk.below(folder, top) for folder in top.folders}
+    found = _directly_in(top)
+    for part in below.values():
+        found.add(part)
+    classes = {name: part.images for name, part in below.items() if part.images}
+    empty = [name for name, part in below.items() if not part.images and not part.ours]
+    return _Tree(path, top.images, classes, empty, found)
+
+
+def _scan(walk: _Walk, wanted: bool | None, key: str) -> FolderIndex:
+    split = _split(walk)
+    tree = _tree(walk, split[0] if split else walk.root)
+    if not tree.found.images:
+        raise no_images(walk.root, tree.found.others, key)
+    if wanted is None:
+        _ask_for_classes(tree)
+    val: _Tree | None = None
+    notes: list[str] = []
+    if _is_labelled(tree, wanted):
+        classes = tuple(sorted(tree.classes))
+        train = _labelled(tree, classes)
+        if split:
+            val, notes = _first_val(walk, split[1], classes)
+    else:
+        train, classes = Files(tree.found.images, [-1] * len(tree.found.images)), ()
+    found = tree.found
+    if split:
+        found.add(val.found if val else _Found())
+        notes = [*_split_notes(walk, tree, val), *notes]
+    notes += _left_out(found, walk.root)
+    # Names may be of bytes that are no text, and notes are printed.
+    sound = tuple(note.encode("utf-8", "replace").decode() for note in notes)
+    return FolderIndex(train, _labelled(val, classes) if val else None, classes, sound)
+
+
+def _split(walk: _Walk) -> tuple[str, list[str]] | None:
+    """Return the training folder and those for validation, the preferred first, if there are."""
+    folders = walk.top.folders
+    roles = {folder: _role(os.path.basename(folder)) for folder in folders}
+    train = [folder for folder, role in roles.items() if role in _TRAIN_NAMES]
+    val = [folder for name in _VAL_NAMES for folder, role in roles.items() if role == name]
+    if len(train) != 1:
+        return None
+    others = [folder for folder in folders if folder not in train]
+    alone = not walk.top.images and not any(walk.below(f, walk.top).images for f in others)
+    return (train[0], val) if val or alone else None
+
+
+def _role(folder: str) -> str:
+    """Return a folder's name in lower case, without a number at its end (``train2017``)."""
+    return re.sub(r"[-_ ]?\d+$", "", folder.lower())
+
+
+def _ask_for_classes(tree: _Tree) -> None:
+    """Refuse folders that may be classes, and look like splits or parts of one data set.
+
+    Raises:
+        DataError: With the ways out.
+    """
+    splits = [name for name in tree.classes if _names_a_split(name)]
+    parts = [name for name in tree.classes if _role(name) in _PARTS]
+    kinds = {_role(name) for name in parts}  # label0 and label1 may be classes
+    if len(splits) + len(kinds) < 2 and not kinds & _THUMBNAILS:
+        return
+    suspect = [name for name in tree.classes if name in (*splits, *parts)]
+    rename = "rename them to train and val, or " if len(splits) > 1 else ""
+    raise DataError(
+        f"the folders {listed(suspect)} in {tree.path} look like parts of one data set, not like "
+        f"classes: {rename}give data.root=<the one to train on>, data.labels=true if they are "
+        "classes, or data.labels=false to train on all their images"
+    )
+
+
+def _names_a_split(folder: str) -> bool:
+    """Say whether a word in a folder's name is that of a split (``trainA``, ``test_images``)."""
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower())
+    return any(word in (*_TRAIN_NAMES, *_VAL_NAMES) for word in words)
 
 
 def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
@@ -170,26 +310,54 @@ def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
     return len(tree.classes) >= 2 and not tree.loose if wanted is None else wanted
 
 
-def _labelled(tree: _Tree) -> tuple[Files, tuple[str, ...]]:
-    classes = tuple(sorted(tree.classes))
-    paths = [path for name in classes for path in tree.classes[name]]
-    labels = [label for label, name in enumerate(classes) for _ in tree.classes[name]]
-    return Files(paths, labels), classes
+def _labelled(tree: _Tree, classes: tuple[str, ...]) -> Files:
+    """Return the images of a tree, with positions in ``classes``, of which it may lack some."""
+    held = [(label, tree.classes.get(name, [])) for label, name in enumerate(classes)]
+    paths = [path for _, images in held for path in images]
+    return Files(paths, [label for label, images in held for _ in images])
 
 
-def _first_val(listings: Listings, paths: list[str], classes: tuple[str, ...]) -> Files | None:
-    """Return the first of the validation folders that has class folders."""
+def _first_val(
+    walk: _Walk, paths: list[str], classes: tuple[str, ...]
+) -> tuple[_Tree | None, list[str]]:
+    """Return the first of the validation folders that has class folders, and notes."""
+    notes: list[str] = []
     for path in paths:
-        tree = _tree(listings, listings(path))
+        tree, name = _tree(walk, path), os.path.basename(path)
         if _is_labelled(tree, None) or (not tree.loose and set(tree.classes) & set(classes)):
-            val, val_classes = _labelled(tree)
-            require_same_classes(classes, val_classes, os.path.basename(path))
-            return val
-        _log.warning("%s has no class folders and is not used for validation", path)
-    return None
+            if set(tree.classes) - set(classes):
+                require_same_classes(classes, tuple(tree.classes), name)
+            missing = sorted(set(classes) - set(tree.classes))
+            lacks = [f"{name}/ has no images of class {listed(missing)}"] if missing else []
+            return tree, notes + lacks
+        notes.append(f"{name}/ has no class folders and is not used for validation")
+    return None, notes
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Join up to ``most`` names, and say how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _split_notes(walk: _Walk, train: _Tree, val: _Tree | None) -> list[str]:
+    """Say which folders are the splits, and count the images beside them."""
+    used = {os.path.basename(tree.path): tree for tree in (train, val) if tree}
+    beside = [f"{len(walk.top.images)} images"] if walk.top.images else []
+    for folder in walk.top.folders:
+        images = walk.below(folder, walk.top).images
+        if os.path.basename(folder) not in used and images:
+            beside.append(f"{os.path.basename(folder)}/ ({len(images)} images)")
+    names = " and ".join(f"{name}/" for name in used)
+    purpose = "training and validation images" if val else "images"
+    first = f"the {purpose} are those in {names}"
+    return [first + (f", left out beside {names}: {listed(beside)}" if beside else "")]
+
+
+def _left_out(found: _Found, root: str) -> list[str]:
+    notes: list[str] = []
+    if found.others:
+        notes.append(f"left out: {told(found.others)}")
+    if found.neither:
+        notes.append(
+            f"left out: {len(found.neither)} names that are neither files nor folders (links to "
+            f"nothing, pipes), such as {os.path.relpath(found.neither[0], root)}"
+        )
+    if found.ours:
+        names = [os.path.relpath(path, root) for path in found.ours]
+        notes.append(f"left out: what samix wrote in {listed(names, 3)}")
+    return notes

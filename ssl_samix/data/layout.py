@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_samix.data.image_files import told, visible
 from ssl_samix.errors import DataError, nearest
 
+# of the members of tar shards that are images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
@@ -87,8 +91,9 @@ def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool)
         return
     _check_folder(name, path, may_be_empty=will_download)
     if name == "folder":
-        if not _has_image(path, frozenset()):
-            raise no_images(path)
+        others: Counter[str] = Counter()
+        if not _has_image(path, frozenset(), others):
+            raise no_images(path, others)
     elif not will_download:
         _check_needs(name, path)
 
@@ -123,11 +128,17 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def no_images(root: str | os.PathLike[str], key: str = "data.root") -> DataError:
-    """Return the error for a folder, given as ``key``, in which no file looks like an image."""
+def no_images(
+    root: str | os.PathLike[str], others: Mapping[str, int], key: str = "data.root"
+) -> DataError:
+    """Return the error for a folder, given as ``key``, in which no file looks like an image.
+
+    ``others`` counts its files by the endings of their names.
+    """
+    held = f", but {told(others)}" if others else ""
     return DataError(
-        f"no image found under {key}={root}: give a folder that holds files ending in "
-        f"{', '.join(IMAGE_SUFFIXES)}"
+        f"no image found under {key}={root}{held}: give a folder of files that end in .jpg, .png, "
+        ".webp, .tif or in what else Pillow reads"
     )
 
 
@@ -152,6 +163,9 @@ def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:
         raise DataError(
             f"no permission to read data.root={path}: grant it or give another folder"
         ) from None
+    except OSError as error:  # links in a circle, a server that does not answer
+        reason = error.strerror or error
+        raise DataError(f"cannot read data.root={path}: {reason}") from None
     if empty and not may_be_empty:
         raise DataError(f"data.root={path} is an empty folder: {_way_out(name)}")
 
@@ -182,19 +196,23 @@ def _way_out(name: str) -> str:
     return f"give the folder that holds {holds}, from {layout.source} (no automatic download)"
 
 
-def _has_image(path: str | os.PathLike[str], above: frozenset[tuple[int, int]]) -> bool:
-    """Say whether an image lies at or below ``path``; files come first, so it ends soon."""
+def _has_image(
+    path: str | os.PathLike[str], above: frozenset[tuple[int, int]], others: Counter[str]
+) -> bool:
+    """Say whether an image lies at or below ``path``; files come first, so it ends soon.
+
+    The endings of what is no image are counted in ``others``.
+    """
     status = os.stat(path)
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link back to a folder above
         return False
     folders = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                return True
-    return any(_has_image(folder, above | {here}) for folder in folders)
+    for entry, kind, ending in visible(path):
+        if kind == "image":
+            return True
+        if kind == "folder":
+            folders.append(entry.path)
+        elif kind == "other":
+            others[ending] += 1
+    return any(_has_image(folder, above | {here}, others) for folder in folders)

@@ -7,19 +7,27 @@ look at a tree costs one ``stat`` per folder and none per file.
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ssl_samix.data.cache import cache_folder, digest, load, store
-from ssl_samix.data.layout import IMAGE_SUFFIXES
-from ssl_samix.errors import DataError
+from ssl_samix.data.image_files import endings, visible
 
 T = TypeVar("T")
 REMEMBERED_FROM = 50_000  # images; fewer are listed in less than a second
-_FORMAT = 1  # of the file
+_FORMAT = 2  # of the file
+# What this package writes beside pictures: of a run, of a protocol, of samix embed.
+_MARKS = {
+    "config.yaml": rb"^choices:",
+    "results.json": rb'^  "protocol":',
+    "paths.csv": rb"^row,path",
+}
+_HEAD = 2**12  # bytes of such a file that are looked at; the marks come first
 # A file that comes within the same tick of the clock leaves the folder's time as it is; 2 s is the
 # longest tick of a file system (FAT).
 _SETTLED_NS = 2 * 10**9
@@ -32,6 +40,9 @@ class Listing:
     path: str
     folders: list[str]  # paths
     images: list[str]  # paths
+    others: dict[str, int]  # how many files that are not images, by the ending of their names
+    neither: list[str]  # paths of what is neither folder nor file, such as links to nothing
+    is_ours: bool  # whether it is a run folder, or holds what was measured or embedded
     identity: tuple[int, int]  # device and inode, the same through every link
 
 
@@ -74,6 +85,7 @@ class Listings:
         self.images, self.reused, self.changed = 0, False, False
         self._root = root
         sound = isinstance(content, dict) and content.get("format") == _FORMAT
+        sound = sound and content.get("endings") == sorted(endings())
         known = content.get("folders") if sound else None
         self._old: dict[str, Any] = known if isinstance(known, dict) else {}
         self._new: dict[str, Any] = {}
@@ -91,59 +103,78 @@ class Listings:
         held = _held(self._old.get(key), now)
         if held is None:
             settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
-            folders, images, lasting = _list(path)
+            held, lasting = _list(path)
             self.changed = True
         else:
-            folders, images = held
             settled = lasting = self.reused = True
         if settled and lasting:
-            self._new[key] = [now, folders, images]
-        self.images += len(images)
+            self._new[key] = [now, *vars(held).values()]
+        self.images += len(held.images)
         inside = os.path.join(path, "")
         return Listing(
             path,
-            [inside + name for name in folders],
-            [inside + name for name in images],
+            [inside + name for name in held.folders],
+            [inside + name for name in held.images],
+            held.others,
+            [inside + name for name in held.neither],
+            held.is_ours,
             (status.st_dev, status.st_ino),
         )
 
     def content(self) -> dict[str, Any]:
         """Return what may be remembered, for JSON."""
-        return {"format": _FORMAT, "root": self._root, "folders": self._new}
+        known = sorted(endings())
+        return {"format": _FORMAT, "endings": known, "root": self._root, "folders": self._new}
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What one folder holds, by names; the fields are those of `Listing`."""
+
+    folders: list[str]
+    images: list[str]
+    others: dict[str, int]
+    neither: list[str]
+    is_ours: bool
 
 
 def _file(root: str) -> Path:
     return cache_folder() / "folders" / f"{digest(os.path.abspath(root))}.json"
 
 
-def _held(entry: Any, now: list[int]) -> tuple[list[str], list[str]] | None:
-    """Return the names of folders and images in ``entry``, if it is sound and still holds."""
-    if not isinstance(entry, list) or len(entry) != 3 or entry[0] != now:
+def _held(entry: Any, now: list[int]) -> _Names | None:
+    """Return what ``entry`` says of a folder, if it is sound and still holds."""
+    kinds = (list, list, dict, list, bool)
+    if not isinstance(entry, list) or len(entry) != 1 + len(kinds) or entry[0] != now:
         return None
-    folders, images = entry[1:]
-    if not (isinstance(folders, list) and isinstance(images, list)):
+    if not all(isinstance(part, kind) for part, kind in zip(entry[1:], kinds, strict=True)):
         return None
-    return folders, images
+    return _Names(*entry[1:])
 
 
-def _list(path: str) -> tuple[list[str], list[str], bool]:
-    """Return the names of folders and images, sorted, and whether only a change here changes them.
+def _list(path: str) -> tuple[_Names, bool]:
+    """Return what a folder holds, sorted, and whether only a change here changes it.
 
     A link's target can come, go or become a folder while the folder of the link stays as it is.
     """
-    folders, images, lasting = [], [], True
+    names: dict[str, list[str]] = {"folder": [], "image": [], "other": [], "neither": []}
+    others: Counter[str] = Counter()
+    lasting = True
+    for entry, kind, ending in visible(path):
+        names[kind].append(entry.name)
+        if kind == "other":
+            others[ending] += 1
+        if kind != "image" and entry.is_symlink():
+            lasting = False
+    is_ours = any(_is_ours(path, name) for name in _MARKS.keys() & names["other"])
+    folders, images, neither = (sorted(names[k]) for k in ("folder", "image", "neither"))
+    return _Names(folders, images, dict(others), neither, is_ours), lasting
+
+
+def _is_ours(folder: str, name: str) -> bool:
+    """Say whether the file of that name is one that this package writes."""
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-                if entry.is_symlink() and not is_image:
-                    lasting = False
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif is_image:
-                    images.append(entry.name)
-    except PermissionError:
-        raise DataError(f"no permission to list {path}: grant it or give another folder") from None
-    return sorted(folders), sorted(images), lasting
+        with open(os.path.join(folder, name), "rb") as file:
+            return re.search(_MARKS[name], file.read(_HEAD), re.MULTILINE) is not None
+    except OSError:
+        return False

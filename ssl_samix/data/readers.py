@@ -67,6 +67,7 @@ class Parts:
     val: Part | None
     classes: tuple[str, ...]  # empty when unlabelled
     bank: Part | None = None  # labelled images beside an unlabelled train split
+    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
 
 
 def read_digits(request: Request) -> Parts:
@@ -158,7 +159,8 @@ def read_imagenet(request: Request) -> Parts:
 def read_folder(request: Request) -> Parts:
     """Read a person's own folder, see ``ssl_samix.data.folder``."""
     index = scan(request.root, request.labels)
-    return Parts(_files(index.train), _files(index.val) if index.val else None, index.classes)
+    val = _files(index.val) if index.val else None
+    return Parts(_files(index.train), val, index.classes, notes=index.notes)
 
 
 def read_webdataset(request: Request) -> Parts:

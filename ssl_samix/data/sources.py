@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_samix.data.image_files import formats
 from ssl_samix.errors import check_range
 
 VARIABLE = "SSL_SAMIX_MAX_MEGAPIXELS"
@@ -75,7 +76,7 @@ def open_image(file: str | IO[bytes]) -> Image.Image:
         One of ``UNREADABLE``.
     """
     try:
-        return Image.open(file)
+        return Image.open(file, formats=formats())
     except Image.DecompressionBombError as error:
         raise _too_large(error) from error
     except RuntimeError as error:  # of the decoders of AVIF and DDS

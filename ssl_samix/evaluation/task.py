@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import check_finite
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.source import fingerprint, load_source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Task:
         Raises:
             DataError: If the data set has no labels, or nothing to test on.
         """
+        if self.splits.classes and self.splits.val is None:
+            raise DataError(
+                "this protocol needs images to test on, and each class has one image: add some, or "
+                "give class folders under train/ and val/"
+            )
         if self.splits.bank is None or self.splits.val is None:
             raise DataError(
                 "this protocol needs labelled images to train and to test on: give class folders, "
@@ -94,6 +102,8 @@ def open_task(request: Request, encoder: Encoder | None = None) -> Task:
     device = choose_device(config.device)
     encoder = (encoder or _source(request)).to(device)
     splits = _load(request, encoder.image_size)
+    for note in splits.notes:
+        _log.warning("%s", note)
     workers = _workers(data.workers, splits)
     return Task(encoder, splits, device, config.chunk, workers)
 

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ssl_samix.data import decode
 from ssl_samix.data.decode import check_sample, memory_images, typical_side
@@ -152,12 +152,24 @@ def test_one_percent_is_skipped_named_and_counted(tmp_path, caplog):
     assert str(text) in record.message
 
 
-def test_more_than_one_percent_is_refused(tmp_path):
-    source = PathSource(files(tmp_path, 98, bad=2))
-    with pytest.raises(DataError, match=r"2 of 100 images cannot be read.*0098\.png, .*0099\.png"):
-        memory_images(source, torch.zeros(100), 8)
-    with pytest.raises(DataError, match="2 of 100 images"):
+@pytest.mark.parametrize(("total", "most"), [(500, 5), (100, 3), (31, 3), (6, 3), (3, 1)])
+def test_more_than_one_percent_and_a_few_are_refused(total, most, tmp_path):
+    paths = files(tmp_path, total - most, bad=most + 1)
+    enough = PathSource(paths[:total])
+    assert len(memory_images(enough, torch.zeros(total), 8)) == total - most
+    check_sample(enough, 8)
+    source = PathSource(paths[1:])
+    last = rf"{most + 1} of {total} images cannot be read.*{total:04}\.png"
+    with pytest.raises(DataError, match=last):
+        memory_images(source, torch.zeros(total), 8)
+    with pytest.raises(DataError, match=f"{most + 1} of {total} images"):
         check_sample(source, 8)
+
+
+def test_what_starts_other_programs_is_not_opened_under_another_name(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        PathSource([str(tmp_path / "a.jpg")]).open(0)
 
 
 def test_all_unreadable_is_refused_with_twenty_names(tmp_path):

@@ -51,6 +51,12 @@ def test_missing_empty_and_not_a_folder(tmp_path):
         check_layout("folder", tmp_path / "a.jpg", False)
 
 
+def test_links_in_a_circle_are_a_sentence(tmp_path):
+    (tmp_path / "ring").symlink_to("ring")
+    with pytest.raises(DataError, match=r"cannot read data\.root=.*ring: Too many levels"):
+        check_layout("folder", tmp_path / "ring", False)
+
+
 def test_no_permission_is_a_sentence(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))

@@ -136,8 +136,9 @@ def test_links_to_folders_are_looked_at_every_time(tmp_path, remembered):
         lambda text: "",
         lambda text: "[1, 2]",
         lambda text: json.dumps({"format": 0, "folders": {}}),
-        lambda text: json.dumps({"format": 1, "folders": 3}),
-        lambda text: json.dumps({"format": 1, "folders": {"": [1], "/class0": None}}),
+        lambda text: json.dumps({**json.loads(text), "folders": 3}),
+        lambda text: json.dumps({**json.loads(text), "folders": {"": [1], "/class0": None}}),
+        lambda text: json.dumps({**json.loads(text), "endings": [".jpg"]}),
     ],
 )
 def test_a_damaged_cache_is_made_anew(damage, tmp_path, remembered, listed):
