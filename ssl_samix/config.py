@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -25,8 +25,9 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from ssl_samix import experiments
 from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
 from ssl_samix.errors import ConfigError, UserError, nearest
+from ssl_samix.files import expanded
+from ssl_samix.key_types import PATHS, fitted
 
-PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
 OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
@@ -59,8 +60,8 @@ def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
     words = []
     for word in arguments:
         key, equals, value = word.partition("=")
-        if key in PATH_KEYS and equals and value not in ("null", "") and value[0] not in "'\"":
-            whole = not sweeping or "," not in value or Path(value).expanduser().exists()
+        if key in PATHS and equals and value not in ("null", "") and value[0] not in "'\"":
+            whole = not sweeping or "," not in value or os.path.exists(expanded(value))
             parts = [value] if whole else value.split(",")
             words.append(f"{key}=" + ",".join(map(quoted, parts)))
         else:
@@ -136,6 +137,7 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     names = {o.key_or_group: o.value() for o in chosen}
     words = experiments.spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
     base, _ = _compose(config_name, words)
+    own: list[str] = []
     for override in overrides:
         key = override.key_or_group
         group = key.partition(".")[0]
@@ -143,9 +145,10 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             command, keys = config_name.replace("_", "-"), ", ".join(sorted(map(str, base)))
             raise ConfigError(f"{command} takes no {key}: choose from {keys}")
         if override not in chosen:
-            check_value(base, key, override.value(), known)
+            own += keys_set(base, key, override.value(), known)
     words += [_forced(str(o.input_line)) for o in overrides if o not in chosen]
     whole, choices = _compose(config_name, words)
+    check_values(whole, base, own)
     return whole, {**choices, **names}
 
 
@@ -154,24 +157,45 @@ def _forced(word: str) -> str:
     return f"++{word}" if word.startswith(OPEN_KEYS) else word
 
 
-def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> None:
-    """Check that ``config`` has ``key`` and that ``value`` is of its default's type.
+def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> list[str]:
+    """Return the keys of single values that ``key=value`` sets, several if it is a dict.
 
     Raises:
-        ConfigError: If it has not, with the nearest key; or if the type differs.
+        ConfigError: For a key that ``config`` does not have, with the nearest one.
     """
     keys = list(keys_of(config))
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
-    default = OmegaConf.select(config, key)
-    if isinstance(default, DictConfig) and not isinstance(value, dict):
+    if not isinstance(OmegaConf.select(config, key), DictConfig):
+        return [key]
+    if not isinstance(value, dict):
         raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
-    wanted = {bool: "true or false", int: "a whole number", float: "a number"}
-    for kind, words in wanted.items():
-        if type(default) is kind:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits:
-                raise ConfigError(f"{key} needs {words}, got '{value}'")
+    if key.startswith(OPEN_KEYS):
+        return [key]
+    return [k for name, each in value.items() for k in keys_set(config, f"{key}.{name}", each)]
+
+
+def check_values(config: DictConfig, before: DictConfig, keys: Iterable[str]) -> None:
+    """Check the types of values that a user has set; make lists of single values where needed.
+
+    Args:
+        config: With those values; interpolations are resolved.
+        before: With the defaults.
+        keys: Of the values.
+
+    Raises:
+        ConfigError: For a value of another type than its key takes, or one that cannot be resolved.
+    """
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    now, defaults = plain(config), plain(before)
+    for key in keys:
+        value, default = (reduce(dict.__getitem__, key.split("."), d) for d in (now, defaults))
+        taken = fitted(key, value, default)
+        if taken is not value:
+            OmegaConf.update(config, key, taken)
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
@@ -210,7 +234,7 @@ def absolute(config: DictConfig) -> DictConfig:
     for key in ("data.root", "mixup.mixer", "init"):
         path = OmegaConf.select(config, key)
         if path is not None and "://" not in str(path):  # shards may be behind a URL
-            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(str(path))))
+            OmegaConf.update(config, key, os.path.abspath(expanded(path)))
     return config
 
 

@@ -22,6 +22,7 @@ from ssl_samix.data.folder import scan
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
 from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
+from ssl_samix.files import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,7 @@ def configured(words: list[str]) -> Request:
         _check_own_images(origin)
         images = None
     else:
-        images = _image_files(Path(str(config.images)).expanduser())
+        images = _image_files(expanded(str(config.images)))
     return Request(origin, images, _out(config.out, origin), config)
 
 
@@ -99,7 +100,7 @@ def _out(given: Any, origin: Origin) -> Path:
             copy += 1
             out = stem.with_name(f"{stem.name}-{copy}")
         return out
-    out = Path(str(given)).expanduser()
+    out = expanded(str(given))
     if (out / "features.npy").exists():
         raise UserError(f"out={out} holds features already: choose another out")
     if out.exists() and not out.is_dir():
@@ -159,7 +160,7 @@ def _pictures(request: Request, encoder: Encoder) -> Pictures:
 
 def _tell_splits(paths: Sequence[str], given: str) -> None:
     """Say which images are meant by a folder that holds ``train/`` and ``val/``."""
-    folder = Path(os.path.abspath(Path(given).expanduser()))
+    folder = Path(os.path.abspath(expanded(given)))
     others = [
         child.name
         for child in sorted(folder.iterdir())

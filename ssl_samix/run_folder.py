@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_samix.config import check_value, parse, plain
+from ssl_samix.config import check_values, keys_set, parse, plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.files import PARTIAL, write_atomically
+from ssl_samix.files import PARTIAL, expanded, write_atomically
 
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
@@ -42,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.csv"
@@ -152,15 +152,17 @@ def resumed_config(
     theirs = command_of(choices)
     if theirs != command:
         raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
+    before, own = config.copy(), []
     for override in parse(arguments):
         key, value = override.key_or_group, override.value()
         if key == "resume" or key.startswith("hydra"):
             continue
         if key not in choices:
-            check_value(config, key, value, choices)
+            own += keys_set(config, key, value, choices)
         if key in choices or key == "out" or not key.startswith(FREE_KEYS):
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
         OmegaConf.update(config, key, value)
+    check_values(config, before, own)
     return config, choices
 
 

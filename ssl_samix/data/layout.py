@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_samix.errors import DataError, nearest
+from ssl_samix.files import expanded
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
@@ -136,7 +137,7 @@ def _given(name: str, root: str | os.PathLike[str] | None) -> Path:
         special = {"folder": "<folder of images>", "webdataset": "<folder or pattern of shards>"}
         what = special.get(name, f"<folder that holds {name}>")
         raise DataError(f"data set '{name}' needs a folder: give data.root={what}")
-    return Path(root).expanduser().absolute()
+    return expanded(root).absolute()
 
 
 def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:

@@ -15,6 +15,7 @@ from ssl_samix.choices import groups
 from ssl_samix.config import absolute, compose, parse, plain
 from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.files import expanded
 from ssl_samix.run_folder import RunFolder
 
 WEIGHTS = ("own", "random", "pretrained")
@@ -67,7 +68,7 @@ def find_origin(given: str, weights: str) -> Origin:
     Raises:
         CheckpointError: If it is none of them, as far as names tell.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir():
         run = RunFolder(path)
         if run.encoder.exists() or run.last.exists():
