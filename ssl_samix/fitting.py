@@ -38,7 +38,7 @@ from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.optim.recipe import OptimizerRecipe
 from ssl_samix.python_values import in_hydras_grammar
-from ssl_samix.run_folder import RunFolder, default_out, resumed_config
+from ssl_samix.run_folder import RunFolder, default_out, mend_metrics, resumed_config
 from ssl_samix.standalone import save_mixer
 
 
@@ -136,6 +136,7 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     with folder.claimed() if is_main_process() else nullcontext():
         if is_main_process():
             folder.create(config, choices)
+            mend_metrics(folder.metrics)
             record_start(folder.environment, trainer.precision)
         announce(trainer, config, choices, folder, module, data, mode.lines(choices))
         _fit(mode.command, trainer, module, data, folder)

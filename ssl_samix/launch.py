@@ -31,7 +31,8 @@ def given_folder() -> str | None:
 
 def launched_outside() -> bool:
     """Say whether torchrun or SLURM started several processes of the same command."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    number = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", ""))
+    return number.isdigit() and int(number) > 1
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from ssl_samix.config import check_values, keys_set, parse, plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.files import PARTIAL, expanded, write_atomically
 
+_log = logging.getLogger(__name__)
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
@@ -132,6 +135,59 @@ class RunFolder:
             raise
         OmegaConf.set_struct(whole, True)
         return whole, choices
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Read the whole rows of a metrics.csv, one per epoch; none if there is no such file."""
+    lines = _lines(path)
+    columns = lines[0].split(",")
+    return [dict(zip(columns, line.split(","), strict=True)) for line in _whole(lines)]
+
+
+def mend_metrics(path: Path) -> None:
+    """Leave out damaged lines of a metrics.csv, as a crash makes them; keep the file that was."""
+    lines = _lines(path)
+    whole, filled = _whole(lines), [line for line in lines if line]
+    header = filled[:1] if "epoch" in lines[0].split(",") else []
+    damaged = len(filled) - len(whole) - len(header)
+    if not damaged:
+        return
+    kept, held = path.with_name("metrics.damaged.csv"), path.read_bytes()
+    write_atomically(kept, lambda temporary: temporary.write_bytes(held))
+    text = "".join(f"{line}\n" for line in [*header, *whole])
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    _log.warning(
+        "%s: %d damaged lines are left out, %d epochs are kept; as it was: %s",
+        path, damaged, len(whole), kept,
+    )  # fmt: skip
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """Return the lines that have a number, or nothing, in each column, epochs in order."""
+    columns = lines[0].split(",")
+    if "epoch" not in columns:
+        return []
+    whole, last = [], -1
+    for line in lines[1:]:
+        cells = line.split(",")
+        row = dict(zip(columns, cells, strict=False))
+        complete = len(cells) == len(columns) and all(map(_is_number, cells))
+        if complete and re.fullmatch("[0-9]{1,9}", row["epoch"]) and int(row["epoch"]) > last:
+            whole.append(line)
+            last = int(row["epoch"])
+    return whole
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def resumed_config(

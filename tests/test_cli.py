@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "optimizer.optimizer.momentum=-1"], "the optimizer refuses"),
         (["pretrain", "trainer.precision=bf16-true"], "trainer.precision"),
         (["pretrain", "trainer.max_epochs=0"], "max_epochs"),
+        (["pretrain", "trainer.gradient_clip_val=-1"], "must be a number at least 0, got -1"),
+        (["pretrain", "trainer.accumulate_grad_batches=0"], "in [1, 1000000], got 0"),
+        (["pretrain", "callbacks.pictures.rows=100000"], "in [1, 64], got 100000"),
+        (["pretrain", "method.hidden_dim=0"], "method.hidden_dim must be a number in [1, 65536]"),
+        (["pretrain", f"method.queue_size={10**11}"], f"method.queue_size={10**11} takes 47,683.7"),
+        (["pretrain", "backbone.width=1000000"], "backbone.width of resnet18 must be a number in"),
+        (
+            ["pretrain", "backbone.width=60000"],
+            "backbone.width=60000 takes 36,531.8 GiB",
+        ),
+        (["pretrain", f"seed={10**20}"], f"seed must be at most 4294967295, got {10**20}"),
+        (["pretrain", "data=folder", "data.root=~no-such-user/x"], "~no-such-user/x does not"),
     ],
 )
 def test_bad_input(words, sentence, fails, tmp_path, monkeypatch):
@@ -167,6 +180,35 @@ def test_out_that_holds_other_things(fails, tmp_path):
 def test_out_that_cannot_be_made(fails):
     assert "cannot use out=/dev/null/run" in fails("pretrain", "out=/dev/null/run")
     assert "cannot make the run folder" in fails("pretrain", *TINY, "out=/proc/none/run")
+
+
+def test_bounds_that_are_used_instead_are_said(tmp_path, caplog):
+    words = [*TINY, "data.limit=90", "method.bn_groups=7", "callbacks.knn.k=[5000]"]
+    samix_here("pretrain", *words, "out=run", cwd=tmp_path)
+    assert "method.bn_groups=7: BatchNorm sees 7 groups of 4 or 5 images" in caplog.messages
+    assert "callbacks.knn.k=5000: the bank has 90 images, so all of them vote" in caplog.messages
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_nothing_left_to_do_is_said(epochs, tmp_path):
+    """``old_run`` has done one epoch; of two, the second is done first."""
+    folder, words = tmp_path / "run", ["pretrain", f"resume={tmp_path}/run"]
+    shutil.copytree(Path(__file__).parent / "old_run", folder)
+    if epochs == 2:
+        assert "nothing is left" not in samix_here(*words, "trainer.max_epochs=2", cwd=tmp_path)
+    before = (folder / "metrics.csv").read_bytes()
+    told = samix_here(*words, "trainer.max_epochs=1", cwd=tmp_path)
+    assert f"nothing is left to do: {epochs} epochs are done and trainer.max_epochs=1" in told
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_slurm_variables_that_do_not_fit(fails, tmp_path, monkeypatch):
+    job = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
+    for name, value in {**job, "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    sentence = fails("pretrain", *TINY, f"out={tmp_path}/run")
+    assert "settings do not work here: You set `--ntasks=4`" in sentence
+    assert "Use `--ntasks-per-node=4`" in sentence
 
 
 @pytest.fixture(scope="module")

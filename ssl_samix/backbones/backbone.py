@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_samix.backbones.layout import breaks_in_channels_last
-from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk
-from ssl_samix.errors import ConfigError, nearest
+from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk, weights_of
+from ssl_samix.errors import ConfigError, check_memory, check_range, nearest
 from ssl_samix.types import Features, MapSpec
 
+WIDEST = 65536  # first stage of a ResNet
 SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
 
 
@@ -67,8 +68,8 @@ class Backbone(nn.Module):
 
     def _check_resnet_settings(self, name: str, width: int, options: dict[str, Any] | None) -> None:
         if name in RESNETS:
-            if width < 1:
-                raise ConfigError(f"backbone.width must be at least 1, got {width}")
+            least = -(-64 // RESNETS[name][3])  # at least one channel for each group
+            check_range(f"backbone.width of {name}", width, least, WIDEST)
             if options:
                 raise ConfigError(f"backbone.options are for timm models, and {name} is not one")
         elif (width != 64 or self.small_stem) and _library(name):
@@ -80,9 +81,10 @@ class Backbone(nn.Module):
     def _build(
         self, name: str, width: int, options: dict[str, Any] | None, checkpointing: bool
     ) -> nn.Module:
-        if name in RESNETS:
-            return ResNetTrunk(name, width, self.small_stem, checkpointing)
         try:
+            if name in RESNETS:
+                check_memory(f"backbone.width={width}", weights_of(name, width))
+                return ResNetTrunk(name, width, self.small_stem, checkpointing)
             if _library(name) == "timm":
                 from ssl_samix.backbones.timm_trunk import TimmTrunk
 
