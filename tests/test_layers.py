@@ -26,8 +26,10 @@ ALLOWED = {
         "choices",
         "config",
         "run_folder",
+        "description",
         "engine",
         "environment",
+        "key_types",
     },
     "export": {"evaluation", "backbones", "checkpoint_io", "choices", "config", "run_folder"},
     "study": {

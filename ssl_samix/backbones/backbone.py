@@ -16,6 +16,12 @@ from ssl_samix.types import Features, MapSpec
 WIDEST = 65536  # first stage of a ResNet
 SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
 
+# What models raise for options and sizes that they do not check.
+UNBUILDABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 
 class Backbone(nn.Module):
     """An image model without classifier.
@@ -98,7 +104,7 @@ class Backbone(nn.Module):
             return TorchvisionTrunk(name)
         except ConfigError:
             raise
-        except (ValueError, TypeError, AssertionError) as error:
+        except UNBUILDABLE as error:
             raise self._unfit(error) from error
 
     def _unfit(self, error: Exception) -> ConfigError:
@@ -115,7 +121,7 @@ class Backbone(nn.Module):
         image = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
             maps, pooled = self._both(image)
-        except (ValueError, TypeError, AssertionError, RuntimeError, IndexError) as error:
+        except UNBUILDABLE as error:
             raise self._unfit(error) from error
         if pooled.ndim != 2 or any(0 in m.shape for m in maps):
             raise self._unfit(ValueError("nothing is left of the image after its last stage"))

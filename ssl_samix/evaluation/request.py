@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from ssl_samix.choices import groups
 from ssl_samix.config import absolute, compose, parse, plain
 from ssl_samix.data.layout import check_layout
+from ssl_samix.description import META, described
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
 from ssl_samix.files import expanded
+from ssl_samix.key_types import fitted
 from ssl_samix.run_folder import RunFolder
 
 WEIGHTS = ("own", "random", "pretrained")
@@ -119,8 +120,8 @@ def configured(protocol: str, words: list[str]) -> Request:
         words = [f"data={choice}", *words]
     config, choices = compose(protocol, words)
     for key, value in own.items():
-        if key in config.data and f"data.{key}" not in given:
-            OmegaConf.update(config, f"data.{key}", value)
+        if key in config.data and not key.startswith("_") and f"data.{key}" not in given:
+            OmegaConf.update(config, f"data.{key}", fitted(f"data.{key}", value, config.data[key]))
     origin = _origin(protocol, config)
     check_range("seed", config.get("seed", 0), 0)
     check_range("chunk", config.chunk, 1)
@@ -142,15 +143,17 @@ def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
     Of a classifier that samix linear fitted, those it was fitted with.
     """
     meta = _described(origin.path)
-    if "data_settings" in meta:
+    known = groups()["data"]
+    if meta.get("data") in known and "data_settings" in meta:
         return meta["data"], meta["data_settings"]
     if origin.run is not None:
         config, choices = origin.run.load_config()
         return choices["data"], plain(config.data)
-    if meta.get("data") in groups()["data"]:
+    if meta.get("data") in known:
         return meta["data"], {}
-    known = ", ".join(groups()["data"])
-    raise ConfigError(f"{origin.given} does not say what to measure it on: give data=<{known}>")
+    raise ConfigError(
+        f"{origin.given} does not say what to measure it on: give data=<{', '.join(known)}>"
+    )
 
 
 def _described(path: Path | None) -> dict[str, Any]:
@@ -161,6 +164,7 @@ def _described(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, framework="np") as file:
-            return json.loads((file.metadata() or {}).get("ssl_samix", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            text = (file.metadata() or {}).get(META)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file") from error
+    return {} if text is None else described(text, path)
