@@ -29,6 +29,7 @@ from ssl_samix.files import expanded
 from ssl_samix.key_types import PATHS, fitted
 
 OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
+MOST_SHOWN = 200  # characters of a word, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
@@ -79,8 +80,9 @@ def parse(arguments: Sequence[str]) -> list[Override]:
     for word in arguments:
         try:
             override = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"'{word}' is not of the form key=value") from error
+        # Hydra's parser lets through what Python says of numbers too long and lists too deep.
+        except (HydraException, ValueError, RecursionError) as error:
+            raise ConfigError(f"'{word[:MOST_SHOWN]}' is not of the form key=value") from error
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"'{word}': keys are neither added nor removed, write key=value")
         overrides.append(override)

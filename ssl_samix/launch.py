@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,15 @@ def is_main_process() -> bool:
 def given_folder() -> str | None:
     """Return the folder that the first of several processes chose; None in the first."""
     return None if is_main_process() else os.environ.get(_FOLDER)
+
+
+def imported_by_a_worker() -> bool:
+    """Say whether this process is a worker that is importing the script that started it.
+
+    Where workers are spawned (macOS, Windows), a script without ``if __name__ == "__main__":``
+    begins once more in each of them.
+    """
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
 def launched_outside() -> bool:

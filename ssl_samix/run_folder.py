@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_samix.config import check_values, keys_set, parse, plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.files import PARTIAL, expanded, write_atomically
+from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
 
 _log = logging.getLogger(__name__)
 # What a resumed run may change: neither the network nor what it is trained with.
@@ -108,6 +108,8 @@ class RunFolder:
         try:
             yield
         finally:
+            with suppress(OSError):  # it holds something, unless nothing came of the run
+                self.path.rmdir()
             if descriptor is not None:
                 os.close(descriptor)
 
@@ -228,15 +230,11 @@ def command_of(choices: Mapping[str, str | None]) -> str:
 
 
 def default_out(choices: dict[str, str], seed: int) -> Path:
-    """Return a new folder's name under ``runs``."""
+    """Make a new folder under ``runs``, one that no other run begun in this second has."""
     how = choices.get("method", "supervised")
     stem = "-".join([choices["data"], how, choices["mixup"], f"s{seed}"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path, copy = Path("runs") / f"{stem}-{stamp}", 1
-    while path.exists():
-        copy += 1
-        path = Path("runs") / f"{stem}-{stamp}-{copy}"
-    return path
+    return new_folder(Path("runs") / f"{stem}-{stamp}")
 
 
 def _locked(folder: Path) -> int | None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 
 from ssl_samix.cli import job_name
 from ssl_samix.errors import UserError
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.run_folder import RunFolder, default_out
 from tests.conftest import samix, samix_here
 
 TINY = [
@@ -329,3 +330,19 @@ def test_threads_wait_in_short_loops(tmp_path, monkeypatch):
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch's threads here are not libgomp's")
     assert "GOMP_SPINCOUNT = '10000'" in done.stderr
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda pattern: "20260101-000000")
+    with ThreadPoolExecutor(8) as pool:
+        choices = {"data": "digits", "method": "moco", "mixup": "none"}
+        folders = list(pool.map(lambda seed: default_out(choices, 0), range(8)))
+    assert len(set(folders)) == 8
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails("pretrain", "data.batch_size=2000")
+    assert list((tmp_path / "runs").iterdir()) == []
