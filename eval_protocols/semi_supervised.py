@@ -31,6 +31,7 @@ from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.source import untrained
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.evaluation.training import Recipe
+from ssl_samix.files import expanded
 
 
 def check(config: DictConfig) -> None:
@@ -100,7 +101,7 @@ def labelled(config: DictConfig, task: Task) -> Tensor:
     """Return the positions of the training images that keep their labels."""
     train, classes = task.labelled[0], task.splits.classes
     if config.split is not None:
-        return read_split(Path(str(config.split)).expanduser(), train, classes)
+        return read_split(expanded(str(config.split)), train, classes)
     if config.per_class is not None:
         return draw_per_class(train.labels, classes, config.per_class, config.seed)
     return draw_percent(train.labels, classes, config.percent, config.seed)

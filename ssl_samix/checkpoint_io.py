@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,8 +16,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.data.folder import listed
-from ssl_samix.errors import CheckpointError
+from ssl_samix.description import META, check_description, described
+from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.files import write_atomically
 
 # What other projects save beside weights, and is not needed: it is neither read nor run.
@@ -31,7 +33,9 @@ UNREAD = (
         for function in ("scalar", "_reconstruct")
     ),
 )
-META = "ssl_samix"  # key, in checkpoints and safetensors files, of what describes the encoder
+PICKLE = b"\x80"  # how one begins; torch.save writes a zip file around it
+# Of what Lightning goes on with:
+NEEDED = ("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -64,6 +68,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it is damaged, or holds another backbone.
         """
         checkpoint = read_checkpoint(Path(path))
+        missing = [key for key in NEEDED if key not in checkpoint]
+        if missing:
+            raise CheckpointError(f"{path} is damaged: no run goes on without its {missing[0]}")
         theirs, ours = checkpoint[META]["backbone"], self.meta["backbone"]
         if theirs != ours:
             raise CheckpointError(
@@ -113,6 +120,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict) or META not in checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of ssl_samix")
+    check_description(checkpoint[META], path)
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} is damaged: it holds no weights")
     return checkpoint
 
 
@@ -133,6 +144,18 @@ _STAND_INS: list[Any] = [
 ]
 
 
+def described_backbone(meta: dict[str, Any], path: Path) -> Backbone:
+    """Build the network that a file describes, with random weights.
+
+    Raises:
+        CheckpointError: If it cannot be built.
+    """
+    try:
+        return Backbone(image_size=meta["image_size"], **meta["backbone"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes what cannot be built: {error}") from error
+
+
 def load_plain(path: Path) -> Any:
     """Read what ``torch.save`` wrote, of any origin, if it is tensors and plain values only.
 
@@ -142,8 +165,13 @@ def load_plain(path: Path) -> Any:
     Raises:
         CheckpointError: If it is damaged, or a pickle that runs code.
     """
+    with path.open("rb") as file:
+        begins = file.read(len(PICKLE))
+    if begins != PICKLE and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is not a checkpoint or a file of weights")
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what makes it refuse the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         runs = re.search(r"GLOBAL (\S+)", str(error))
@@ -183,8 +211,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the description and the tensors of one of our safetensors files.
 
     Raises:
-        CheckpointError: If it is damaged, or was not written by ssl_samix.
+        CheckpointError: If it is missing or damaged, or was not written by ssl_samix.
     """
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(META)
@@ -193,4 +223,4 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged or no safetensors file") from error
     if text is None:
         raise CheckpointError(f"{path} is no file of ssl_samix: it does not describe itself")
-    return json.loads(text), tensors
+    return described(text, path), tensors

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ssl_samix.errors import ConfigError, UserError, nearest
 from ssl_samix.subcommands import SUBCOMMANDS, PlainSubcommand, Subcommand
@@ -36,12 +36,18 @@ def main(words: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has seen enough, as in: samix ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:  # not about a path that somebody gave
+            raise
+        _stop(f"samix: cannot use {error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt as interrupt:
         _stop(f"samix: {interrupt or 'interrupted'}", 130)
 
 
 def _stop(sentence: str, status: int) -> NoReturn:
-    print(sentence, file=sys.stderr)
+    # What was typed, or a file's name, may hold line breaks and codes that terminals obey.
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+    print(shown, file=sys.stderr)
     sys.exit(status)
 
 
@@ -90,9 +96,9 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
         # An error is kept from Hydra, which would print a traceback and go on with a sweep.
         try:
             _run_job(command)
-        except (UserError, KeyboardInterrupt) as error:
+        except (UserError, KeyboardInterrupt, OSError) as error:
             if os.environ.get(COMMAND) != str(os.getpid()):  # a job, started elsewhere
-                _stop(f"samix: {error}", 2 if isinstance(error, UserError) else 130)
+                _stop(f"samix: {error}", 130 if isinstance(error, KeyboardInterrupt) else 2)
             raise _Stopped(error) from error
 
     OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
@@ -168,18 +174,21 @@ class _Stopped(BaseException):
 def _run_job(command: Subcommand) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from ssl_samix.config import parse, quoted
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = HydraConfig.get()
-    words = [word.removeprefix(FORCED) for word in job.overrides.task]
+    # Not resolved: what a word reads of the configuration is not in this one, which is Hydra's.
+    given: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    words = [word.removeprefix(FORCED) for word in given]
     if job.mode == RunMode.MULTIRUN:
-        given = [o.value() for o in parse(words) if o.key_or_group == "out"]
+        out = [o.value() for o in parse(words) if o.key_or_group == "out"]
         words = [word for word in words if not word.startswith("out=")]
         print(f"job {job.job.num}: {' '.join(words)}", flush=True)
-        if given:
-            words.append(f"out={quoted(f'{given[-1]}/{job_name(words)}')}")
+        if out:
+            words.append(f"out={quoted(f'{out[-1]}/{job_name(words)}')}")
     command.job(words)
 
 

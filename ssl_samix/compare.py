@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssl_samix.comparison import Evaluated, compared, read_evaluated
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, nearest
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 from ssl_samix.run_folder import RunFolder
 from ssl_samix.text_tables import FORMATS
 
@@ -75,7 +75,7 @@ def configured(words: list[str]) -> Request:
     paths = []
     for word in words:
         key, equals, value = word.partition("=")
-        path = Path(word).expanduser()
+        path = expanded(word)
         if equals and key in KEYS:
             given[key] = value
         elif word.startswith("-") or (equals and key.isidentifier() and not path.exists()):
@@ -91,7 +91,7 @@ def configured(words: list[str]) -> Request:
     return Request(
         paths,
         given.get("format", "text"),
-        None if out in ("", "null") else Path(out).expanduser(),
+        None if out in ("", "null") else expanded(out),
         given.get("variants", "headline"),
     )
 

@@ -19,6 +19,7 @@ NEEDED = (
     "protocol", "variant", "weights", "data", "seed", "encoder", "data_fingerprint", "folder",
 )  # fmt: skip
 UNTRAINED = "untrained"
+LONGEST_MARK = 6  # digits of a fingerprint
 # How numbers are called, and to how many decimals they are given.
 SHOWN = {
     "top1": ("top-1 %", 2),
@@ -128,6 +129,7 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
         UserError: If a number is none.
     """
     lines = _lines(runs, every)
+    apart = _tell_apart(lines)
     seen = dict.fromkeys(m.column for line in lines for folder in line.folders for m in folder)
     columns = sorted(seen, key=lambda column: (column.protocol, column.data))
     configurations = [run.configuration for run in runs if run.configuration is not None]
@@ -147,9 +149,36 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
     header = [[name] for name in (*(["encoder"] if kinds else []), *keys)]
     several = any(len(v) > 1 for numbers in values for v in numbers)
     notes = list(_notes(lines, columns, several, without))
+    if apart:
+        notes.append("after a data set: data_fingerprint of results.csv, by which images differ")
     names = len(header)
     header += [[c.protocol, c.variant, c.data, SHOWN[c.number][0]] for c in columns]
     return Table(header, rows, names, notes)
+
+
+def _tell_apart(lines: Sequence[Line]) -> bool:
+    """Give different images columns of their own where an encoder was measured on several.
+
+    The newest would otherwise count alone. Different encoders may share a column all the same, as
+    of different image sizes, and a note says so.
+
+    Returns:
+        Whether there are any.
+    """
+    images: dict[tuple[Column, str], set[str]] = {}
+    for each in (m for line in lines for folder in line.folders for m in folder):
+        images.setdefault((each.column, each.encoder), set()).add(each.images)
+    several = {column for (column, _), found in images.items() if len(found) > 1}
+
+    def told(measured: Measured) -> Measured:
+        column, mark = measured.column, measured.images[:LONGEST_MARK]
+        if column not in several:
+            return measured
+        return measured._replace(column=column._replace(data=f"{column.data} {mark}"))
+
+    for line in lines:
+        line.folders = [[told(measured) for measured in folder] for folder in line.folders]
+    return bool(several)
 
 
 def _lines(runs: Sequence[Evaluated], every: bool) -> list[Line]:

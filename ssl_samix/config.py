@@ -9,8 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from functools import cache, reduce
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -27,9 +26,11 @@ from ssl_samix import experiments
 from ssl_samix.backbones.options import check_options, is_plain
 from ssl_samix.choices import CONFIG_DIR, RECIPES, groups
 from ssl_samix.errors import ConfigError, UserError, nearest
+from ssl_samix.files import expanded
+from ssl_samix.key_types import PATHS, fitted
 
-PATH_KEYS = ("out", "resume", "init", "data.root", "mixup.mixer", "run", "images")
 OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
+MOST_SHOWN = 200  # characters of a word, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
@@ -61,8 +62,8 @@ def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
     words = []
     for word in arguments:
         key, equals, value = word.partition("=")
-        if key in PATH_KEYS and equals and value not in ("null", "") and value[0] not in "'\"":
-            whole = not sweeping or "," not in value or Path(value).expanduser().exists()
+        if key in PATHS and equals and value not in ("null", "") and value[0] not in "'\"":
+            whole = not sweeping or "," not in value or os.path.exists(expanded(value))
             parts = [value] if whole else value.split(",")
             words.append(f"{key}=" + ",".join(map(quoted, parts)))
         else:
@@ -81,8 +82,9 @@ def parse(arguments: Sequence[str]) -> list[Override]:
     for word in arguments:
         try:
             override = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"'{word}' is not of the form key=value") from error
+        # Hydra's parser lets through what Python says of numbers too long and lists too deep.
+        except (HydraException, ValueError, RecursionError) as error:
+            raise ConfigError(f"'{word[:MOST_SHOWN]}' is not of the form key=value") from error
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"'{word}': keys are neither added nor removed, write key=value")
         keys = [*override.key_or_group.split("."), *_inner_keys(override.value())]
@@ -156,6 +158,7 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     names = {o.key_or_group: o.value() for o in chosen}
     words = experiments.spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
     base, _ = _compose(config_name, words)
+    own: list[str] = []
     for override in overrides:
         key = override.key_or_group
         group = key.partition(".")[0]
@@ -163,9 +166,10 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             command, keys = config_name.replace("_", "-"), ", ".join(sorted(map(str, base)))
             raise ConfigError(f"{command} takes no {key}: choose from {keys}")
         if override not in chosen:
-            check_value(base, key, override.value(), known)
+            own += keys_set(base, key, override.value(), known)
     words += [_forced(str(o.input_line)) for o in overrides if o not in chosen]
     whole, choices = _compose(config_name, words)
+    check_values(whole, base, own)
     return whole, {**choices, **names}
 
 
@@ -174,17 +178,45 @@ def _forced(word: str) -> str:
     return f"++{word}" if word.startswith(OPEN_KEYS) else word
 
 
-def check_value(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> None:
-    """Check that ``config`` has ``key`` and that ``value`` is of its default's type.
+def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> list[str]:
+    """Return the keys of single values that ``key=value`` sets, several if it is a dict.
 
     Raises:
-        ConfigError: If it has not, with the nearest key; or if the type differs.
+        ConfigError: For a key that ``config`` does not have, with the nearest one.
     """
     keys = list(keys_of(config))
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
-    default = OmegaConf.select(config, key)
-    check_fit(key, value, plain(default) if OmegaConf.is_config(default) else default)
+    if not isinstance(OmegaConf.select(config, key), DictConfig):
+        return [key]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
+    if key.startswith(OPEN_KEYS):
+        return [key]
+    return [k for name, each in value.items() for k in keys_set(config, f"{key}.{name}", each)]
+
+
+def check_values(config: DictConfig, before: DictConfig, keys: Iterable[str]) -> None:
+    """Check the types of values that a user has set; make lists of single values where needed.
+
+    Args:
+        config: With those values; interpolations are resolved.
+        before: With the defaults.
+        keys: Of the values.
+
+    Raises:
+        ConfigError: For a value of another type than its key takes, or one that cannot be resolved.
+    """
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    now, defaults = plain(config), plain(before)
+    for key in keys:
+        value, default = (reduce(dict.__getitem__, key.split("."), d) for d in (now, defaults))
+        taken = _fitted(key, value, default)
+        if taken is not value:
+            OmegaConf.update(config, key, taken)
 
 
 def check_fit(key: str, value: Any, default: Any) -> None:
@@ -198,9 +230,7 @@ def check_fit(key: str, value: Any, default: Any) -> None:
     Raises:
         ConfigError: For an unknown key, with the nearest one, and a value of another kind.
     """
-    if key in OPEN_KEYS:
-        check_options(value)
-    elif isinstance(default, dict):
+    if isinstance(default, dict) and key not in OPEN_KEYS:
         if not isinstance(value, dict):
             raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
         known = {k: f"{key}.{k}" if key else k for k in default}
@@ -210,23 +240,18 @@ def check_fit(key: str, value: Any, default: Any) -> None:
                     nearest(f"{key}.{inner}".lstrip("."), known.values() or [key], "key")
                 )
             check_fit(known[inner], part, default[inner])
-    elif not is_plain(value):
-        raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
     else:
-        _check_kind(key, value, default)
+        _fitted(key, value, default)
 
 
-def _check_kind(key: str, value: Any, default: Any) -> None:
-    wanted = {bool: "true or false", int: "a whole number", float: "a number"}
-    for kind, words in wanted.items():
-        if type(default) is kind:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits:
-                raise ConfigError(f"{key} needs {words}, got '{value}'")
-    if key in PATH_KEYS and not isinstance(value, (str, type(None))):
-        raise ConfigError(f"{key} needs a path, got '{value}'")
-    if isinstance(value, list) and isinstance(default, str) and default != "auto":
-        raise ConfigError(f"{key} needs one value, got '{value}'")
+def _fitted(key: str, value: Any, default: Any) -> Any:
+    """Return the value of a single key as it is taken."""
+    if key in OPEN_KEYS:
+        check_options(value)
+        return value
+    if not is_plain(value):
+        raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
+    return fitted(key, value, default)
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
@@ -266,7 +291,7 @@ def absolute(config: DictConfig) -> DictConfig:
         path = OmegaConf.select(config, key)
         # shards may be behind a URL; an empty path is a mistake and not the current folder
         if path and "://" not in str(path):
-            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(str(path))))
+            OmegaConf.update(config, key, os.path.abspath(expanded(str(path))))
     return config
 
 

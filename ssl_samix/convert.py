@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice, check_range
+from ssl_samix.files import expanded
 from ssl_samix.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def configured(words: list[str]) -> Request:
         check_choice("--upsampling", given["upsampling"], UPSAMPLING)
     for key, smallest in (("mean", 0.0), ("std", 1e-6)):
         given[key] = None if given[key] is None else _channels(key, given[key], smallest)
-    request = Request(**{**given, **{k: Path(given[k]).expanduser() for k in ("path", "out")}})
+    request = Request(**{**given, **{k: expanded(given[k]) for k in ("path", "out")}})
     _check_paths(request)
     return request
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +22,7 @@ from ssl_samix.data.folder import FolderIndex, given_images
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
 from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
+from ssl_samix.files import expanded, new_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,13 +88,8 @@ def _check_own_images(origin: Origin) -> None:
 
 def _out(given: Any, origin: Origin) -> Path:
     if given is None:
-        stem = origin.home / f"embeddings-{time.strftime('%Y%m%d-%H%M%S')}"
-        out, copy = stem, 1
-        while out.exists():
-            copy += 1
-            out = stem.with_name(f"{stem.name}-{copy}")
-        return out
-    out = Path(str(given)).expanduser()
+        return origin.home / f"embeddings-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = expanded(str(given))
     if (out / "features.npy").exists():
         raise UserError(f"out={out} holds features already: choose another out")
     if out.exists() and not out.is_dir():
@@ -124,6 +120,8 @@ def embed(request: Request) -> Path:
     device = choose_device(config.device)
     encoder = load_source(request.origin, config, 224, spec.mean, spec.std).to(device)
     source = _pictures(request, encoder)
+    if config.out is None:
+        request = replace(request, out=new_folder(request.out))
     done = write_folder(request.out, source, partial(_features, request, encoder, source))
     features = np.load(request.out / "features.npy", mmap_mode="r")
     if config.index:

@@ -14,6 +14,7 @@ from ssl_samix.backbones.layout import breaks_in_channels_last
 from ssl_samix.compiling import check_setting
 from ssl_samix.errors import ConfigError, check_range, nearest
 
+MOST_EPOCHS = 10**6
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")  # weights are always float32
 
 
@@ -61,7 +62,11 @@ def build_trainer(
         ConfigError: If Lightning does not know the settings, or the hardware is not there.
     """
     quieten()
-    check_range("trainer.max_epochs", arguments["max_epochs"], 1)
+    check_range("trainer.max_epochs", arguments["max_epochs"], 1, MOST_EPOCHS)
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        check_range(f"trainer.{key}", arguments.get(key, 1), 1, MOST_EPOCHS)
+    if arguments.get("gradient_clip_val") is not None:
+        check_range("trainer.gradient_clip_val", arguments["gradient_clip_val"], 0)
     check_setting(compile)
     if str(precision) not in PRECISIONS:
         raise ConfigError(nearest(str(precision), PRECISIONS, "trainer.precision"))
@@ -81,7 +86,12 @@ def build_trainer(
             num_sanity_val_steps=0,
             **arguments,
         )
-    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,  # as for SLURM's variables that do not fit
+        pl.utilities.exceptions.MisconfigurationException,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the trainer's settings do not work here: {reason}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 
 
@@ -40,9 +41,32 @@ def check_range(name: str, value: object, low: float, high: float = math.inf) ->
         ConfigError: With the key, what is allowed and what was given.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
-        allowed = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    # A whole number may be too large for a float, which is what isfinite makes of it.
+    if not (number and low <= value <= high and abs(value) < math.inf):  # type: ignore[arg-type, operator]
+        least, most = (f"{bound:g}" if abs(bound) < 1e5 else str(bound) for bound in (low, high))
+        allowed = f"at least {least}" if high == math.inf else f"in [{least}, {most}]"
         raise ConfigError(f"{name} must be a number {allowed}, got {value!r}")
+
+
+def check_memory(what: str, numbers: int) -> None:
+    """Refuse what would take more than half of the machine's memory.
+
+    Args:
+        what: Its name, with the key and the value.
+        numbers: How many float32 it holds.
+
+    Raises:
+        ConfigError: With both amounts. Nothing is refused where the system does not tell its own.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call
+        return
+    if 8 * numbers > memory:
+        raise ConfigError(
+            f"{what} takes {4 * numbers / 2**30:,.1f} GiB, more than half of this machine's "
+            f"{memory / 2**30:,.1f} GiB: choose less"
+        )
 
 
 def nearest(name: str, known: Iterable[str], kind: str) -> str:

@@ -5,11 +5,40 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 
 from ssl_samix.errors import UserError
 
 PARTIAL = ".partial"  # how a file's name ends while it is written
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` replaced by the home folder, if there is such a user.
+
+    ``Path.expanduser`` raises a ``RuntimeError`` for the home of a user that does not exist.
+    """
+    return Path(os.path.expanduser(path))
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make a folder that nobody else has: the wanted one, or with ``-2``, ``-3`` ... at its end.
+
+    Raises:
+        UserError: If no folder can be made there.
+    """
+    copies = (wanted.with_name(f"{wanted.name}-{i}") for i in count(2))
+    for folder in chain([wanted], copies):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder {folder}: {error.strerror or error}"
+            ) from error
+    return folder
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

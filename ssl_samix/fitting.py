@@ -31,15 +31,31 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.recipes import Recipes
 from ssl_samix.engine import memory_format
 from ssl_samix.environment import record_start
-from ssl_samix.errors import ConfigError, Interrupted, check_range
+from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
 from ssl_samix.evaluation.checkpoint import save_encoder
-from ssl_samix.launch import given_folder, is_main_process, launched_outside, relaunched_as
+from ssl_samix.launch import (
+    given_folder,
+    imported_by_a_worker,
+    is_main_process,
+    launched_outside,
+    relaunched_as,
+)
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.optim.recipe import OptimizerRecipe
 from ssl_samix.python_values import in_hydras_grammar
-from ssl_samix.run_folder import RunFolder, default_out, resumed_config
+from ssl_samix.run_folder import RunFolder, default_out, mend_metrics, resumed_config
 from ssl_samix.standalone import save_mixer
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's files; their folder is made again if it is removed while a run goes on."""
+
+    @property
+    def experiment(self) -> Any:
+        """Return the writer, whose thread dies of a missing folder."""
+        os.makedirs(self.log_dir, exist_ok=True)
+        return super().experiment
 
 
 class Mode(ABC):
@@ -102,6 +118,11 @@ def words(
 
 def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str], RunFolder]:
     """Return configuration, choices and folder of a new or a resumed run."""
+    if imported_by_a_worker():
+        raise UserError(
+            "this script trains when it is imported, as data workers do: put what calls the "
+            "training under if __name__ == '__main__':"
+        )
     resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
     if resume and resume[-1] is not None:
         config, choices = resumed_config(command, resume[-1], arguments)
@@ -119,6 +140,12 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
 
 def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
+    # Its folder first: what has been built for a folder that somebody else has would be lost.
+    with folder.claimed() if is_main_process() else nullcontext():
+        return _trained(mode, config, choices, folder)
+
+
+def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     check_range("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data: DataModule = build(
@@ -133,17 +160,17 @@ def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFo
     trainer = _trainer(config, folder, module, data, monitor, meta)
     compiling = config.trainer.get("compile", False)  # a run from before it existed has none
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
-    with folder.claimed() if is_main_process() else nullcontext():
-        if is_main_process():
-            folder.create(config, choices)
-            record_start(folder.environment, trainer.precision)
-        announce(trainer, config, choices, folder, module, data, mode.lines(choices))
-        _fit(mode.command, trainer, module, data, folder)
-        if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
-            trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
-        if trainer.is_global_zero:
-            mode.save(folder, module, meta)
-        return finish(trainer, folder, monitor)
+    if is_main_process():
+        folder.create(config, choices)
+        mend_metrics(folder.metrics)
+        record_start(folder.environment, trainer.precision)
+    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+    _fit(mode.command, trainer, module, data, folder)
+    if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
+        trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
+    if trainer.is_global_zero:
+        mode.save(folder, module, meta)
+    return finish(trainer, folder, monitor)
 
 
 def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> MixObjective | None:
@@ -177,6 +204,13 @@ def _fit(
         except SystemExit as stop:  # Lightning's way to end a fit that was interrupted
             resume = shlex.quote(f"resume={folder.path}")
             raise Interrupted(f"interrupted: samix {command} {resume} goes on") from stop
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker ended without a word to this process ({error}): what it printed is "
+                "above, else memory may be short; data.workers=0 does without"
+            ) from error
         except MisconfigurationException as error:
             raise ConfigError(str(error).strip().splitlines()[0]) from error
 
@@ -222,7 +256,7 @@ def _trainer(
         config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
         callbacks=[*watchers, *checkpoints],
-        logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+        logger=RunLogger(folder.path, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO(meta)],
         default_root_dir=folder.path,
     )

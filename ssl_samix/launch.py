@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -29,9 +30,19 @@ def given_folder() -> str | None:
     return None if is_main_process() else os.environ.get(_FOLDER)
 
 
+def imported_by_a_worker() -> bool:
+    """Say whether this process is a worker that is importing the script that started it.
+
+    Where workers are spawned (macOS, Windows), a script without ``if __name__ == "__main__":``
+    begins once more in each of them.
+    """
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
+
+
 def launched_outside() -> bool:
     """Say whether torchrun or SLURM started several processes of the same command."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    number = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", ""))
+    return number.isdigit() and int(number) > 1
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_samix.choices import groups
-from ssl_samix.config import check_value, compose, parse, plain
+from ssl_samix.config import check_values, compose, keys_set, parse, plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
-from ssl_samix.files import PARTIAL, write_atomically
+from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
 from ssl_samix.saved_config import laid_over, read_plain
 
+_log = logging.getLogger(__name__)
 # What a resumed run may change: neither the network nor what it is trained with.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
@@ -54,7 +57,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.csv"
@@ -117,6 +120,8 @@ class RunFolder:
         try:
             yield
         finally:
+            with suppress(OSError):  # it holds something, unless nothing came of the run
+                self.path.rmdir()
             if descriptor is not None:
                 os.close(descriptor)
 
@@ -203,6 +208,59 @@ def _has(config: Any, key: str) -> bool:
     return True
 
 
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Read the whole rows of a metrics.csv, one per epoch; none if there is no such file."""
+    lines = _lines(path)
+    columns = lines[0].split(",")
+    return [dict(zip(columns, line.split(","), strict=True)) for line in _whole(lines)]
+
+
+def mend_metrics(path: Path) -> None:
+    """Leave out damaged lines of a metrics.csv, as a crash makes them; keep the file that was."""
+    lines = _lines(path)
+    whole, filled = _whole(lines), [line for line in lines if line]
+    header = filled[:1] if "epoch" in lines[0].split(",") else []
+    damaged = len(filled) - len(whole) - len(header)
+    if not damaged:
+        return
+    kept, held = path.with_name("metrics.damaged.csv"), path.read_bytes()
+    write_atomically(kept, lambda temporary: temporary.write_bytes(held))
+    text = "".join(f"{line}\n" for line in [*header, *whole])
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    _log.warning(
+        "%s: %d damaged lines are left out, %d epochs are kept; as it was: %s",
+        path, damaged, len(whole), kept,
+    )  # fmt: skip
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """Return the lines that have a number, or nothing, in each column, epochs in order."""
+    columns = lines[0].split(",")
+    if "epoch" not in columns:
+        return []
+    whole, last = [], -1
+    for line in lines[1:]:
+        cells = line.split(",")
+        row = dict(zip(columns, cells, strict=False))
+        complete = len(cells) == len(columns) and all(map(_is_number, cells))
+        if complete and re.fullmatch("[0-9]{1,9}", row["epoch"]) and int(row["epoch"]) > last:
+            whole.append(line)
+            last = int(row["epoch"])
+    return whole
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
+
+
 def resumed_config(
     command: str, run: str, arguments: list[str]
 ) -> tuple[DictConfig, dict[str, str]]:
@@ -221,15 +279,17 @@ def resumed_config(
     theirs = command_of(choices)
     if theirs != command:
         raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
+    before, own = config.copy(), []
     for override in parse(arguments):
         key, value = override.key_or_group, override.value()
         if key == "resume" or key.startswith("hydra"):
             continue
         if key not in choices:
-            check_value(config, key, value, choices)
+            own += keys_set(config, key, value, choices)
         if key in choices or key == "out" or not key.startswith(FREE_KEYS):
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
         OmegaConf.update(config, key, value)
+    check_values(config, before, own)
     return config, choices
 
 
@@ -239,15 +299,11 @@ def command_of(choices: Mapping[str, str | None]) -> str:
 
 
 def default_out(choices: dict[str, str], seed: int) -> Path:
-    """Return a new folder's name under ``runs``."""
+    """Make a new folder under ``runs``, one that no other run begun in this second has."""
     how = choices.get("method", "supervised")
     stem = "-".join([choices["data"], how, choices["mixup"], f"s{seed}"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path, copy = Path("runs") / f"{stem}-{stamp}", 1
-    while path.exists():
-        copy += 1
-        path = Path("runs") / f"{stem}-{stamp}-{copy}"
-    return path
+    return new_folder(Path("runs") / f"{stem}-{stamp}")
 
 
 def _locked(folder: Path) -> int | None:

@@ -16,6 +16,7 @@ from ssl_samix.config import compose
 from ssl_samix.data.folder import FolderIndex, given_images
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
+from ssl_samix.files import expanded
 from ssl_samix.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ def configured(words: list[str]) -> Request:
         check_range("lams", lam, 0, 1)
     check_range("rows", config.rows, 1, MOST_ROWS)
     check_range("seed", config.seed, 0)
-    run = Path(str(config.run)).expanduser()
+    run = expanded(str(config.run))
     _check_run(run, own_images=config.images is None)
     images = None if config.images is None else _at_least_two(str(config.images))
     beside = (run if run.is_dir() else run.parent) / "mixing.png"
-    out = beside if config.out is None else Path(str(config.out)).expanduser()
+    out = beside if config.out is None else expanded(str(config.out))
     if out.suffix.lower() != ".png":
         raise ConfigError(f"out={out}: the picture is a PNG, give it a name that ends in .png")
     return Request(run, images, out, lams, config.rows, config.seed)

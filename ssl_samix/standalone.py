@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, read_checkpoint, read_safetensors
+from ssl_samix.checkpoint_io import META, described_backbone, read_checkpoint, read_safetensors
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.mixup.plan import draw_plan
 from ssl_samix.mixup.samix import SAMix
@@ -192,7 +192,7 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
     Raises:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
-    path = Path(run_or_file)
+    path = expanded(run_or_file)
     if path.is_dir():
         run = RunFolder(path)
         path = run.mixer if run.mixer.exists() else run.last
@@ -203,9 +203,12 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
         raise CheckpointError(
             f"{path} holds no Mixer: it is of a run with mixup={meta.get('mixup', 'none')}"
         )
-    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
-    policy = SAMix(**meta["mixer"]["settings"])
-    _check_channels(path, backbone, meta)
+    backbone = described_backbone(meta, path)
+    try:
+        _check_channels(path, backbone, meta)
+        policy = SAMix(**meta["mixer"]["settings"])
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} describes what cannot be built: {error}") from error
     read = backbone.names_read(meta["mixer"]["stage"])
     _load(backbone, {k: t for k, t in _under(BACKBONE, weights).items() if k in read}, read, path)
     _load(policy, _under(POLICY, weights), set(policy.state_dict()), path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from ssl_samix.cli import job_name
 from ssl_samix.errors import UserError
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.run_folder import RunFolder, default_out
 from tests.conftest import samix, samix_here
 
 TINY = [
@@ -138,6 +140,18 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "optimizer.optimizer.momentum=-1"], "the optimizer refuses"),
         (["pretrain", "trainer.precision=bf16-true"], "trainer.precision"),
         (["pretrain", "trainer.max_epochs=0"], "max_epochs"),
+        (["pretrain", "trainer.gradient_clip_val=-1"], "must be a number at least 0, got -1"),
+        (["pretrain", "trainer.accumulate_grad_batches=0"], "in [1, 1000000], got 0"),
+        (["pretrain", "callbacks.pictures.rows=100000"], "in [1, 64], got 100000"),
+        (["pretrain", "method.hidden_dim=0"], "method.hidden_dim must be a number in [1, 65536]"),
+        (["pretrain", f"method.queue_size={10**11}"], f"method.queue_size={10**11} takes 47,683.7"),
+        (["pretrain", "backbone.width=1000000"], "backbone.width of resnet18 must be a number in"),
+        (
+            ["pretrain", "backbone.width=60000"],
+            "backbone.width=60000 takes 36,531.8 GiB",
+        ),
+        (["pretrain", f"seed={10**20}"], f"seed must be at most 4294967295, got {10**20}"),
+        (["pretrain", "data=folder", "data.root=~no-such-user/x"], "~no-such-user/x does not"),
     ],
 )
 def test_bad_input(words, sentence, fails, tmp_path, monkeypatch):
@@ -168,6 +182,35 @@ def test_out_that_holds_other_things(fails, tmp_path):
 def test_out_that_cannot_be_made(fails):
     assert "cannot use out=/dev/null/run" in fails("pretrain", "out=/dev/null/run")
     assert "cannot make the run folder" in fails("pretrain", *TINY, "out=/proc/none/run")
+
+
+def test_bounds_that_are_used_instead_are_said(tmp_path, caplog):
+    words = [*TINY, "data.limit=90", "method.bn_groups=7", "callbacks.knn.k=[5000]"]
+    samix_here("pretrain", *words, "out=run", cwd=tmp_path)
+    assert "method.bn_groups=7: BatchNorm sees 7 groups of 4 or 5 images" in caplog.messages
+    assert "callbacks.knn.k=5000: the bank has 90 images, so all of them vote" in caplog.messages
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_nothing_left_to_do_is_said(epochs, tmp_path):
+    """``old_run`` has done one epoch; of two, the second is done first."""
+    folder, words = tmp_path / "run", ["pretrain", f"resume={tmp_path}/run"]
+    shutil.copytree(Path(__file__).parent / "old_run", folder)
+    if epochs == 2:
+        assert "nothing is left" not in samix_here(*words, "trainer.max_epochs=2", cwd=tmp_path)
+    before = (folder / "metrics.csv").read_bytes()
+    told = samix_here(*words, "trainer.max_epochs=1", cwd=tmp_path)
+    assert f"nothing is left to do: {epochs} epochs are done and trainer.max_epochs=1" in told
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_slurm_variables_that_do_not_fit(fails, tmp_path, monkeypatch):
+    job = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
+    for name, value in {**job, "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    sentence = fails("pretrain", *TINY, f"out={tmp_path}/run")
+    assert "settings do not work here: You set `--ntasks=4`" in sentence
+    assert "Use `--ntasks-per-node=4`" in sentence
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +331,19 @@ def test_threads_wait_in_short_loops(tmp_path, monkeypatch):
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch's threads here are not libgomp's")
     assert "GOMP_SPINCOUNT = '10000'" in done.stderr
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda pattern: "20260101-000000")
+    with ThreadPoolExecutor(8) as pool:
+        choices = {"data": "digits", "method": "moco", "mixup": "none"}
+        folders = list(pool.map(lambda seed: default_out(choices, 0), range(8)))
+    assert len(set(folders)) == 8
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails("pretrain", "data.batch_size=2000")
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -348,3 +348,14 @@ def test_evaluations_that_end_together_lose_no_row(tmp_path):
         assert writer.exitcode == 0
     found = [(row["protocol"], int(row["top1"])) for row in read_rows(path)]
     assert sorted(found) == [(name, i) for name in "ab" for i in range(20)]
+
+
+def test_one_encoder_on_two_folders_has_two_columns(run):
+    """Not the newest of both in one."""
+    here = [{"top1": 90.0, "data": "folder", "data_fingerprint": "aaaaaaaaaaaa"}]
+    there = [{"top1": 50.0, "data": "folder", "data_fingerprint": "bbbbbbbbbbbb"}]
+    table = main([run("one", [], here, there)])
+    assert "folder aaaaaa" in table
+    assert "folder bbbbbb" in table
+    assert lines(table)[0][-2:] == ["90.00", "50.00"]
+    assert "data_fingerprint of results.csv" in table

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ssl_samix.choices import groups
-from ssl_samix.config import check, compose, parse, quote_paths
+from ssl_samix.choices import CONFIG_DIR, groups
+from ssl_samix.config import check, compose, dotted, parse, quote_paths
 from ssl_samix.errors import ConfigError
+from ssl_samix.key_types import TYPES
 from ssl_samix.python_values import in_hydras_grammar
+from ssl_samix.subcommands import SUBCOMMANDS, Subcommand
 
 PRETRAIN = groups("pretrain")
 CHOICES = [(group, name) for group, names in PRETRAIN.items() for name in names]
@@ -74,6 +78,71 @@ def test_a_mistake_is_one_sentence_with_the_nearest_name(words, sentence):
         compose("pretrain", words)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "sentence"),
+    [
+        ("knn", "k=[2.5]", "k needs a list of whole numbers, got '[2.5]'"),
+        ("knn", "image_size=16.5", "image_size needs a whole number or null, got '16.5'"),
+        ("knn", "model=5", "model needs a name or null, got '5'"),
+        ("knn", "mean=red", "mean needs a list of numbers or null, got 'red'"),
+        ("semi", "per_class=2.5", "per_class needs a whole number or null, got '2.5'"),
+        ("pretrain", "data.limit=100.5", "data.limit needs a whole number or null"),
+        ("pretrain", "data.workers=0.5", "data.workers needs a whole number or auto, got '0.5'"),
+        ("pretrain", "callbacks.knn.k=[2.5]", "callbacks.knn.k needs a list of whole numbers"),
+        ("pretrain", "callbacks.knn={k:[2.5]}", "callbacks.knn.k needs a list of whole numbers"),
+        ("pretrain", "callbacks.knn={kk:2}", "unknown key 'callbacks.knn.kk': did you mean"),
+        ("pretrain", "mixup.mask=null", "mixup.mask needs a name, got 'null'"),
+        ("pretrain", "seed=${data.flip}", "seed needs a whole number, got 'false'"),
+        ("pretrain", "optimizer.lr=inf", "optimizer.lr needs a number, got 'inf'"),
+        ("pretrain", "data.root=???", "data.root needs a path or null, got '???'"),
+        ("pretrain", "out=", "out needs a path or null, got ''"),
+        ("pretrain", f"seed={2**32}", f"seed must be at most {2**32 - 1}, got {2**32}"),
+        ("pretrain", f"trainer.max_epochs={2**63}", f"max_epochs must be at most {2**63 - 1}"),
+    ],
+)
+def test_a_value_has_the_type_of_its_key(command, word, sentence):
+    data = ["data=digits"] if "data" in groups(command) else []
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        compose(command, [*data, *quote_paths([word])])
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "expected"),
+    [
+        ("knn", "k=5", [5]),
+        ("knn", "temperature=1", [1]),
+        ("semi", "finetune.backbone_lr=0.1", [0.1]),
+        ("semi", "finetune.head_factor=0.5", [0.5]),
+        ("linear", "preset.lr=0.1", [0.1]),
+        ("show_mixing", "lams=0.5", [0.5]),
+        ("pretrain", "callbacks.knn.k=20", [20]),
+    ],
+)
+def test_one_value_is_a_list_of_one(command, word, expected):
+    choices = {"linear": ["preset=moco"]}.get(command, [])
+    config, _ = compose(command, [*choices, word])
+    assert OmegaConf.select(config, word.partition("=")[0]) == expected
+
+
+def test_every_key_has_a_type():
+    """Of a default that is null or auto nothing follows: the table must say it."""
+    for command in SUBCOMMANDS.values():
+        if isinstance(command, Subcommand):
+            for key, value in _defaults(command.config):
+                assert value not in (None, "auto") or key in TYPES, key
+
+
+def _defaults(command):
+    for group, names in [*groups(command).items(), ("", [""])]:
+        for name in names if group != "experiment" else []:
+            folder, prefix = (CONFIG_DIR / group, f"{group}.") if group else (CONFIG_DIR, "")
+            read = OmegaConf.load(folder / f"{name or command}.yaml")
+            whole = OmegaConf.to_container(read) or {}
+            whole = {k: v for k, v in whole.items() if k not in ("hydra", "defaults")}
+            for key, value in dotted(whole).items():
+                yield prefix + key, value
 
 
 def test_whole_numbers_are_numbers_and_null_stays_open():

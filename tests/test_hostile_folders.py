@@ -264,7 +264,7 @@ def test_no_word_names_code(word, refused, tmp_path):
         ("data.root={a:1}", "data.root needs a value or a list of values"),
         ("mixup.during=[{a:1},1]", "mixup.during needs a value or a list of values"),
         ("callbacks.knn={temprature:1}", "did you mean 'callbacks.knn.temperature'"),
-        ("data.name=[digits]", "data.name needs one value"),
+        ("data.name=[digits]", "data.name needs a name"),
         ("backbone.options={a:{b:1}}", "backbone.options.a needs a number, a text, or a list"),
         ("backbone.options={checkpoint_path:x}", "backbone.options cannot have checkpoint_path"),
         ("backbone.options={pretrained_cfg:x}", "backbone.options cannot have pretrained_cfg"),
@@ -421,7 +421,7 @@ def test_the_text_in_a_converted_checkpoint_cannot_be_endless(tmp_path, refused)
         ({"root": OPENS}, "data.root needs a value"),
         ({"_target_": "os.system"}, "data._target_ is os.system"),
         ({"limit": 10, "_args_": [1]}, "data._args_"),
-        (["digits"], "data settings"),
+        (["digits"], "data_settings"),
     ],
 )
 def test_a_classifiers_data_settings_are_values(settings, sentence, hostile, refused, witness):

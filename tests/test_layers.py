@@ -27,8 +27,10 @@ ALLOWED = {
         "config",
         "run_folder",
         "saved_config",
+        "description",
         "engine",
         "environment",
+        "key_types",
     },
     "export": {"evaluation", "backbones", "checkpoint_io", "choices", "config", "run_folder"},
     "study": {

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.checkpoint_io import AtomicCheckpointIO
+from ssl_samix.checkpoint_io import NEEDED, AtomicCheckpointIO
 from ssl_samix.cli import main
 from ssl_samix.fitting import words
 from tests.conftest import samix_here
@@ -78,8 +78,10 @@ def test_another_number_of_images_stops_a_resume(change, copy, fails):
 
 
 def test_a_checkpoint_that_does_not_say_how_many_goes_on(tmp_path):
-    meta = {"backbone": {"name": "resnet18"}}
-    AtomicCheckpointIO(meta).save_checkpoint({"epoch": 3}, tmp_path / "old.ckpt")
+    network = {"name": "resnet18", "width": 8, "stem": "small"}
+    meta = {"backbone": network, "image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    state = {**dict.fromkeys(NEEDED), "state_dict": {}, "epoch": 3}
+    AtomicCheckpointIO(meta).save_checkpoint(state, tmp_path / "old.ckpt")
     new = AtomicCheckpointIO({**meta, "train_images": 8})
     assert new.load_checkpoint(tmp_path / "old.ckpt")["epoch"] == 3
 
@@ -104,7 +106,7 @@ def test_a_renamed_class_stops_a_resume(fails, tmp_path, monkeypatch):
 def test_an_empty_path_is_not_the_current_folder(run, fails, monkeypatch, tmp_path):
     monkeypatch.chdir(run[0])
     encoder = f"run={run[0]}/runs/first"
-    assert "images= is empty: give a folder" in fails("embed", encoder, "images=")
+    assert "images needs a path" in fails("embed", encoder, "images=")
     monkeypatch.chdir(tmp_path)
     paint(tmp_path, 6)
     for data in ("", {"data": "folder", "data.root": ""}):

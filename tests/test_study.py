@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
+from functools import cache, reduce
 from itertools import product
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from ssl_samix.config import check_value, compose, parse, quote_paths
+from ssl_samix.config import compose, keys_set, parse, plain, quote_paths
 from ssl_samix.errors import ConfigError, Interrupted, UserError
+from ssl_samix.key_types import fitted
 from ssl_samix.study import command
 from ssl_samix.study.charts import COLOURS, Gaps, Panel, Series, chart, differences, write_figure
 from ssl_samix.study.children import Process, RunLock, Usage
@@ -196,7 +197,9 @@ def test_the_studies_that_come_with_it(path):
         for override in parse(quote_paths(plan.words(method, policy))):
             key = override.key_or_group
             if "." in key and (mixup != "none" or not key.startswith("mixup.")):
-                check_value(config, key, override.value())
+                [own] = keys_set(config, key, override.value())
+                default = reduce(dict.__getitem__, own.split("."), plain(config))
+                fitted(own, override.value(), default)
     assert plan.csv == Path("docs/results") / f"{path.stem}.csv"
     assert f"{len(plan.runs())} runs" in path.read_text().replace("\n# ", " ")
 

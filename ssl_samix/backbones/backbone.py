@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from ssl_samix.backbones.layout import breaks_in_channels_last
 from ssl_samix.backbones.options import check_options
-from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk
-from ssl_samix.errors import ConfigError, nearest
+from ssl_samix.backbones.resnet import RESNETS, ResNetTrunk, weights_of
+from ssl_samix.errors import ConfigError, check_memory, check_range, nearest
 from ssl_samix.types import Features, MapSpec
 
+WIDEST = 65536  # first stage of a ResNet
 SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
+
+# What models raise for options and sizes that they do not check.
+UNBUILDABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -69,8 +76,8 @@ class Backbone(nn.Module):
 
     def _check_resnet_settings(self, name: str, width: int, options: dict[str, Any] | None) -> None:
         if name in RESNETS:
-            if width < 1:
-                raise ConfigError(f"backbone.width must be at least 1, got {width}")
+            least = -(-64 // RESNETS[name][3])  # at least one channel for each group
+            check_range(f"backbone.width of {name}", width, least, WIDEST)
             if options:
                 raise ConfigError(f"backbone.options are for timm models, and {name} is not one")
         elif (width != 64 or self.small_stem) and _library(name):
@@ -82,9 +89,10 @@ class Backbone(nn.Module):
     def _build(
         self, name: str, width: int, options: dict[str, Any] | None, checkpointing: bool
     ) -> nn.Module:
-        if name in RESNETS:
-            return ResNetTrunk(name, width, self.small_stem, checkpointing)
         try:
+            if name in RESNETS:
+                check_memory(f"backbone.width={width}", weights_of(name, width))
+                return ResNetTrunk(name, width, self.small_stem, checkpointing)
             if _library(name) == "timm":
                 from ssl_samix.backbones.timm_trunk import TimmTrunk
 
@@ -98,7 +106,7 @@ class Backbone(nn.Module):
             return TorchvisionTrunk(name)
         except ConfigError:
             raise
-        except (ValueError, TypeError, AssertionError) as error:
+        except UNBUILDABLE as error:
             raise self._unfit(error) from error
 
     def _unfit(self, error: Exception) -> ConfigError:
@@ -115,7 +123,7 @@ class Backbone(nn.Module):
         image = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
             maps, pooled = self._both(image)
-        except (ValueError, TypeError, AssertionError, RuntimeError, IndexError) as error:
+        except UNBUILDABLE as error:
             raise self._unfit(error) from error
         if pooled.ndim != 2 or any(0 in m.shape for m in maps):
             raise self._unfit(ValueError("nothing is left of the image after its last stage"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
@@ -24,6 +25,12 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], i
     "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 1, 128),
     "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), 1, 128),
 }
+
+
+def weights_of(name: str, width: int) -> int:
+    """Count the weights of a ResNet without making them."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in ResNetTrunk(name, width).parameters())
 
 
 class ResNetTrunk(TorchvisionResNet):

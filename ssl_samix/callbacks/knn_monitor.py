@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from ssl_samix.evaluation.two_views import embed_two_views
 
 RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
 VIEW_SAMPLE = 250  # images for alignment, embedded twice
+_log = logging.getLogger(__name__)
 
 
 class KNNMonitor(Monitor):
@@ -63,6 +66,18 @@ class KNNMonitor(Monitor):
         self.temperature = temperature
         self.bank_limit, self.val_limit = bank_limit, val_limit
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so, if there are fewer images than neighbours that shall vote."""
+        bank = trainer.datamodule.splits.bank  # type: ignore[attr-defined]
+        images = 0 if bank is None else self._count(bank, self.bank_limit)
+        beyond = [k for k in self.k if k > images]
+        if trainer.is_global_zero and images and beyond:
+            _log.warning(
+                "callbacks.knn.k=%s: the bank has %d images, so %s",
+                beyond[0] if len(beyond) == 1 else beyond, images,
+                "all of them vote" if len(beyond) == len(self.k) else "this is left out",
+            )  # fmt: skip
+
     def passes(self, data: DataModule) -> int:
         """Count the images that are embedded; those of two views twice."""
         splits = data.splits
@@ -84,8 +99,8 @@ class KNNMonitor(Monitor):
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
         """Return kNN, where there are labels, and RankMe."""
-        lines = [("RankMe", f"{newest['rankme']:.1f}")]
-        if "knn/top1" in newest:
+        lines = [("RankMe", f"{newest['rankme']:.1f}")] if "rankme" in newest else []
+        if {"knn/top1", "knn/best_top1"} <= newest.keys():
             now, best = newest["knn/top1"], newest["knn/best_top1"]
             lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
         return lines

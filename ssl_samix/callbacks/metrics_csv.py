@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytorch_lightning as pl
 
 from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.files import write_atomically
+from ssl_samix.run_folder import read_metrics
 
 BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
 AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second")
@@ -48,19 +48,11 @@ class MetricsCSV(pl.Callback):
     def write(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Append the row of an epoch; rows of this and later epochs are dropped first."""
         if self.rows is None:
-            self.rows = read_metrics(self.path)
+            self.rows = list(read_metrics(self.path))
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
         values = {name: f"{value:.10g}" for name, value in metrics.items()}
         self.rows.append({"epoch": epoch, "step": step, **values})
         write_rows(self.path, self.rows, (*BEFORE, *self.monitor.first, *AFTER))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.csv; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], first: Sequence[str]) -> None:

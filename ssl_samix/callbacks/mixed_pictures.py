@@ -25,6 +25,7 @@ from ssl_samix.modules.ema import evaluating
 from ssl_samix.painting import Channels, colours, greys, paint, write_png
 from ssl_samix.types import Mixed, MixPlan
 
+MOST_ROWS = 64  # of a picture
 PER_RUN = 5  # pictures, if the interval is chosen automatically
 
 
@@ -63,7 +64,7 @@ class MixedPictures(pl.Callback):
         rows: Mixtures per picture.
 
     Raises:
-        ConfigError: For an interval or a number of rows below 1.
+        ConfigError: For an interval below 1, or rows outside [1, 64].
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class MixedPictures(pl.Callback):
     ) -> None:
         if every_n_epochs != "auto":
             check_range("callbacks.pictures.every_n_epochs", every_n_epochs, 1)
-        check_range("callbacks.pictures.rows", rows, 1)
+        check_range("callbacks.pictures.rows", rows, 1, MOST_ROWS)
         self.folder, self.every_n_epochs, self.rows = folder, every_n_epochs, rows
 
     def interval(self, epochs: int) -> int:

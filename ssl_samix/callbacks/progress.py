@@ -33,6 +33,22 @@ class RunProgress(pl.Callback):
         self._begin, self._first_step, self._line = 0.0, 0, 0
         self._quality: dict[str, float] = {}
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so, if no epoch is left to do; Lightning refuses fewer than are done."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        done, wanted = progress["current"]["processed"], trainer.max_epochs or 0
+        if done < wanted:
+            return
+        trainer.fit_loop.max_epochs = done
+        if trainer.is_global_zero:
+            print(
+                f"nothing is left to do: {done} epochs are done and trainer.max_epochs={wanted}; "
+                "a larger one goes on",
+                flush=True,
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the bar."""
         self._begin, self._first_step = time.monotonic(), trainer.global_step

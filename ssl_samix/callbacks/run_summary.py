@@ -10,10 +10,9 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
-from ssl_samix.callbacks.metrics_csv import read_metrics
 from ssl_samix.callbacks.monitor import Monitor
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.run_folder import RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from ssl_samix.evaluation.checkpoint import Encoder
@@ -89,8 +88,9 @@ def finish(trainer: pl.Trainer, folder: RunFolder, monitor: Monitor) -> Run:
 
 
 def _table(rows: list[dict[str, Any]], found: list[tuple[str, str]], folder: RunFolder) -> str:
-    images = sum(float(r["images_per_second"]) * float(r["seconds"]) for r in rows)
-    seconds = sum(float(r["seconds"]) for r in rows)
+    timed = [r for r in rows if r.get("images_per_second") and r.get("seconds")]
+    images = sum(float(r["images_per_second"]) * float(r["seconds"]) for r in timed)
+    seconds = sum(float(r["seconds"]) for r in timed)
     lines = [*found, ("images/s", f"{images / max(seconds, 1e-9):.0f}")]
     lines.append(("encoder", str(folder.encoder)))
     if folder.best.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_samix.errors import UserError
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 
 VARIABLE = "SSL_SAMIX_CACHE"
 
@@ -21,9 +21,9 @@ def cache_folder() -> Path:
     It need not exist.
     """
     if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser().absolute()
+        return expanded(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "ssl_samix"
+    return expanded(base).absolute() / "ssl_samix"
 
 
 def digest(*parts: str) -> str:

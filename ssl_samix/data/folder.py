@@ -24,12 +24,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ssl_samix.data.image_files import told
 from ssl_samix.data.layout import no_images
 from ssl_samix.data.listing import Listing, Listings, remembered
 from ssl_samix.errors import DataError
+from ssl_samix.files import expanded
 
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "dev", "test", "testing")  # the first is preferred
@@ -90,7 +90,7 @@ def given_images(folder: str, key: str = "images") -> FolderIndex:
     """
     if not folder:
         raise DataError(f"{key}= is empty: give a folder of images")
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not path.is_dir():
         raise DataError(f"{key}={path} is no folder: give a folder of images")
     return scan(os.path.abspath(path), labels=False, key=key)

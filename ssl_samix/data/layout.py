@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ssl_samix.data.image_files import told, visible
 from ssl_samix.errors import DataError, nearest
+from ssl_samix.files import expanded
 
 # of the members of tar shards that are images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
@@ -147,7 +148,7 @@ def _given(name: str, root: str | os.PathLike[str] | None) -> Path:
         special = {"folder": "<folder of images>", "webdataset": "<folder or pattern of shards>"}
         what = special.get(name, f"<folder that holds {name}>")
         raise DataError(f"data set '{name}' needs a folder: give data.root={what}")
-    return Path(root).expanduser().absolute()
+    return expanded(root).absolute()
 
 
 def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:

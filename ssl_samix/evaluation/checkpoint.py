@@ -13,12 +13,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, load_strictly, read_checkpoint, read_safetensors
+from ssl_samix.checkpoint_io import (
+    META,
+    described_backbone,
+    load_strictly,
+    read_checkpoint,
+    read_safetensors,
+)
 from ssl_samix.data.images import fit
 from ssl_samix.data.rgb import to_rgb
 from ssl_samix.data.worker_views import normalize
 from ssl_samix.errors import CheckpointError
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 from ssl_samix.run_folder import RunFolder
 
 Channels = tuple[float, float, float]
@@ -77,7 +83,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     Raises:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
-    path = Path(run_or_checkpoint)
+    path = expanded(run_or_checkpoint)
     if path.is_dir():
         run = RunFolder(path)
         path = run.encoder if run.encoder.exists() else run.last
@@ -88,7 +94,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
         raise CheckpointError(
             f"{path} holds no encoder: give the run folder, file or model that it was made from"
         )
-    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
+    backbone = described_backbone(meta, path)
     load_strictly(backbone, weights, path, "backbone")
     return Encoder(backbone, meta)
 

@@ -11,10 +11,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, load_strictly, read_checkpoint, read_safetensors
+from ssl_samix.checkpoint_io import (
+    META,
+    described_backbone,
+    load_strictly,
+    read_checkpoint,
+    read_safetensors,
+)
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
 from ssl_samix.evaluation.checkpoint import Encoder
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 from ssl_samix.run_folder import RunFolder
 
 # Of a supervised run the first two, of samix linear the last.
@@ -80,7 +86,7 @@ def load_classifier(
         ConfigError: For an unknown network, or one that the file does not have.
     """
     check_choice("network", network or NETWORKS[0], NETWORKS)
-    path, meta, found = _read(Path(run_or_file))
+    path, meta, found = _read(expanded(run_or_file))
     name: str = next(iter(found)) if network is None else network
     if name not in found:
         raise ConfigError(f"{path} holds no network={name}: it has {' and '.join(found)}")
@@ -96,7 +102,7 @@ def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedCl
     Raises:
         CheckpointError: As ``load_classifier``.
     """
-    path, meta, found = _read(Path(run_or_file))
+    path, meta, found = _read(expanded(run_or_file))
     return {name: _built(path, meta, name, weights) for name, weights in found.items()}
 
 
@@ -109,7 +115,7 @@ def _read(given: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor
         if not path.exists():
             raise _without(given)
     meta, found = _from_file(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
-    if "classes" not in meta or not found:
+    if not meta.get("classes") or not found:
         raise _without(given)
     return path, meta, found
 
@@ -124,7 +130,7 @@ def _without(given: Path) -> CheckpointError:
 def _built(
     path: Path, meta: dict[str, Any], name: str, weights: dict[str, Tensor]
 ) -> TrainedClassifier:
-    backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
+    backbone = described_backbone(meta, path)
     head = nn.Linear(backbone.feature_dim, len(meta["classes"]))
     load_strictly(nn.Sequential(backbone, head), weights, path, "classifier")
     return TrainedClassifier(backbone, head, {**meta, "network": name})

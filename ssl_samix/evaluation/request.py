@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from ssl_samix.choices import groups
 from ssl_samix.config import absolute, compose, parse, plain
 from ssl_samix.data.layout import check_layout
+from ssl_samix.description import META, described
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.files import expanded
 from ssl_samix.run_folder import RunFolder
 from ssl_samix.saved_config import laid_over
 
@@ -68,7 +69,7 @@ def find_origin(given: str, weights: str) -> Origin:
     Raises:
         CheckpointError: If it is none of them, as far as names tell.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir():
         run = RunFolder(path)
         if run.encoder.exists() or run.last.exists():
@@ -153,18 +154,18 @@ def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
     Of a classifier that samix linear fitted, those it was fitted with.
     """
     meta = _described(origin.path)
+    known = groups()["data"]
     if "data_settings" in meta:
-        check_choice("data", meta.get("data"), groups()["data"])
-        if not isinstance(meta["data_settings"], dict):
-            raise CheckpointError(f"{origin.path} has data settings that are not keys and values")
+        check_choice("data", meta.get("data"), known)
         return meta["data"], meta["data_settings"]
     if origin.run is not None:
         config, choices = origin.run.load_config()
         return choices["data"], plain(config.data)
-    if meta.get("data") in groups()["data"]:
+    if meta.get("data") in known:
         return meta["data"], {}
-    known = ", ".join(groups()["data"])
-    raise ConfigError(f"{origin.given} does not say what to measure it on: give data=<{known}>")
+    raise ConfigError(
+        f"{origin.given} does not say what to measure it on: give data=<{', '.join(known)}>"
+    )
 
 
 def _described(path: Path | None) -> dict[str, Any]:
@@ -175,6 +176,7 @@ def _described(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, framework="np") as file:
-            return json.loads((file.metadata() or {}).get("ssl_samix", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            text = (file.metadata() or {}).get(META)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file") from error
+    return {} if text is None else described(text, path)

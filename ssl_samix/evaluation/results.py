@@ -17,7 +17,7 @@ from ssl_samix.errors import UserError
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.table import NUMBERS, append_rows
 from ssl_samix.evaluation.task import Task, data_fingerprint, encoder_fingerprint
-from ssl_samix.files import write_atomically
+from ssl_samix.files import expanded, write_atomically
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Report:
             stem = f"{self.request.protocol}-{self.request.data}-{time.strftime('%Y%m%d-%H%M%S')}"
             places = (self.home / "results" / (f"{stem}-{i}" if i else stem) for i in count())
             return next(p for p in places if self._made(p, exist_ok=False))
-        folder = Path(str(out)).expanduser()
+        folder = expanded(str(out))
         if (folder / "results.json").exists():
             raise UserError(f"out={folder} holds results already: choose another out")
         self._made(folder, exist_ok=True)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.checkpoint_io import META, load_plain
-from ssl_samix.errors import CheckpointError, ConfigError, check_range
+from ssl_samix.description import check_images
+from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.evaluation import foreign
 from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
 from ssl_samix.evaluation.request import Origin
@@ -34,7 +35,7 @@ def load_source(
         UserError: If there is no such encoder, it is damaged, or what it reads is unknown.
     """
     own = {k: config[k] for k in ("image_size", "mean", "std") if config[k] is not None}
-    _check_own(own)
+    check_images(own)
     if origin.path is None:
         encoder = _model(origin.given, config, {"image_size": image_size, "mean": mean, "std": std})
     elif _is_ours(origin):
@@ -46,19 +47,6 @@ def load_source(
     if origin.path is not None and config.weights == "random":
         encoder = untrained(encoder, config.seed)
     return _with(encoder, own)
-
-
-def _check_own(own: dict[str, Any]) -> None:
-    if "image_size" in own:
-        check_range("image_size", own["image_size"], 8)
-    for key in ("mean", "std"):
-        if key not in own:
-            continue
-        values = list(own[key]) if not isinstance(own[key], (int, float, str)) else []
-        if len(values) != 3:
-            raise ConfigError(f"{key} needs three numbers, as [0.485,0.456,0.406]")
-        for value in values:
-            check_range(key, value, 1e-6 if key == "std" else 0, 1)
 
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:

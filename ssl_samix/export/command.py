@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ssl_samix.config import compose
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
+from ssl_samix.files import expanded
 from ssl_samix.run_folder import RunFolder
 
 SUFFIXES = {"torchvision": ".pth", "timm": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}
@@ -57,11 +58,11 @@ def configured(words: list[str]) -> Request:
             "export needs an encoder: run=<run folder, checkpoint or encoder.safetensors>"
         )
     _check_format(config.format)
-    run = Path(str(config.run)).expanduser()
+    run = expanded(str(config.run))
     _check_run(run)
     suffix = SUFFIXES[config.format]
     beside = (run / "encoder" if run.is_dir() else run).with_suffix(suffix)
-    out = beside if config.out is None else Path(str(config.out)).expanduser()
+    out = beside if config.out is None else expanded(str(config.out))
     if out.suffix.lower() != suffix:
         raise ConfigError(
             f"out={out}: give the file of format={config.format} a name that ends in {suffix}"

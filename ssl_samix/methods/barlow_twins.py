@@ -9,7 +9,7 @@ from torch import Tensor
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.decorrelation import cross_correlation
-from ssl_samix.methods.base import BaseMethod
+from ssl_samix.methods.base import BaseMethod, check_widths
 
 
 class BarlowTwins(BaseMethod):
@@ -35,8 +35,7 @@ class BarlowTwins(BaseMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
-        check_range("method.hidden_dim", hidden_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
+        check_widths(hidden_dim=hidden_dim, output_dim=output_dim)
         check_range("method.redundancy", redundancy, 0)
         self.projector = BarlowTwinsProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.add_teacher()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.errors import check_memory, check_range
 from ssl_samix.losses.contrastive import cosines, info_nce_in_batch
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.modules.ema import EMATwin, evaluating, frozen_forward
@@ -19,8 +20,24 @@ from ssl_samix.modules.passes import Passed, StepMemory
 from ssl_samix.optim.recipe import OptimizerRecipe
 from ssl_samix.types import Batch, Terms
 
+WIDEST = 65536  # layer of a head
 SMALLEST = 1e-4  # temperature: below it, similarities of unit vectors overflow float16
 CONTRAST_TEMPERATURE = 0.2  # of methods that have no negatives, and so no temperature, of their own
+
+
+def check_widths(**widths: int) -> None:
+    """Refuse widths of a head's layers that are out of range, or too many weights for the memory.
+
+    Args:
+        **widths: By their keys under ``method``.
+
+    Raises:
+        ConfigError: For the first of them.
+    """
+    for name, width in widths.items():
+        check_range(f"method.{name}", width, 1, WIDEST)
+    (first, rows), (second, columns) = sorted(widths.items(), key=lambda item: -item[1])[:2]
+    check_memory(f"a layer of method.{first}={rows} and {second}={columns}", rows * columns)
 
 
 class BaseMethod(pl.LightningModule, ABC):

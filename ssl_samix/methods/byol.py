@@ -8,6 +8,7 @@ from torch import Tensor
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.regression import cosine_regression
+from ssl_samix.methods.base import check_widths
 from ssl_samix.methods.momentum import MomentumMethod
 from ssl_samix.modules.ema import momentum_at
 
@@ -36,8 +37,7 @@ class BYOL(MomentumMethod):
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.momentum", momentum, 0, 1)
-        check_range("method.hidden_dim", hidden_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
+        check_widths(hidden_dim=hidden_dim, output_dim=output_dim)
         self.projector = BYOLProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
         self.add_twin()

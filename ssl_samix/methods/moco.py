@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle
 from lightly.utils.dist import world_size
@@ -10,10 +12,12 @@ from torch import Tensor
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce
-from ssl_samix.methods.base import SMALLEST
+from ssl_samix.methods.base import SMALLEST, check_widths
 from ssl_samix.methods.momentum import MomentumMethod
 from ssl_samix.modules.grouped import in_groups
 from ssl_samix.modules.queue import Queue
+
+_log = logging.getLogger(__name__)
 
 
 class MoCo(MomentumMethod):
@@ -55,16 +59,28 @@ class MoCo(MomentumMethod):
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.bn_groups", bn_groups, 1)
         check_range("method.temperature", temperature, SMALLEST)
-        check_range("method.hidden_dim", hidden_dim or backbone.feature_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
         check_range("method.momentum", momentum, 0, 1)
-        width = backbone.feature_dim
-        self.projector = MoCoProjectionHead(width, hidden_dim or width, output_dim)
+        hidden = backbone.feature_dim if hidden_dim is None else hidden_dim
+        check_widths(hidden_dim=hidden, output_dim=output_dim)
+        self.projector = MoCoProjectionHead(backbone.feature_dim, hidden, output_dim)
         self.add_twin()
         self.queue = Queue(queue_size, output_dim)
         self.temperature, self.momentum, self.bn_groups = temperature, momentum, bn_groups
         self.directions = ((0, 1), (1, 0)) if symmetric else ((0, 1),)
         self._new_keys: list[Tensor] = []
+
+    def on_train_start(self) -> None:
+        """Say what BatchNorm sees, where it cannot be what was asked for."""
+        ranks = self.trainer.world_size
+        here = self.trainer.datamodule.batch_size // ranks  # type: ignore[attr-defined]
+        groups = max(1, min(self.groups_here, here // 2))
+        sizes = sorted({here // groups, -(-here // groups)})
+        exact = groups * ranks == self.bn_groups and len(sizes) == 1
+        if self.trainer.is_global_zero and not exact:
+            _log.warning(
+                "method.bn_groups=%d: BatchNorm sees %d groups of %s images",
+                self.bn_groups, groups * ranks, " or ".join(map(str, sizes)),
+            )  # fmt: skip
 
     @property
     def groups_here(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce_in_batch
-from ssl_samix.methods.base import SMALLEST
+from ssl_samix.methods.base import SMALLEST, check_widths
 from ssl_samix.methods.momentum import MomentumMethod
 from ssl_samix.modules.ema import momentum_at
 from ssl_samix.modules.gathering import gathered, offset
@@ -42,9 +42,8 @@ class MoCoV3(MomentumMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
-        check_range("method.hidden_dim", hidden_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
-        check_range("method.projector_layers", projector_layers, 2)
+        check_widths(hidden_dim=hidden_dim, output_dim=output_dim)
+        check_range("method.projector_layers", projector_layers, 2, 16)
         check_range("method.temperature", temperature, SMALLEST)
         check_range("method.momentum", momentum, 0, 1)
         backbone.freeze_patches()

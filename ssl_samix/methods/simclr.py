@@ -8,7 +8,7 @@ from torch import Tensor
 from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
 from ssl_samix.losses.contrastive import info_nce_in_batch, nt_xent
-from ssl_samix.methods.base import SMALLEST, BaseMethod
+from ssl_samix.methods.base import SMALLEST, BaseMethod, check_widths
 from ssl_samix.modules.gathering import gathered, offset
 
 
@@ -34,10 +34,9 @@ class SimCLR(BaseMethod):
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
         check_range("method.temperature", temperature, SMALLEST)
-        check_range("method.hidden_dim", hidden_dim or backbone.feature_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
-        width = backbone.feature_dim
-        self.projector = SimCLRProjectionHead(width, hidden_dim or width, output_dim)
+        hidden = backbone.feature_dim if hidden_dim is None else hidden_dim
+        check_widths(hidden_dim=hidden, output_dim=output_dim)
+        self.projector = SimCLRProjectionHead(backbone.feature_dim, hidden, output_dim)
         self.add_teacher()
         self.temperature = temperature
 

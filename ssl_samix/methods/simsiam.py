@@ -6,9 +6,8 @@ from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import Tensor
 
 from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.errors import check_range
 from ssl_samix.losses.regression import negative_cosine
-from ssl_samix.methods.base import BaseMethod
+from ssl_samix.methods.base import BaseMethod, check_widths
 
 
 class SimSiam(BaseMethod):
@@ -34,9 +33,7 @@ class SimSiam(BaseMethod):
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
-        check_range("method.hidden_dim", hidden_dim, 1)
-        check_range("method.output_dim", output_dim, 1)
-        check_range("method.bottleneck_dim", bottleneck_dim, 1)
+        check_widths(hidden_dim=hidden_dim, output_dim=output_dim, bottleneck_dim=bottleneck_dim)
         self.projector = SimSiamProjectionHead(backbone.feature_dim, hidden_dim, output_dim)
         self.predictor = SimSiamPredictionHead(output_dim, bottleneck_dim, output_dim)
         self.add_teacher()

@@ -8,7 +8,7 @@ from lightly.models.utils import concat_all_gather
 from lightly.utils.dist import world_size
 from torch import Tensor, nn
 
-from ssl_samix.errors import check_range
+from ssl_samix.errors import check_memory, check_range
 
 
 class Queue(nn.Module):
@@ -28,6 +28,7 @@ class Queue(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         check_range("method.queue_size", size, 1)
+        check_memory(f"method.queue_size={size}", size * dim)
         # Random unit vectors stand in until real keys have filled the ring.
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))

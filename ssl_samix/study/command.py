@@ -12,6 +12,7 @@ from ssl_samix.choices import groups
 from ssl_samix.config import check, parse, quote_paths
 from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_choice, nearest
+from ssl_samix.files import expanded
 from ssl_samix.study.costs import Costs
 from ssl_samix.study.plan import Run, Study
 from ssl_samix.study.progress import listed, result, seconds_left, shown
@@ -139,7 +140,7 @@ def configured(words: Sequence[str]) -> Request:
     changed = {key: own[key] for key in CHANGED if own.get(key, "null") != "null"}
     workers = changed.pop("workers", None)
     number = int(workers) if workers and workers.isdigit() else workers
-    study = read_study(Path(paths[0]).expanduser(), further, workers=number, **changed)
+    study = read_study(expanded(paths[0]), further, workers=number, **changed)
     return Request(study, own.get("list") == "true", own.get("report") == "true", list(words))
 
 

@@ -10,9 +10,8 @@ from statistics import median
 from typing import Any
 
 from ssl_samix.errors import CheckpointError, UserError
-from ssl_samix.evaluation.table import read_rows
 from ssl_samix.files import write_atomically
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.run_folder import RunFolder, read_metrics
 from ssl_samix.study.children import Usage
 from ssl_samix.study.plan import Run, Study, differing_words
 from ssl_samix.study.table import MIXER, Row
@@ -98,7 +97,7 @@ class Job:
         self._heard = self.log.stat().st_size if self.log.exists() else 0
         if self.training:
             self.notes.epochs, self.notes.settings = self.epochs, self.run.settings
-            self.notes.parts.append({"before": len(read_rows(self.folder.metrics))})
+            self.notes.parts.append({"before": len(read_metrics(self.folder.metrics))})
             self.notes.write()
 
     def ended(self, usage: Usage) -> str | None:
@@ -123,7 +122,7 @@ class Job:
         Raises:
             CheckpointError: If its folder holds no epochs.
         """
-        epochs = read_rows(self.folder.metrics)
+        epochs = read_metrics(self.folder.metrics)
         if not epochs:
             raise CheckpointError(f"{self.folder.metrics} has no epochs: remove {self.folder.path}")
         method, policy, length, seed = self.run.key

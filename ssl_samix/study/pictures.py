@@ -8,8 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
-from ssl_samix.evaluation.table import read_rows
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.run_folder import RunFolder, read_metrics
 from ssl_samix.study.charts import Gaps, Panel, Series, chart, differences, write_figure
 from ssl_samix.study.plan import Study
 from ssl_samix.study.statistics import paired, spread
@@ -75,7 +74,7 @@ def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
 def _curve(study: Study, row: Row) -> Curve:
     """Read what the monitor saw of a run; nothing if its folder is elsewhere."""
     name = "-".join([row["method"], row["policy"], row["length"], f"s{row['seed']}"])
-    epochs = read_rows(RunFolder(study.out / name).metrics)
+    epochs = read_metrics(RunFolder(study.out / name).metrics)
     if not epochs or "cpu_seconds" not in epochs[0]:
         return {}
     column, _ = MONITOR[study.command]

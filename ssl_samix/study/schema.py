@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
+from ssl_samix.files import expanded
 from ssl_samix.study.plan import LENGTHS, Length, Study
 
 KEYS = (
@@ -68,7 +69,7 @@ def _study(path: Path, given: dict[Any, Any], words: tuple[str, ...]) -> Study:
     evaluate = given.get("evaluate", PROTOCOLS if command == "pretrain" else ())
     for protocol in _list("evaluate", evaluate):
         check_choice("evaluate", protocol, PROTOCOLS)
-    out = Path(str(given.get("out", f"runs/studies/{path.stem}"))).expanduser()
+    out = expanded(str(given.get("out", f"runs/studies/{path.stem}")))
     return Study(
         path,
         command,
@@ -81,7 +82,7 @@ def _study(path: Path, given: dict[Any, Any], words: tuple[str, ...]) -> Study:
         _workers(given.get("workers", "auto")),
         reference,
         out,
-        Path(str(given.get("csv", out / f"{path.stem}.csv"))).expanduser(),
+        expanded(str(given.get("csv", out / f"{path.stem}.csv"))),
     )
 
 

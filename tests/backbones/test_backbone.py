@@ -108,7 +108,7 @@ def test_width_scales_every_stage():
     [
         ({"name": "resnet19"}, "did you mean 'resnet18'"),
         ({"name": "resnet19", "width": 16}, "did you mean 'resnet18'"),
-        ({"name": "resnet18", "width": 0}, "at least 1"),
+        ({"name": "resnet18", "width": 0}, "backbone.width of resnet18 must be"),
         ({"name": "convnext_tiny", "width": 16}, "is for ResNets"),
         ({"name": "convnext_tiny", "stem": "small"}, "is for ResNets"),
         ({"name": "resnet18", "stem": "smal"}, "did you mean 'small'"),

@@ -1,0 +1,143 @@
+"""Of which type the value of a key is. Imports nothing heavy.
+
+Most keys have the type of their default in ``configs``. ``TYPES`` states the others: those whose
+default is null, ``auto``, or narrower than what they take. Constructors have annotations that say
+the same, but reading them would import torch, and many arguments reach a base class by ``**``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ssl_samix.errors import ConfigError
+
+Auto = Literal["auto"]
+TYPES: dict[str, Any] = {
+    # paths
+    "out": Path | None,
+    "resume": Path | None,
+    "init": Path | None,
+    "run": Path | None,
+    "images": Path | None,
+    "split": Path | None,
+    "data.root": Path | None,
+    "mixup.mixer": Path | None,
+    # training
+    "data.image_size": int | Auto,
+    "data.limit": int | None,
+    "data.labels": bool | Auto,
+    "data.workers": int | Auto,
+    "method.hidden_dim": int | None,
+    "mixup.eta": float | Auto,
+    "mixup.local_weight": float | Auto,
+    "backbone.stem": str,
+    "classifier.heads": str,
+    "optimizer.warmup_epochs": float,
+    "callbacks.accuracy.every_n_epochs": int | Auto,
+    "callbacks.knn.every_n_epochs": int | Auto,
+    "callbacks.knn.bank_limit": int | None,
+    "callbacks.knn.val_limit": int | None,
+    "callbacks.pictures.every_n_epochs": int | Auto,
+    "mixup.pairs": str,
+    "mixup.placement": str,
+    "trainer.accelerator": str,
+    "trainer.compile": bool | str,
+    "trainer.devices": int | str | list[int],
+    "trainer.gradient_clip_val": float | None,
+    "trainer.precision": int | str,
+    "trainer.sync_batchnorm": bool | Auto,
+    "views.device": str,
+    "augment.device": str,
+    # measuring and exporting
+    "clusters": int | Auto,
+    "device": str,
+    "finetune.head_factor": list[float],
+    "finetune.milestones": list[float],
+    "format": str | None,
+    "image_size": int | None,
+    "mean": list[float] | None,
+    "model": str | None,
+    "per_class": int | None,
+    "percent": float,
+    "prefix": str | None,
+    "preset.milestones": list[float],
+    "show": list[int] | None,
+    "std": list[float] | None,
+    "strength": float,
+    "workers": int | Auto,
+}
+PATHS = tuple(key for key, kind in TYPES.items() if kind == Path | None)
+MISSING = "???"  # OmegaConf's mark of a value that is yet to be given
+LARGEST = 2**63 - 1  # whole number that torch and NumPy hold
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+    Path: "a path",
+    Any: "a value",
+    dict: "keys and values",
+    NoneType: "null",
+}
+CHECKS: dict[Any, Callable[[Any], bool]] = {
+    Any: lambda value: value != MISSING,
+    float: lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
+    int: lambda value: type(value) is int and value >= -LARGEST,
+    str: lambda value: isinstance(value, str) and value != MISSING,
+    Path: lambda value: isinstance(value, str) and value not in ("", MISSING),
+}
+
+
+def fitted(key: str, value: Any, default: Any) -> Any:
+    """Return a value as its key takes it: one value where a list is meant becomes a list of one.
+
+    Args:
+        key: Dotted.
+        value: Plain: no containers of OmegaConf.
+        default: The value of the configuration, likewise; tells the type of most keys.
+
+    Raises:
+        ConfigError: With the type that the key has.
+    """
+    most = LARGEST_SEED if key == "seed" else LARGEST
+    if type(value) is int and value > most:
+        raise ConfigError(f"{key} must be at most {most}, got {value}")
+    kind = TYPES.get(key, _kind_of(default))
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if any(_is_of(option, value) for option in options):
+        return value
+    if any(get_origin(o) is list and _is_of(get_args(o)[0], value) for o in options):
+        return [value]
+    wanted = " or ".join(map(_said, options))
+    given = {None: "null", True: "true", False: "false"}
+    shown = given.get(value, value) if isinstance(value, bool | NoneType) else value
+    raise ConfigError(f"{key} needs {wanted}, got '{shown}'")
+
+
+def _kind_of(default: Any) -> Any:
+    if isinstance(default, list):
+        kinds = {type(value) for value in default}
+        return list[float if float in kinds else kinds.pop()] if kinds else list[Any]  # type: ignore[misc]
+    return Any if default is None else type(default)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], each) for each in value)
+    return CHECKS[kind](value) if kind in CHECKS else isinstance(value, kind)
+
+
+def _said(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    if get_origin(kind) is list:
+        plural = {int: "whole numbers", float: "numbers"}
+        return f"a list of {plural.get(get_args(kind)[0], 'values')}"
+    return WORDS[kind]
