@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ssl_samix.data.images import ImageSet
@@ -39,8 +39,6 @@ def check(config: DictConfig) -> None:
         check_range("k", k, 1)
     for temperature in config.temperature:
         check_range("temperature", temperature, 1e-3)
-    if config.show is not None and not isinstance(config.show, ListConfig):
-        raise ConfigError("show needs a list of positions, as show=[0,17]")
 
 
 def run(request: Request) -> Path:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import ListConfig
-
 from ssl_samix.config import compose
 from ssl_samix.data.folder import FolderIndex, given_images
 from ssl_samix.data.layout import is_there
@@ -54,7 +52,7 @@ def configured(words: list[str]) -> Request:
     config, _ = compose("show_mixing", words)
     if config.run is None:
         raise ConfigError("show-mixing needs a trained Mixer: run=<run with mixup=samix>")
-    lams = list(config.lams) if isinstance(config.lams, ListConfig) else [config.lams]
+    lams = list(config.lams)
     if not lams:
         raise ConfigError("lams needs at least one ratio, such as [0.5]")
     for lam in lams:

@@ -183,9 +183,11 @@ def test_without_a_folder_it_is_the_runs_own_images(run, embedded, monkeypatch):
     with torch.no_grad():
         expected = own(own.prepare(image)[None])[0]
     assert torch.cosine_similarity(expected, torch.from_numpy(features[5]), dim=0) > 0.999
-    again = configured([f"run='{run.name}'"]).out
-    assert not again.exists()
-    shutil.rmtree(out)
+    monkeypatch.setattr("time.strftime", lambda *given: out.partition("embeddings-")[2])
+    _, _, again = embedded(f"run={run.name}", "sheet=0")  # in the same second
+    assert again == f"{out}-2"
+    for folder in (out, again):
+        shutil.rmtree(folder)
 
 
 def test_a_runs_own_folder_has_rows_for_what_can_be_read(photos, embedded, tmp_path):

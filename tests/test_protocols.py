@@ -257,7 +257,7 @@ def test_an_encoder_that_diverged(colours, tmp_path, fails, monkeypatch):
         (["knn", "k=[]"], "k needs at least one value"),
         (["knn", "temperature=[0]"], "temperature must be"),
         (["knn", "k=[5]", "show=[30]"], "show must be a number in [0, 29]"),
-        (["knn", "k=[5]", "show=3"], "show needs a list"),
+        (["knn", "k=[5]", "show=first"], "show needs a list of whole numbers"),
         (["knn", "chunk=0"], "chunk must be"),
         (["knn", "device=cdua"], "device=cdua is not there"),
         (["knn", "preset=moco"], "knn takes no preset"),

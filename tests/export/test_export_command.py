@@ -29,7 +29,7 @@ def digests(folder):
         (["run={run}"], "format=<torchvision or timm or onnx or torch_export>"),
         (["run={run}", "format=onx"], "unknown format 'onx': did you mean 'onnx'?"),
         (["run={run}", "format=torch_vision"], "did you mean 'torchvision'?"),
-        (["run={run}", "format=7"], "unknown format '7': choose from onnx, timm, torch_export"),
+        (["run={run}", "format=7"], "format needs a name or null, got '7'"),
         (["run={run}", "format=torchscript"], "deprecated it: choose format=torch_export"),
         (["run={run}", "fromat=timm"], "unknown key 'fromat': did you mean 'format'"),
         (["run={run}", "method=moco"], "export takes no method: choose from format, out, run"),

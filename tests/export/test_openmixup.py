@@ -595,7 +595,7 @@ def test_bad_words_are_told_before_the_file_is_opened(tmp_path):
             configured(["openmixup", *words])
     with pytest.raises(ConfigError, match="did you mean 'openmixup'"):
         configured(["openmix", str(path), "-o", "x"])
-    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint or a file of weights"):
         main(["openmixup", str(path), "-o", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     assert "samix convert openmixup <file.pth> -o <folder>" in main(["--help"])
