@@ -180,7 +180,7 @@ def test_mixer_truth(digits, bench, tmp_path):
     backbone = Backbone("resnet18", image_size=48, width=4)
     settings = {"channels": backbone.map_spec(3).channels, "form": "anchored"}
     meta = {"image_size": 48, "mean": [0.5] * 3, "std": [0.25] * 3}
-    meta |= {"backbone": {"name": "resnet18", "width": 4}}
+    meta |= {"backbone": backbone.settings}
     meta |= {"mixer": {"stage": 3, "settings": settings}}
     policy = SAMix(**settings)
     torch.nn.init.zeros_(policy.block.value[3].weight)  # plain mixup to the bit

@@ -111,9 +111,7 @@ def test_an_empty_path_is_not_the_current_folder(run, fails, monkeypatch, tmp_pa
     paint(tmp_path, 6)
     for data in ("", {"data": "folder", "data.root": ""}):
         given = data if isinstance(data, dict) else {"data": data}
-        with pytest.raises(
-            ssl_samix.UserError, match="needs a path"
-        ):
+        with pytest.raises(ssl_samix.UserError, match="needs a path"):
             ssl_samix.pretrain(**given)
     assert not (tmp_path / "runs").exists()
 

@@ -115,11 +115,17 @@ def test_the_code(folder):
     assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in done.stdout
 
 
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^a-z0-9_ -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 def test_links_and_names_exist():
     for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+        page, _, anchor = target.partition("#")
+        assert (ROOT / page).exists(), target
+        assert not anchor or anchor in anchors((ROOT / page).read_text()), target
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors(README)
     from ssl_samix.choices import groups
 
     for group, row in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.M):
