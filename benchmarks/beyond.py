@@ -25,13 +25,12 @@ from typing import Any
 
 from common import print_table, progress, refusing
 
-from ssl_samix.cli import main as samix
+from ssl_samix.artifacts.results import read_rows
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.cli.main import main as samix
 from ssl_samix.errors import UserError
-from ssl_samix.evaluation.table import read_rows
-from ssl_samix.run_folder import RunFolder
-from ssl_samix.study.charts import Panel, Series, chart, write_figure
-from ssl_samix.study.statistics import paired, spread
-from ssl_samix.study.table import write_table
+from ssl_samix.reporting.study_pictures import Panel, Series, chart, write_figure
+from ssl_samix.reporting.study_table import paired, spread, write_table
 
 COLUMNS = ("run", "seed", "measure", "value")
 CORRUPTIONS = {

@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 from common import progress
 
-from ssl_samix import fitting
-from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.cli.commands import SUBCOMMANDS
 from ssl_samix.files import write_atomically
 from ssl_samix.mixup.objective import MixObjective
-from ssl_samix.pretraining import Pretraining, configured
-from ssl_samix.subcommands import SUBCOMMANDS
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.training import run as fitting
+from ssl_samix.training.pretrain import Pretraining, configured
 
 NUMBERS = ("knn_top1", "linear_top1", "cpu_seconds")
 Make = Callable[[Backbone], MixObjective | None]

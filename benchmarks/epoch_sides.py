@@ -13,8 +13,8 @@ from common import progress, seconds, synchronize
 from epoch_data import PILImages, TimedLoader
 from lightly_examples import LightlySide, lightly_transform
 
-from ssl_samix.callbacks.knn_monitor import KNNMonitor
 from ssl_samix.data.datamodule import DataModule
+from ssl_samix.training.monitors import KNNMonitor
 
 
 class LightlyEpochs:

@@ -26,10 +26,10 @@ from flop_model import POLICIES
 from goals import print_goals
 from our_step import configuration, our_method
 
-from ssl_samix.config import build
+from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.datasets import Splits
-from ssl_samix.engine import PRECISIONS, choose_precision, quieten
+from ssl_samix.trainer import PRECISIONS, choose_precision, quieten
 
 COLUMNS = ("method", "side", "epoch s", "images/s", "lightly / ours", "waiting %", "views %")
 

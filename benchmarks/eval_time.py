@@ -20,9 +20,15 @@ from goals import print_goals
 from torch import Tensor
 
 from ssl_samix.evaluation.knn import neighbours, vote_grid
-from ssl_samix.evaluation.linear import logistic_regression, probe
-from ssl_samix.evaluation.linear_choice import Grid
-from ssl_samix.evaluation.linear_heads import Examples, Scaling, measure, train_heads
+from ssl_samix.evaluation.linear import (
+    Examples,
+    Grid,
+    Scaling,
+    logistic_regression,
+    measure,
+    probe,
+    train_heads,
+)
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.07, 0.1)
 HEADS = Grid(learning_rates=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0))  # and 4 weight decays: 24

@@ -14,7 +14,7 @@ import torch
 from common import Options, print_header, print_table, refusing
 from torch import nn
 
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose
 
 
 def rows(words: Sequence[str], device: str) -> list[list[str]]:

@@ -19,8 +19,8 @@ from lightly.transforms import BYOLTransform, MoCoV2Transform, SimCLRTransform
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from torch import Tensor, nn
 
-from ssl_samix.backbones.backbone import SMALL_IMAGE
-from ssl_samix.backbones.resnet import ResNetTrunk
+from ssl_samix.models.backbone import SMALL_IMAGE
+from ssl_samix.models.resnet import ResNetTrunk
 
 QUEUE = 4096
 BLURRED_FROM = 64  # px; what is smaller is not blurred, on our side neither

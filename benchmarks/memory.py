@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose
 from ssl_samix.types import Batch
 
 NETWORKS = {  # name -> words, side of the images in px

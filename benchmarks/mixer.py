@@ -27,10 +27,10 @@ from common import MIB, Options, print_header, print_table, progress, seconds, w
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.engine import PRECISIONS, choose_precision
 from ssl_samix.mixup import mixer
 from ssl_samix.mixup.mixer import MixBlock
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.trainer import PRECISIONS, choose_precision
 
 CHANNELS = ("64", "128", "256", "512", "1024")
 SIDES = ("4", "8", "14", "28", "56")

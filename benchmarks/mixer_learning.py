@@ -25,17 +25,17 @@ import torch
 from common import Options, print_header, print_table, progress, refusing
 from torch import Tensor
 
-from ssl_samix.checkpoint_io import read_checkpoint
-from ssl_samix.config import build, compose
+from ssl_samix.artifacts.checkpoints import read_checkpoint
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import build, compose
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.engine import memory_format
 from ssl_samix.errors import CheckpointError
-from ssl_samix.fitting import build_optimizer
 from ssl_samix.methods.base import BaseMethod
-from ssl_samix.mixup.blend import blend, flat, share
-from ssl_samix.mixup.learned import SAMixObjective, local_loss
 from ssl_samix.mixup.objective import towards, weighted
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.mixup.plan import blend, flat, share
+from ssl_samix.mixup.samix_objective import SAMixObjective, local_loss
+from ssl_samix.trainer import memory_format
+from ssl_samix.training.run import build_optimizer
 from ssl_samix.types import Batch, MixPlan
 
 NAMES = ("local", "flat local", "global", "flat global", "slope", "mask_std", "one_sided")

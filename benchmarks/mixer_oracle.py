@@ -35,18 +35,18 @@ from common import Options, print_header, print_table, refusing
 from encoders import Table
 from torch import Tensor
 
-from ssl_samix import fitting
-from ssl_samix.checkpoint_io import read_checkpoint
-from ssl_samix.config import build, compose
+from ssl_samix.artifacts.checkpoints import read_checkpoint
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import build, compose
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.errors import CheckpointError, check_choice
 from ssl_samix.methods.base import BaseMethod
-from ssl_samix.mixup.blend import blend, flat
-from ssl_samix.mixup.classic import Mixup
-from ssl_samix.mixup.learned import SAMixObjective, local_loss, spread
 from ssl_samix.mixup.mixer import balanced
 from ssl_samix.mixup.objective import MixObjective, towards, weighted
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.mixup.plan import blend, flat
+from ssl_samix.mixup.policies import Mixup
+from ssl_samix.mixup.samix_objective import SAMixObjective, local_loss, spread
+from ssl_samix.training import run as fitting
 from ssl_samix.types import Batch, Method, Mixed, MixPlan
 
 Seek = Callable[[Tensor, Tensor], Tensor]

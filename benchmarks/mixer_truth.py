@@ -33,14 +33,13 @@ import truth_scenes
 from common import Options, print_header, print_table, progress, refusing
 from torch import Tensor
 
-from ssl_samix.data.worker_views import normalize
+from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
+from ssl_samix.data.views import normalize
 from ssl_samix.errors import ConfigError, check_range
-from ssl_samix.mixup.blend import flat, share
-from ssl_samix.mixup.classic import FMix
-from ssl_samix.mixup.learned import spread
-from ssl_samix.mixup.plan import draw_plan
-from ssl_samix.painting import colours, greys, paint, write_png
-from ssl_samix.standalone import TrainedMixer, load_mixer
+from ssl_samix.mixup.plan import draw_plan, flat, share
+from ssl_samix.mixup.policies import FMix
+from ssl_samix.mixup.samix_objective import spread
+from ssl_samix.pictures import colours, greys, paint, write_png
 from ssl_samix.types import MixPlan
 
 FEWEST = 10  # images of a split: one per class

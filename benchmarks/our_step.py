@@ -11,9 +11,9 @@ from lightly_examples import QUEUE
 from pytorch_lightning.plugins import MixedPrecision, Precision
 from torch import Tensor
 
-from ssl_samix.config import build, compose
-from ssl_samix.engine import memory_format
+from ssl_samix.config.compose import build, compose
 from ssl_samix.methods.base import BaseMethod
+from ssl_samix.trainer import memory_format
 from ssl_samix.types import Batch
 
 # The sizes of lightly's examples; a projector's hidden width is the features', as is our default.

@@ -33,11 +33,11 @@ from common import Options, print_header, print_table, refusing
 from encoders import Table
 from torch import Tensor, nn
 
-from ssl_samix.losses.contrastive import info_nce_in_batch
+from ssl_samix.losses import info_nce_in_batch
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.moco import MoCo
-from ssl_samix.mixup.classic import CutMix, Mixup
 from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.mixup.policies import CutMix, Mixup
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, Terms
 
 

@@ -26,7 +26,7 @@ from lightly_examples import LightlySide
 from meter import Meter, Views, largest_resident, resident
 from our_step import OurSide, configuration
 
-from ssl_samix.engine import PRECISIONS, choose_precision, quieten
+from ssl_samix.trainer import PRECISIONS, choose_precision, quieten
 
 COLUMNS = (
     "method", "side", "precision", "ms", "images/s", "lightly / ours", "step / plain",

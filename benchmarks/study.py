@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from ssl_samix.cli import main
+from ssl_samix.cli.main import main
 
 if __name__ == "__main__":
     main(["study", *sys.argv[1:]])

@@ -41,8 +41,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ssl_samix.data.images import FileImages
 from ssl_samix.data.sources import PathSource
-from ssl_samix.data.views import BatchedViews, Views
-from ssl_samix.data.worker_views import WorkerCrops, WorkerViews
+from ssl_samix.data.views import BatchedViews, Views, WorkerCrops, WorkerViews
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "views"
 SIZES = ("32", "64", "96", "224")

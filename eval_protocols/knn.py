@@ -23,7 +23,7 @@ from ssl_samix.evaluation.knn import Vote, leave_one_out, neighbours, vote_grid
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.painting import paint, paint_confusion, write_png
+from ssl_samix.pictures import paint, paint_confusion, write_png
 
 _log = logging.getLogger(__name__)
 ASKED = 5000  # training images whose leave-one-out votes choose the setting, at most
@@ -145,6 +145,6 @@ def _neighbours(
 if __name__ == "__main__":
     import sys
 
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["knn", *sys.argv[1:]])

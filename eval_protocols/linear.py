@@ -16,16 +16,16 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from ssl_samix.callbacks.progress import RunProgress
-from ssl_samix.config import plain
+from ssl_samix.artifacts.classifier import save_classifier
+from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
 from ssl_samix.evaluation.augmented import augmented_probe
-from ssl_samix.evaluation.classifier import save_classifier
 from ssl_samix.evaluation.linear import logistic_regression, probe
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.evaluation.training import Recipe
+from ssl_samix.training.logging import RunProgress
 
 # The rows, details for results.json, and the layer that classifies features, if one is kept.
 Found = tuple[list[Row], dict[str, Any], nn.Linear | None]
@@ -106,6 +106,6 @@ def augmented(request: Request, task: Task, report: Report) -> Found:
 
 
 if __name__ == "__main__":
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["linear", *sys.argv[1:]])

@@ -17,18 +17,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ssl_samix.choices import CONFIG_DIR, groups
-from ssl_samix.config import build, plain
+from ssl_samix.config.compose import CONFIG_DIR, build, groups, plain
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
-from ssl_samix.data.view_maker import ViewMaker
+from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import ConfigError, DataError, check_range
-from ssl_samix.evaluation.clustering import ari, cluster_accuracy, kmeans, nmi
-from ssl_samix.evaluation.measures import alignment, rankme, uniformity
+from ssl_samix.evaluation.measures import (
+    alignment,
+    ari,
+    cluster_accuracy,
+    embed_two_views,
+    kmeans,
+    nmi,
+    rankme,
+    uniformity,
+)
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.evaluation.two_views import embed_two_views
 
 MOST_SAMPLED = 25_600  # as in the paper of RankMe; uniformity looks at every pair of them
 MOST_PAIRS = 1000  # images of which two views are drawn, in this process
@@ -152,6 +158,6 @@ def views_name(views: dict[str, Any]) -> str:
 if __name__ == "__main__":
     import sys
 
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["measures", *sys.argv[1:]])

@@ -16,13 +16,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ssl_samix.artifacts.classifier import TrainedClassifier, load_classifiers
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
-from ssl_samix.evaluation.classifier import TrainedClassifier, load_classifiers
-from ssl_samix.evaluation.corruptions import CorruptedImages, strengths_for
 from ssl_samix.evaluation.request import Request
 from ssl_samix.evaluation.results import Report, Row, table
-from ssl_samix.evaluation.robustness import attacked_logits, calibration_error
+from ssl_samix.evaluation.robustness import (
+    CorruptedImages,
+    attacked_logits,
+    calibration_error,
+    strengths_for,
+)
 from ssl_samix.evaluation.task import Task, open_task
 
 
@@ -123,6 +127,6 @@ def means(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["robustness", *sys.argv[1:]])

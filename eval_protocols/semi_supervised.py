@@ -15,8 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ssl_samix.callbacks.progress import RunProgress
-from ssl_samix.config import plain
+from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.finetune import FewLabels, finetuned
 from ssl_samix.evaluation.label_split import (
@@ -32,6 +31,7 @@ from ssl_samix.evaluation.source import untrained
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.evaluation.training import Recipe
 from ssl_samix.files import expanded
+from ssl_samix.training.logging import RunProgress
 
 
 def check(config: DictConfig) -> None:
@@ -123,6 +123,6 @@ def linear(task: Task, picks: Tensor, seed: int, variant: str) -> Row:
 
 
 if __name__ == "__main__":
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["semi", *sys.argv[1:]])

@@ -6,20 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl_samix.callbacks.run_summary import Run
+    from ssl_samix.artifacts.classifier import TrainedClassifier, load_classifier
+    from ssl_samix.artifacts.encoder import Encoder, load_encoder
+    from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
     from ssl_samix.errors import UserError
-    from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
-    from ssl_samix.evaluation.classifier import TrainedClassifier, load_classifier
     from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
     from ssl_samix.methods.moco import MoCo
     from ssl_samix.methods.mocov3 import MoCoV3
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
-    from ssl_samix.mixup.samix import SAMix
-    from ssl_samix.pretraining import pretrain
-    from ssl_samix.standalone import TrainedMixer, load_mixer
-    from ssl_samix.supervised import train_supervised
+    from ssl_samix.mixup.mixer import SAMix
+    from ssl_samix.training.logging import Run
+    from ssl_samix.training.pretrain import pretrain
+    from ssl_samix.training.supervised import train_supervised
 
 __all__ = [
     "BYOL",
@@ -45,21 +45,21 @@ __all__ = [
 _HOMES = {
     "BYOL": "ssl_samix.methods.byol",
     "BarlowTwins": "ssl_samix.methods.barlow_twins",
-    "Encoder": "ssl_samix.evaluation.checkpoint",
+    "Encoder": "ssl_samix.artifacts.encoder",
     "MoCo": "ssl_samix.methods.moco",
     "MoCoV3": "ssl_samix.methods.mocov3",
-    "Run": "ssl_samix.callbacks.run_summary",
-    "SAMix": "ssl_samix.mixup.samix",
+    "Run": "ssl_samix.training.logging",
+    "SAMix": "ssl_samix.mixup.mixer",
     "SimCLR": "ssl_samix.methods.simclr",
     "SimSiam": "ssl_samix.methods.simsiam",
-    "TrainedClassifier": "ssl_samix.evaluation.classifier",
-    "TrainedMixer": "ssl_samix.standalone",
+    "TrainedClassifier": "ssl_samix.artifacts.classifier",
+    "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",
-    "load_classifier": "ssl_samix.evaluation.classifier",
-    "load_encoder": "ssl_samix.evaluation.checkpoint",
-    "load_mixer": "ssl_samix.standalone",
-    "pretrain": "ssl_samix.pretraining",
-    "train_supervised": "ssl_samix.supervised",
+    "load_classifier": "ssl_samix.artifacts.classifier",
+    "load_encoder": "ssl_samix.artifacts.encoder",
+    "load_mixer": "ssl_samix.artifacts.mixer",
+    "pretrain": "ssl_samix.training.pretrain",
+    "train_supervised": "ssl_samix.training.supervised",
 }
 
 

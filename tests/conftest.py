@@ -11,21 +11,21 @@ import sys
 import pytest
 import torch
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.cli import main
+from ssl_samix.artifacts.mixer import Frozen, TrainedMixer
+from ssl_samix.cli.main import main
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
-from ssl_samix.mixup.classic import Mixup
 from ssl_samix.mixup.clusters import ClusterObjective
-from ssl_samix.mixup.learned import SAMixObjective
+from ssl_samix.mixup.mixer import SAMix
 from ssl_samix.mixup.objective import MixObjective
-from ssl_samix.mixup.samix import SAMix
-from ssl_samix.optim.recipe import OptimizerRecipe
-from ssl_samix.standalone import Frozen, TrainedMixer
+from ssl_samix.mixup.policies import Mixup
+from ssl_samix.mixup.samix_objective import SAMixObjective
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.optim import OptimizerRecipe
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import ssl_samix
-from ssl_samix.evaluation.checkpoint import load_encoder
+from ssl_samix.artifacts.encoder import load_encoder
 
 TINY = {
     "data.limit": 96,

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_rel
 
-from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.artifacts.mixer import save_mixer
+from ssl_samix.artifacts.results import read_rows
 from ssl_samix.data.datasets import load_splits
-from ssl_samix.evaluation.table import read_rows
-from ssl_samix.mixup.samix import SAMix
-from ssl_samix.standalone import save_mixer
+from ssl_samix.mixup.mixer import SAMix
+from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Batch, MixPlan
 from tests.conftest import mixed_method, samix_here
 

@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ssl_samix.cli import job_name
+from ssl_samix.artifacts.run_folder import RunFolder, default_out
+from ssl_samix.cli.main import job_name
 from ssl_samix.errors import UserError
-from ssl_samix.run_folder import RunFolder, default_out
 from tests.conftest import samix, samix_here
 
 TINY = [
@@ -103,7 +103,7 @@ def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
 def test_a_mistake_is_told_before_heavy_imports(tmp_path):
     code = (
         "import sys; sys.argv = ['samix', 'pretrain', 'methd=moco']\n"
-        "from ssl_samix.cli import main\n"
+        "from ssl_samix.cli.main import main\n"
         "try:\n    main()\n"
         "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
     )

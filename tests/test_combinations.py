@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose, groups
+from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Batch
 from tests.conftest import frozen_mixer, recipe
 from tests.test_invariants import terms_of

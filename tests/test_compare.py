@@ -11,12 +11,12 @@ from itertools import count
 
 import pytest
 
-from ssl_samix.cli import main as samix
-from ssl_samix.compare import main
-from ssl_samix.config import compose
-from ssl_samix.evaluation.table import append_rows, read_rows
-from ssl_samix.run_folder import RunFolder
-from ssl_samix.text_tables import Table, latex, markdown, text
+from ssl_samix.artifacts.results import append_rows, read_rows
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.cli.main import main as samix
+from ssl_samix.config.compose import compose
+from ssl_samix.reporting.compare import main
+from ssl_samix.reporting.tables import Table, latex, markdown, text
 
 BASE = {
     "time": "2026-01-01 00:00:00 +0000", "protocol": "knn", "variant": "chosen", "weights": "own",
@@ -326,7 +326,7 @@ def test_a_folder_may_have_an_equals_sign(run):
 
 
 def test_it_needs_no_torch(five):
-    code = f"import sys; from ssl_samix.compare import main; main({five!r})\n"
+    code = f"import sys; from ssl_samix.reporting.compare import main; main({five!r})\n"
     code += "print('torch' in sys.modules, 'torchvision' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False False\n"

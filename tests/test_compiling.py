@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_samix import compiling
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.compiling import compile_if_wanted
+from ssl_samix import trainer as compiling
 from ssl_samix.errors import ConfigError
 from ssl_samix.mixup.mixer import MixBlock
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.trainer import compile_if_wanted
 from ssl_samix.types import Batch
 from tests.conftest import METHODS, MIXINGS, mixed_method
 

@@ -8,12 +8,19 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ssl_samix.choices import CONFIG_DIR, groups
-from ssl_samix.config import check, compose, dotted, parse, quote_paths
+from ssl_samix.cli.commands import SUBCOMMANDS, Subcommand
+from ssl_samix.config.compose import (
+    CONFIG_DIR,
+    check,
+    compose,
+    dotted,
+    groups,
+    in_hydras_grammar,
+    parse,
+    quote_paths,
+)
+from ssl_samix.config.key_types import TYPES
 from ssl_samix.errors import ConfigError
-from ssl_samix.key_types import TYPES
-from ssl_samix.python_values import in_hydras_grammar
-from ssl_samix.subcommands import SUBCOMMANDS, Subcommand
 
 PRETRAIN = groups("pretrain")
 CHOICES = [(group, name) for group, names in PRETRAIN.items() for name in names]

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.data.loader import StepSampler
-from ssl_samix.evaluation.checkpoint import load_encoder
+from ssl_samix.models.backbone import Backbone
 from tests.conftest import METHODS, samix_here
 
 BATCH = 8

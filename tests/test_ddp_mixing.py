@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ssl_samix.standalone import load_mixer
+from ssl_samix.artifacts.mixer import load_mixer
 from ssl_samix.types import Batch, MixPlan
 from tests.conftest import METHODS, mixed_method
 from tests.test_ddp import free_port

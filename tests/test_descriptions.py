@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ssl_samix
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, load_plain
+from ssl_samix.artifacts.checkpoints import META, load_plain
+from ssl_samix.artifacts.classifier import save_classifier
 from ssl_samix.errors import CheckpointError, UserError
-from ssl_samix.evaluation.classifier import save_classifier
+from ssl_samix.models.backbone import Backbone
 
 OLD = Path(__file__).parent / "old_run"
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.cli import main
-from ssl_samix.config import quote_paths
-from ssl_samix.embed import configured, embed
+from ssl_samix.cli.main import main
+from ssl_samix.config.compose import quote_paths
 from ssl_samix.errors import DataError
-from ssl_samix.evaluation import cosine
+from ssl_samix.evaluation import embedding as cosine
+from ssl_samix.evaluation.embed import configured, embed
 from tests.conftest import samix_here
 
 TINY = {
@@ -294,7 +294,7 @@ def test_help_shows_its_keys(tmp_path):
 
 def test_a_mistake_is_told_before_heavy_imports(run, tmp_path):
     code = (
-        "import sys\nfrom ssl_samix.embed import configured\n"
+        "import sys\nfrom ssl_samix.evaluation.embed import configured\n"
         f"try:\n    configured([\"run='{run}'\", 'images=nowhere'])\n"
         "except ValueError as error:\n    print('torch' in sys.modules, error)\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose
 from ssl_samix.data.views import BatchedViews
 from ssl_samix.types import Batch
 from tests.conftest import METHODS, mixed_method, samix_here

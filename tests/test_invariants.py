@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import ConfigError
+from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Batch, MixPlan
 from tests.conftest import METHODS, MIXINGS, mixed_method
 

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 import ssl_samix
-from ssl_samix.callbacks.pace import Pace
+from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.errors import UserError
-from ssl_samix.fitting import _fit
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.training.logging import Pace
+from ssl_samix.training.run import _fit
 
 SMALL = {"data.limit": 64, "data.batch_size": 32, "backbone.width": 4, "mixup": "none"}
 

@@ -15,11 +15,11 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 import ssl_samix
-from ssl_samix.callbacks.metrics_csv import read_metrics
-from ssl_samix.cli import main
+from ssl_samix.cli.main import main
 from ssl_samix.data.datasets import load_splits
-from ssl_samix.data.worker_views import normalize
-from ssl_samix.evaluation.clustering import kmeans
+from ssl_samix.data.views import normalize
+from ssl_samix.evaluation.measures import kmeans
+from ssl_samix.training.logging import read_metrics
 
 TINY = {
     "data.batch_size": 32,

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose, groups
 from ssl_samix.data.views import BatchedViews
+from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Batch
 from tests.conftest import METHODS
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import ssl_samix
-from ssl_samix.callbacks.metrics_csv import read_metrics
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.training.logging import read_metrics
 
 OLD = Path(__file__).parent / "old_run"
 

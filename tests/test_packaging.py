@@ -66,7 +66,7 @@ def test_an_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     assert (elsewhere / "run" / "encoder.safetensors").exists()
     assert list((elsewhere / "run" / "results").glob("knn-digits-*/results.json"))
     where = subprocess.run(
-        [sys.executable, "-c", "import ssl_samix.config as c; print(c.CONFIG_DIR)"],
+        [sys.executable, "-c", "import ssl_samix.config.compose as c; print(c.CONFIG_DIR)"],
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True,
         text=True, check=True,
     ).stdout.strip()  # fmt: skip
@@ -77,4 +77,4 @@ def test_the_command_is_declared():
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")
     scripts = metadata["options.entry_points"]["console_scripts"]
-    assert scripts.strip() == "samix = ssl_samix.cli:main"
+    assert scripts.strip() == "samix = ssl_samix.cli.main:main"

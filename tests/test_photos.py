@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.checkpoint_io import NEEDED, AtomicCheckpointIO
-from ssl_samix.cli import main
-from ssl_samix.fitting import words
+from ssl_samix.artifacts.checkpoints import NEEDED, AtomicCheckpointIO
+from ssl_samix.cli.main import main
+from ssl_samix.training.run import words
 from tests.conftest import samix_here
 
 TINY = [

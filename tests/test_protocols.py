@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.cli import main
-from ssl_samix.evaluation.checkpoint import load_encoder, save_encoder
+from ssl_samix.artifacts.encoder import load_encoder, save_encoder
+from ssl_samix.cli.main import main
 from ssl_samix.evaluation.knn import neighbours
+from ssl_samix.models.backbone import Backbone
 from tests.conftest import samix_here
 
 SIZE = 16

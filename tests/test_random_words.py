@@ -17,12 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssl_samix import fitting
-from ssl_samix.choices import groups
-from ssl_samix.cli import main
-from ssl_samix.config import compose, keys_of
-from ssl_samix.export.command import Exported
-from ssl_samix.subcommands import SUBCOMMANDS, PlainSubcommand, _eval_protocols
+from ssl_samix.artifacts.export import Exported
+from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, _eval_protocols
+from ssl_samix.cli.main import main
+from ssl_samix.config.compose import compose, groups, keys_of
+from ssl_samix.training import run as fitting
 
 OLD = Path(__file__).parent / "old_run"
 EXAMPLES = int(os.environ.get("SAMIX_EXAMPLES", "8"))
@@ -89,11 +88,13 @@ def workplace(tmp_path_factory):
             patch.setattr(fitting, name, lambda *given: None)
         for name in ("linear", "knn", "semi_supervised", "measures", "robustness"):
             patch.setattr(_eval_protocols(name), "run", lambda request: None)
-        patch.setattr("ssl_samix.supervised.save_classifier", lambda *given: None)
+        patch.setattr("ssl_samix.training.supervised.save_classifier", lambda *given: None)
         patch.setattr("pytorch_lightning.Trainer.save_checkpoint", lambda *given: None)
-        patch.setattr("ssl_samix.show_mixing.show", lambda request: None)
-        patch.setattr("ssl_samix.embed.embed", lambda request: None)
-        patch.setattr("ssl_samix.export.command.export", lambda request: Exported(request.out, ""))
+        patch.setattr("ssl_samix.cli.show_mixing.show", lambda request: None)
+        patch.setattr("ssl_samix.evaluation.embed.embed", lambda request: None)
+        patch.setattr(
+            "ssl_samix.artifacts.export.export", lambda request: Exported(request.out, "")
+        )
         shutil.copytree(OLD, folder / "run")
         yield folder
 

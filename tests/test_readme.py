@@ -126,7 +126,7 @@ def test_links_and_names_exist():
         assert (ROOT / page).exists(), target
         assert not anchor or anchor in anchors((ROOT / page).read_text()), target
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors(README)
-    from ssl_samix.choices import groups
+    from ssl_samix.config.compose import groups
 
     for group, row in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.M):
         for name in re.findall(r"`(\w+)`", row):

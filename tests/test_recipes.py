@@ -11,15 +11,13 @@ import pytest
 import torchvision
 from PIL import Image
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups
-from ssl_samix.config import build, compose
+from ssl_samix.cli.recipes import main, recipes
+from ssl_samix.config.compose import build, compose, groups, recipe_command
 from ssl_samix.data.layout import DATASETS
 from ssl_samix.errors import ConfigError
-from ssl_samix.experiments import command_of
-from ssl_samix.pretraining import job as pretrain
-from ssl_samix.recipes import main, recipes
-from ssl_samix.supervised import job as supervised
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.training.pretrain import job as pretrain
+from ssl_samix.training.supervised import job as supervised
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = {"pretrain": pretrain, "supervised": supervised}
@@ -239,7 +237,7 @@ def test_a_recipe_of_the_other_command_is_named(fails):
         "samix: experiment=imagenet/resnet18 is a recipe of samix supervised"
     )
     assert "did you mean 'cifar10/simclr'" in fails("pretrain", "experiment=cifar10/simcl")
-    assert command_of(ROOT / "configs" / "experiment" / "cifar10" / "byol.yaml") == "pretrain"
+    assert recipe_command(ROOT / "configs" / "experiment" / "cifar10" / "byol.yaml") == "pretrain"
 
 
 def composed(name, *words):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from ssl_samix.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import RunFolder
 
 WORDS = [
     "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",

@@ -17,10 +17,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import ssl_samix
-from ssl_samix.cli import main
+from ssl_samix.cli.main import main
 from ssl_samix.data.datasets import load_splits
-from ssl_samix.evaluation.corruptions import CIFAR10_C
 from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.robustness import CIFAR10_C
 
 SIZE = 16
 TINY = {

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.cli import main
-from ssl_samix.data.worker_views import normalize
-from ssl_samix.show_mixing import configured, show
+from ssl_samix.cli.main import main
+from ssl_samix.cli.show_mixing import configured, show
+from ssl_samix.data.views import normalize
 from ssl_samix.types import MixPlan
 from tests.conftest import samix, samix_here
 
@@ -202,7 +202,7 @@ def test_help_shows_its_keys_and_no_groups(tmp_path):
 def test_a_mistake_is_told_before_heavy_imports(unmixed, tmp_path):
     code = (
         f"import sys; sys.argv = ['samix', 'show-mixing', 'run={unmixed}']\n"
-        "from ssl_samix.cli import main\n"
+        "from ssl_samix.cli.main import main\n"
         "try:\n    main()\n"
         "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
     )

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ssl_samix
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META
-from ssl_samix.config import build, compose
+from ssl_samix.artifacts.checkpoints import META
+from ssl_samix.artifacts.mixer import Frozen
+from ssl_samix.config.compose import build, compose
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.fitting import build_mixing
-from ssl_samix.pretraining import Pretraining
-from ssl_samix.standalone import Frozen
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.training.pretrain import Pretraining
+from ssl_samix.training.run import build_mixing
 from ssl_samix.types import MixPlan
 from tests.conftest import mixed_method
 

@@ -20,24 +20,37 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from ssl_samix.config import compose, keys_set, parse, plain, quote_paths
+from ssl_samix.config.compose import compose, keys_set, parse, plain, quote_paths
+from ssl_samix.config.key_types import fitted
 from ssl_samix.errors import ConfigError, Interrupted, UserError
-from ssl_samix.key_types import fitted
-from ssl_samix.study import command
-from ssl_samix.study.charts import COLOURS, Gaps, Panel, Series, chart, differences, write_figure
-from ssl_samix.study.children import Process, RunLock, Usage
-from ssl_samix.study.command import configured, main
-from ssl_samix.study.costs import COLUMNS as COSTS
-from ssl_samix.study.costs import Costs
-from ssl_samix.study.job import Job, last_words, processor
-from ssl_samix.study.measure import Candidate, _Clustering, measured
-from ssl_samix.study.pictures import _cost_panels, front
-from ssl_samix.study.progress import seconds_left
-from ssl_samix.study.report import report, write_report
-from ssl_samix.study.runner import Runner
-from ssl_samix.study.schema import KEYS, read_study
-from ssl_samix.study.statistics import paired, spread
-from ssl_samix.study.table import COLUMNS, add_row, read_table, write_table
+from ssl_samix.reporting import study as command
+from ssl_samix.reporting.study import configured, main
+from ssl_samix.reporting.study_costs import COLUMNS as COSTS
+from ssl_samix.reporting.study_costs import Costs
+from ssl_samix.reporting.study_jobs import Job, Runner, last_words, processor, seconds_left
+from ssl_samix.reporting.study_measure import Candidate, _Clustering, measured
+from ssl_samix.reporting.study_pictures import (
+    COLOURS,
+    Gaps,
+    Panel,
+    Series,
+    _cost_panels,
+    chart,
+    differences,
+    front,
+    write_figure,
+)
+from ssl_samix.reporting.study_plan import KEYS, read_study
+from ssl_samix.reporting.study_processes import Process, RunLock, Usage
+from ssl_samix.reporting.study_report import report, write_report
+from ssl_samix.reporting.study_table import (
+    COLUMNS,
+    add_row,
+    paired,
+    read_table,
+    spread,
+    write_table,
+)
 from tests.conftest import samix_here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +182,8 @@ def test_words_of_the_command_line_come_last(study):
 def test_a_list_tells_what_is_done_before_torch_is_imported(study):
     study(length={"cpu_seconds": [60]})
     code = (
-        "import sys; from ssl_samix.cli import main; main(['study', 'study.yaml', 'list=true'])\n"
+        "import sys\n"
+        "from ssl_samix.cli.main import main; main(['study', 'study.yaml', 'list=true'])\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -485,8 +499,8 @@ def test_a_run_that_another_process_has_is_waited_for(study, monkeypatch):
             add_row(plan, row(first))  # the other process has done it
             lock.give_back()
 
-    monkeypatch.setattr("ssl_samix.study.runner.time.sleep", sleep)
-    monkeypatch.setattr("ssl_samix.study.runner.LOOK_AGAIN", 0.01)
+    monkeypatch.setattr("ssl_samix.reporting.study_jobs.time.sleep", sleep)
+    monkeypatch.setattr("ssl_samix.reporting.study_jobs.LOOK_AGAIN", 0.01)
     failures, told, _ = go(plan)
     assert failures == []
     assert told == ["waiting for what other processes do: moco-none-e2-s0"]

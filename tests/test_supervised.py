@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ssl_samix
-from ssl_samix.config import compose
+from ssl_samix.config.compose import compose
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
@@ -155,7 +155,7 @@ def test_its_mixer_mixes_elsewhere(run):
 
 
 def test_robustness_is_measured(run, capsys):
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["robustness", f"run={run.out}", f"out={run.out / 'robust'}"])
     shown = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_robustness_is_measured(run, capsys):
 
 
 def test_both_networks_are_measured_under_corruptions(run, capsys):
-    from ssl_samix.cli import main
+    from ssl_samix.cli.main import main
 
     main(["robustness", f"run={run.out}", f"out={run.out / 'corrupted'}", "corruptions=true"])
     shown = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.loader import StepLoader, StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import Recipes
-from ssl_samix.data.view_maker import ViewMaker
+from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
 

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_samix.data.images import MemoryImages, fit, resized_side
-from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
 from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.loader import StepReader, StepSampler, step_seed
 from ssl_samix.data.recipes import ViewSpec
-from ssl_samix.data.view_maker import ViewMaker
+from ssl_samix.data.views import ViewMaker
 from ssl_samix.types import Batch
 
 # Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.

@@ -1,9 +1,14 @@
-"""Views of a whole batch at once: drawing their parameters, and computing them.
+"""Augmented views: of a whole batch on the device, or image by image in DataLoader workers.
 
-Drawing (`draw`) and applying (`apply`) are apart, so that a test can give both this code and
-torchvision the same parameters. Every random number comes from torch's default generator of the
+Drawing parameters (`draw`) and applying them (`apply`) are apart, so that a test can give both this
+code and torchvision the same parameters. Random numbers come from torch's default generator of the
 CPU, and every sample has its own: a seed gives the same views on every device, and a GPU is never
-asked which images an operation is for, which would let it run dry.
+asked which images an operation is for.
+
+Images that are decoded on demand at 224 px are augmented in the workers with torchvision: on a CPU
+Pillow's operations are as fast as a batched computation there, and workers have the time
+(``benchmarks/views.py``). Only the blur is our own: torchvision's multiplies by the whole square of
+its kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from ssl_samix.data import transforms
 from ssl_samix.data.recipes import BLUR_SIGMA, Views, ViewSpec, scaled
@@ -239,3 +247,183 @@ class BatchedViews(nn.Module):
             _change(view, params.flip, partial(torch.flip, dims=(3,)))
             views.append(transforms.normalize(recolour(view, params), self.mean, self.std))
         return views
+
+
+class ViewMaker:
+    """Makes the views of images.
+
+    Three ways, of which ``auto`` takes the fastest that gives the same views:
+
+    - Up to 96 px a batch of fitted images becomes views at once, on its device (``batched``).
+    - Larger images, whose crops see the whole picture, are cropped one by one where they are
+      decoded, in the loader's processes; the rest is done with the whole batch, on its device
+      (``batched``; for ``auto`` where that is a GPU).
+    - Everything is done image by image, in the loader's processes (``workers``; for ``auto``
+      without a GPU). Augmentation policies, which are torchvision's, know this way only.
+
+    Args:
+        specs: One recipe per view, already scaled to the images.
+        size: S, side of the views in px.
+        mean: Of the normalisation, per channel.
+        std: Likewise.
+        device: ``auto``, ``batched`` or ``workers``.
+
+    Raises:
+        ConfigError: If a policy is to be batched.
+
+    Attributes:
+        specs: The recipes.
+        per_image: Maps one original, uint8 (3, h, w), to its views (V, 3, S, S), finished or
+            not; None where views are made of the batch.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ViewSpec],
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: str = "auto",
+    ) -> None:
+        self.specs = tuple(specs)
+        policy = any(spec.policy != "none" for spec in specs)
+        if policy and device == "batched":
+            raise ConfigError(
+                "an augmentation policy is drawn image by image: set device to workers or auto"
+            )
+        large = size > BATCHED_UP_TO
+        if device == "auto" and (policy or (large and not torch.cuda.is_available())):
+            device = "workers"
+        self._batched: BatchedViews | None = None
+        self.per_image: WorkerViews | None = None
+        if device == "workers":
+            self.per_image = WorkerViews(specs, size)
+        else:
+            self._batched = BatchedViews(specs, size, mean, std)
+            self.per_image = WorkerCrops(specs, size) if large else None
+        self._mean, self._std = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
+        self._erasing = [
+            v2.RandomErasing(spec.erasing, value="random") if spec.erasing else None
+            for spec in specs
+        ]
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Make normalised views, each (B, 3, S, S) float32, channels_last.
+
+        Args:
+            pixels: Fitted images (B, 3, S, S), or what ``per_image`` made, (B, V, 3, S, S); uint8.
+        """
+        if self._batched is None:
+            mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+            views = tuple(normalize(view, mean, std) for view in pixels.unbind(dim=1))
+        else:
+            batched = self._batched.to(pixels.device)
+            views = batched(pixels) if self.per_image is None else batched.finish(pixels)
+        return tuple(
+            view if erase is None else _each(erase, view)
+            for view, erase in zip(views, self._erasing, strict=True)
+        )
+
+
+def _each(change: v2.Transform, images: Tensor) -> Tensor:
+    """Change every image by itself: on a batch, torchvision would draw once for all."""
+    changed = torch.stack([change(image) for image in images])
+    return changed.contiguous(memory_format=torch.channels_last)
+
+
+class WorkerViews:
+    """Draws and computes the views of one image, with torch's default generator.
+
+    Args:
+        specs: One recipe per view.
+        size: Side of the views, in pixels.
+    """
+
+    def __init__(self, specs: Sequence[ViewSpec], size: int) -> None:
+        """Build one torchvision pipeline per recipe."""
+        self._pipelines = [self._pipeline(spec, size) for spec in specs]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the V views of one uint8 (3, h, w) ``image`` as uint8 (V, 3, size, size).
+
+        Raises:
+            DataError: If the image is not such a tensor.
+        """
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise DataError(
+                "views are drawn from a uint8 image (3, h, w), "
+                f"got {image.dtype} {tuple(image.shape)}"
+            )
+        picture = TF.to_pil_image(image)
+        return torch.stack([TF.pil_to_tensor(pipeline(picture)) for pipeline in self._pipelines])
+
+    def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
+        """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
+        jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+        blur = SeparableBlur(transforms.blur_kernel_size(size))
+        return v2.Compose(
+            [
+                *_crop(spec, size),
+                v2.RandomHorizontalFlip(spec.flip),
+                *_policy(spec),
+                v2.RandomApply([jitter], p=spec.jitter),
+                v2.RandomGrayscale(spec.grayscale),
+                v2.RandomApply([blur], p=spec.blur),
+                v2.RandomSolarize(threshold=128, p=spec.solarize),
+            ]
+        )
+
+
+class WorkerCrops(WorkerViews):
+    """Crops alone: what needs the picture in full; `BatchedViews.finish` does the rest."""
+
+    def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
+        """Return the first step of a recipe."""
+        return v2.Compose(_crop(spec, size))
+
+
+class SeparableBlur:
+    """torchvision's random Gaussian blur of a picture, by columns and rows.
+
+    Args:
+        kernel_size: Odd width of the kernel, in pixels.
+    """
+
+    def __init__(self, kernel_size: int) -> None:
+        self.kernel_size = kernel_size
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """Blur by a standard deviation drawn from `BLUR_SIGMA`."""
+        sigma = torch.empty(1).uniform_(*BLUR_SIGMA)
+        pixels = TF.pil_to_tensor(picture).float()[None]
+        blurred = transforms.gaussian_blur(pixels, sigma, self.kernel_size)[0]
+        return TF.to_pil_image(blurred.round_().to(torch.uint8))
+
+
+def _crop(spec: ViewSpec, size: int) -> list[v2.Transform]:
+    if not spec.pad:
+        area = (spec.crop_min, spec.crop_max)
+        return [v2.RandomResizedCrop(size, scale=area, ratio=RATIO, antialias=True)]
+    border = round(spec.pad * size)
+    shifted = v2.RandomCrop(size, padding=border, padding_mode="reflect")
+    return [v2.Resize(size, antialias=True), v2.CenterCrop(size), shifted]
+
+
+def _policy(spec: ViewSpec) -> list[v2.Transform]:
+    if spec.policy == "randaugment":
+        return [v2.RandAugment(spec.operations, int(spec.magnitude))]
+    return [v2.TrivialAugmentWide()] if spec.policy == "trivialaugment" else []
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise views as they come from workers; equals what `BatchedViews` does to its own.
+
+    Args:
+        pixels: (B, 3, S, S) uint8.
+        mean: (3,), of values in [0, 1].
+        std: (3,), of values in [0, 1].
+
+    Returns:
+        (B, 3, S, S) float32, laid out as channels_last.
+    """
+    return transforms.normalize(pixels, 255 * mean, 255 * std)

@@ -14,7 +14,7 @@ from ssl_samix.data.images import ImageSet
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.recipes import scaled
 from ssl_samix.evaluation.accuracy import top1_top5
-from ssl_samix.evaluation.linear_choice import split
+from ssl_samix.evaluation.linear import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
 

@@ -1,4 +1,4 @@
-"""Features of any number of pictures, written as they come; what cannot be read gets no row.
+"""Features of any number of pictures, written as they come, and nearest neighbours among them.
 
 Legend: N pictures, R rows (readable pictures), D feature width, S image side.
 """
@@ -7,26 +7,90 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import faiss
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_samix.data.images import FileImages, ImageSet, fit
-from ssl_samix.data.rgb import to_rgb
+from ssl_samix.artifacts.encoder import Encoder
+from ssl_samix.data.images import FileImages, ImageSet, fit, to_rgb
 from ssl_samix.data.sources import UNREADABLE
-from ssl_samix.data.worker_views import normalize
+from ssl_samix.data.views import normalize
 from ssl_samix.errors import DataError, UserError
-from ssl_samix.evaluation.checkpoint import Encoder
 from ssl_samix.evaluation.knn import check_finite
 from ssl_samix.files import PARTIAL, write_atomically
+
+BLOCK = 65536  # rows that are read from a file at a time
+
+
+def _unit_blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the place of each block of rows, and its rows scaled to length 1."""
+    for begin in range(0, len(features), BLOCK):
+        block = torch.from_numpy(np.array(features[begin : begin + BLOCK]))
+        yield begin, F.normalize(block, dim=1).numpy()
+
+
+def write_index(path: Path, features: np.ndarray) -> None:
+    """Write an exact faiss index of the features, rows in their order.
+
+    It holds rows of length 1 and compares by inner product, which is the cosine when what is asked
+    for has length 1 too.
+
+    Args:
+        path: The file.
+        features: (R, D); a memory map is read block by block.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    index = faiss.IndexFlatIP(features.shape[1])
+    for _, block in _unit_blocks(features):
+        index.add(block)
+
+    def write(temporary: Path) -> None:
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
+
+    write_atomically(path, write)
+
+
+def nearest_rows(
+    features: np.ndarray, asked: Sequence[int], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k nearest rows of some rows by cosine, exactly, block by block.
+
+    Args:
+        features: (R, D); a memory map is read block by block.
+        asked: (A,) which rows ask; none finds itself, copies of it are found.
+        k: Neighbours; at most R - 1.
+
+    Returns:
+        Cosines (A, k), falling, and rows (A, k).
+    """
+    question = F.normalize(torch.from_numpy(np.array(features[list(asked)])), dim=1).numpy()
+    best = faiss.ResultHeap(len(asked), k + 1, keep_max=True)
+    for begin, block in _unit_blocks(features):
+        near, rows = faiss.knn(
+            question, block, min(k + 1, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+        )
+        best.add_result(near, rows + begin)
+    best.finalize()
+    own = np.asarray(asked)[:, None] == best.I
+    # Of many copies of one picture, the others may be found and the row itself not.
+    own[:, -1] |= ~own.any(axis=1)
+    return best.D[~own].reshape(-1, k), best.I[~own].reshape(-1, k)
+
 
 _log = logging.getLogger(__name__)
 

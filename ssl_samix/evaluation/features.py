@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_samix.data.images import ImageSet
-from ssl_samix.data.worker_views import normalize
-from ssl_samix.modules.ema import evaluating
+from ssl_samix.data.views import normalize
+from ssl_samix.models.ema import evaluating
 
 
 class _Chunks(Dataset[Tensor]):

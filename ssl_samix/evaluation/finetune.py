@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.augmented import head_logits, labelled_data
 from ssl_samix.evaluation.features import extract
-from ssl_samix.evaluation.linear_choice import split
+from ssl_samix.evaluation.linear import split
 from ssl_samix.evaluation.task import Task
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
+from ssl_samix.models.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,151 @@
-"""Measures that need no labels."""
+"""Measures without labels (rank, alignment, uniformity), and clustering by k-means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import faiss
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor, nn
+
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.views import ViewMaker
+from ssl_samix.errors import DataError
+from ssl_samix.models.ema import evaluating
+
+
+@torch.no_grad()
+def embed_two_views(
+    encoder: nn.Module,
+    images: ImageSet,
+    picks: Sequence[int],
+    views: ViewMaker,
+    device: torch.device,
+    seed: int = 0,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Embed two views of images in eval mode; the same views at every call and on every rank.
+
+    The random numbers of whoever calls are left as they were.
+
+    Args:
+        encoder: Maps (B, 3, S, S) to (B, D).
+        images: The data set.
+        picks: Which of its images.
+        views: Makes them.
+        device: Where the encoder is.
+        seed: Of the views.
+        chunk: Images per forward pass.
+
+    Returns:
+        (len(picks), D) float32 on the CPU, of the first views and of the second.
+    """
+    features: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        evaluating(encoder),
+    ):
+        torch.manual_seed(seed)
+        for begin in range(0, len(picks), chunk):
+            pixels = _pixels(images, picks[begin : begin + chunk], views.per_image)
+            drawn = views(pixels.to(device))
+            for rows, view in zip(features, drawn[:2], strict=True):
+                rows.append(encoder(view).float().cpu())
+    return torch.cat(features[0]), torch.cat(features[1])
+
+
+def _pixels(images: ImageSet, picks: Sequence[int], draw: Any) -> Tensor:
+    """Load fitted images, (B, 3, S, S) uint8, or views of the originals, (B, V, 3, S, S) uint8."""
+    if draw is None:
+        return images.load(picks)
+    return torch.stack([draw(images.original(i)) for i in picks])
+
+
+ITERATIONS = 20
+
+
+def kmeans(
+    features: Tensor, clusters: int, seed: int = 0, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cluster features by their direction.
+
+    Args:
+        features: (N, D).
+        clusters: Number of clusters.
+        seed: Of the random start.
+        start: (clusters, D) centroids to start from, so that clusters keep their numbers.
+
+    Returns:
+        (N,) int64 clusters and (clusters, D) centroids.
+
+    Raises:
+        DataError: If there are fewer features than clusters.
+    """
+    if len(features) < clusters:
+        raise DataError(f"{len(features)} images cannot make {clusters} clusters: set fewer")
+    rows = F.normalize(features.float(), dim=1).cpu().numpy()
+    machine = faiss.Kmeans(
+        rows.shape[1],
+        clusters,
+        niter=ITERATIONS,
+        seed=seed,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=max(256, -(-len(rows) // clusters)),
+    )
+    machine.train(rows, init_centroids=None if start is None else start.cpu().numpy())
+    _, ids = machine.index.search(rows, 1)
+    return torch.from_numpy(ids[:, 0]).long(), torch.from_numpy(machine.centroids).clone()
+
+
+def nmi(clusters: Tensor, labels: Tensor) -> float:
+    """Mutual information of clusters and classes over the mean of their entropies.
+
+    Between 0 (independent) and 1 (the same partition). With many clusters of few images it is well
+    above 0 by chance alone, which the adjusted Rand index corrects for.
+
+    Args:
+        clusters: (N,) int64, numbered in any order.
+        labels: (N,) int64.
+    """
+    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
+
+
+def ari(clusters: Tensor, labels: Tensor) -> float:
+    """Adjusted Rand index: pairs of images on which both agree, corrected for chance.
+
+    Hubert and Arabie, Comparing partitions, 1985. 0 is chance, 1 the same partition; it may be
+    below 0.
+
+    Args:
+        clusters: (N,) int64, numbered in any order.
+        labels: (N,) int64.
+    """
+    return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
+
+
+def cluster_accuracy(clusters: Tensor, labels: Tensor) -> float:
+    """Accuracy when each cluster stands for one class and each class for one cluster, at best.
+
+    The best one-to-one matching is found by the Hungarian method. Where there are more clusters
+    than classes, the images of those left over count as wrong; likewise with more classes.
+
+    Args:
+        clusters: (N,) int64, numbered in any order.
+        labels: (N,) int64.
+
+    Returns:
+        Percent.
+    """
+    rows, columns = int(clusters.max()) + 1, int(labels.max()) + 1
+    counts = torch.bincount(clusters * columns + labels, minlength=rows * columns)
+    counts = counts.view(rows, columns)
+    matched = linear_sum_assignment(counts.numpy(), maximize=True)
+    return 100 * float(counts[matched].sum()) / len(labels)
 
 
 def rankme(features: Tensor, epsilon: float = 1e-7) -> float:

@@ -10,14 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from ssl_samix.choices import groups
-from ssl_samix.config import absolute, compose, parse, plain
+from ssl_samix.artifacts.description import META, described
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import absolute, compose, groups, parse, plain
+from ssl_samix.config.saved import laid_over
 from ssl_samix.data.layout import check_layout
-from ssl_samix.description import META, described
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
 from ssl_samix.files import expanded
-from ssl_samix.run_folder import RunFolder
-from ssl_samix.saved_config import laid_over
 
 WEIGHTS = ("own", "random", "pretrained")
 

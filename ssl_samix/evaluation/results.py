@@ -11,13 +11,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ssl_samix.config import plain
-from ssl_samix.environment import describe_environment
+from ssl_samix.artifacts.results import NUMBERS, append_rows
+from ssl_samix.config.compose import plain
 from ssl_samix.errors import UserError
 from ssl_samix.evaluation.request import Request
-from ssl_samix.evaluation.table import NUMBERS, append_rows
 from ssl_samix.evaluation.task import Task, data_fingerprint, encoder_fingerprint
 from ssl_samix.files import expanded, write_atomically
+from ssl_samix.trainer import describe_environment
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,146 @@
-"""What a classifier's accuracy does not say: calibration, and accuracy under attack."""
+"""Robustness of a classifier: calibration, attack, and corruptions of the test images.
+
+Noise, blur, contrast and JPEG are of the kinds and strengths of CIFAR-10-C and ImageNet-C
+(https://github.com/hendrycks/robustness, ``make_cifar_c.py`` and ``make_imagenet_c.py``; arXiv
+1903.12261), computed on the fly, so that they exist for any data set. Numbers are not those of the
+published sets: noise is drawn anew, pixels are rounded where the scripts cut fractions off, and
+ImageNet-C was stored as JPEG once more.
+
+Legend: B images in a batch, S the image side.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import Tensor
 
-from ssl_samix.data.images import ImageSet
-from ssl_samix.evaluation.classifier import TrainedClassifier
+from ssl_samix.artifacts.classifier import TrainedClassifier
+from ssl_samix.data.images import ImageSet, to_tensor
+
+LARGEST_SMALL = 64  # px; up to here images are taken for CIFAR's, above for ImageNet's
+TRUNCATE = 4  # standard deviations: where scikit-image, which the scripts blur with, ends a kernel
+
+# Standard deviation of pixels in [0, 1]; standard deviation in px; factor; quality. Mild to severe.
+Strengths = dict[str, tuple[float, ...]]
+CIFAR10_C: Strengths = {
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+    "jpeg": (80, 65, 58, 50, 40),
+}
+IMAGENET_C: Strengths = {
+    "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),
+    "gaussian_blur": (1, 2, 3, 4, 6),
+    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
+    "jpeg": (25, 18, 15, 10, 7),
+}
+
+
+def strengths_for(image_size: int) -> tuple[str, Strengths]:
+    """Return whose strengths suit images of this side in px, and the strengths by corruption."""
+    if image_size <= LARGEST_SMALL:
+        return "CIFAR-10-C", CIFAR10_C
+    return "ImageNet-C", IMAGENET_C
+
+
+class CorruptedImages(ImageSet):
+    """Images that are corrupted, after they were fitted, whenever they are loaded.
+
+    Args:
+        images: What is corrupted.
+        corruption: Its name, a key of ``CIFAR10_C``.
+        strength: As listed there.
+    """
+
+    def __init__(self, images: ImageSet, corruption: str, strength: float) -> None:
+        self.images = images
+        self.corruption = corruption
+        self.strength = strength
+        self.labels = images.labels
+        self.image_size = images.image_size
+        self.unreadable = images.unreadable
+
+    def name(self, index: int) -> str:
+        """Return the name of one image."""
+        return self.images.name(index)
+
+    def original(self, index: int) -> Tensor:
+        """Return one image before fitting and corruption, (3, h, w) uint8."""
+        return self.images.original(index)
+
+    def load(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return fitted, corrupted images, (B, 3, S, S) uint8: each time the same."""
+        pixels = self.images.load(indices)
+        if self.corruption == "gaussian_noise":
+            return gaussian_noise(pixels, self.strength, [int(i) for i in indices])
+        return _WITHOUT_CHANCE[self.corruption](pixels, self.strength)
+
+
+def gaussian_noise(pixels: Tensor, std: float, seeds: Sequence[int]) -> Tensor:
+    """Add noise that is independent in every pixel and channel.
+
+    Args:
+        pixels: (B, 3, S, S) uint8.
+        std: Of the noise, of pixels in [0, 1].
+        seeds: Of each image's noise, so that it depends on no batch. (B,)
+
+    Returns:
+        (B, 3, S, S) uint8.
+    """
+    generator = torch.Generator()
+    noise = [torch.randn(pixels.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds]
+    return _rounded(pixels + 255 * std * torch.stack(noise))
+
+
+def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Blur with a Gaussian of ``sigma`` px, (B, 3, S, S) uint8 to the same; edges are repeated."""
+    radius = int(TRUNCATE * sigma + 0.5)
+    width = 2 * radius + 1
+    # What torchvision makes of the borders, a mirror, is cut off again. One axis after the other is
+    # the same blur for a fraction of the time.
+    wide = TF.pad(pixels.float(), [radius] * 4, padding_mode="edge")
+    for kernel in ([width, 1], [1, width]):
+        wide = TF.gaussian_blur(wide, kernel, [sigma, sigma])
+    return _rounded(wide[..., radius:-radius, radius:-radius])
+
+
+def contrast(pixels: Tensor, factor: float) -> Tensor:
+    """Bring pixels nearer to the mean of their image and channel, (B, 3, S, S) uint8 to the same.
+
+    torchvision's ``adjust_contrast`` takes the mean of the grey image instead.
+    """
+    values = pixels.float()
+    mean = values.mean(dim=(2, 3), keepdim=True)
+    return _rounded((values - mean) * factor + mean)
+
+
+def jpeg(pixels: Tensor, quality: float) -> Tensor:
+    """Compress and decompress each image, (B, 3, S, S) uint8 to the same.
+
+    By Pillow, as the scripts do; torchvision has announced to drop its own encoder.
+    """
+    return torch.stack([_compressed(image, int(quality)) for image in pixels])
+
+
+def _compressed(image: Tensor, quality: int) -> Tensor:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    with Image.open(file) as compressed:
+        return to_tensor(compressed)
+
+
+_WITHOUT_CHANCE = {"gaussian_blur": gaussian_blur, "contrast": contrast, "jpeg": jpeg}
+
+
+def _rounded(values: Tensor) -> Tensor:
+    return values.round_().clamp_(0, 255).to(torch.uint8)
+
 
 BINS = 15  # of confidence (arXiv 1706.04599, section 5)
 

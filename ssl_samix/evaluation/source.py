@@ -9,13 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.checkpoint_io import META, load_plain
-from ssl_samix.description import check_images
+from ssl_samix.artifacts import foreign
+from ssl_samix.artifacts.checkpoints import META, load_plain
+from ssl_samix.artifacts.description import check_images
+from ssl_samix.artifacts.encoder import Encoder, load_encoder
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.evaluation import foreign
-from ssl_samix.evaluation.checkpoint import Encoder, load_encoder
 from ssl_samix.evaluation.request import Origin
+from ssl_samix.models.backbone import Backbone
 
 
 def load_source(

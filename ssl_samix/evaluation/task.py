@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_samix.artifacts.encoder import Encoder
 from ssl_samix.data.datasets import SPECS, Splits, load_splits
 from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
 from ssl_samix.errors import ConfigError, DataError
-from ssl_samix.evaluation.checkpoint import Encoder
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import check_finite
 from ssl_samix.evaluation.request import Request

@@ -18,10 +18,10 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.data.labelled import LabelledData
-from ssl_samix.engine import build_trainer, memory_format
 from ssl_samix.errors import ConfigError, check_choice, check_range
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.trainer import build_trainer, memory_format
 from ssl_samix.types import Batch
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)

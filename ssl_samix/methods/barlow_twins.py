@@ -6,10 +6,10 @@ from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import BarlowTwinsProjectionHead
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
-from ssl_samix.losses.decorrelation import cross_correlation
+from ssl_samix.losses import cross_correlation
 from ssl_samix.methods.base import BaseMethod, check_widths
+from ssl_samix.models.backbone import Backbone
 
 
 class BarlowTwins(BaseMethod):

@@ -1,4 +1,4 @@
-"""The base of every method: it steps and logs; a method only computes."""
+"""Base classes of the methods: training step, logging, momentum encoder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_memory, check_range
-from ssl_samix.losses.contrastive import cosines, info_nce_in_batch
+from ssl_samix.losses import cosines, info_nce_in_batch
 from ssl_samix.mixup.objective import MixObjective
-from ssl_samix.modules.ema import EMATwin, evaluating, frozen_forward
-from ssl_samix.modules.gathering import gathered, offset
-from ssl_samix.modules.passes import Passed, StepMemory
-from ssl_samix.optim.recipe import OptimizerRecipe
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.distributed import gathered, offset
+from ssl_samix.models.ema import EMATwin, evaluating, frozen_forward
+from ssl_samix.models.passes import Passed, StepMemory
+from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.types import Batch, Terms
 
 WIDEST = 65536  # layer of a head
@@ -267,3 +267,37 @@ class BaseMethod(pl.LightningModule, ABC):
             steps_per_epoch=max(1, self.total_steps // epochs),
             mixer=None if self.mixing is None else self.mixing.optimizer,
         )
+
+
+class MomentumMethod(BaseMethod):
+    """A method whose queries are compared with the embeddings of its momentum encoder.
+
+    A subclass calls ``add_twin`` when its heads are there.
+    """
+
+    twin: EMATwin
+
+    def add_twin(self) -> None:
+        """Copy backbone and projector to the momentum encoder."""
+        self.twin = EMATwin(self.embedder)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """Embed with the momentum encoder to (B, D)."""
+        return self.memory.once("teacher", images, lambda: self._teacher(images)).embedding
+
+    def _teacher(self, images: Tensor) -> Passed:
+        embedding, *maps = self.embed_targets(images)
+        return Passed(self.unit(embedding), None, *maps)
+
+    def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Make the pass of the momentum encoder."""
+        return self.read(self.teacher, images)
+
+    def momentum_now(self) -> float:
+        """Return the momentum of this step."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Move the momentum encoder."""
+        self.twin.update(self.embedder, self.momentum_now())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
-from ssl_samix.losses.regression import cosine_regression
-from ssl_samix.methods.base import check_widths
-from ssl_samix.methods.momentum import MomentumMethod
-from ssl_samix.modules.ema import momentum_at
+from ssl_samix.losses import cosine_regression
+from ssl_samix.methods.base import MomentumMethod, check_widths
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.ema import momentum_at
 
 
 class BYOL(MomentumMethod):

@@ -9,13 +9,12 @@ from lightly.models.utils import batch_shuffle, batch_unshuffle
 from lightly.utils.dist import world_size
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
-from ssl_samix.losses.contrastive import info_nce
-from ssl_samix.methods.base import SMALLEST, check_widths
-from ssl_samix.methods.momentum import MomentumMethod
-from ssl_samix.modules.grouped import in_groups
-from ssl_samix.modules.queue import Queue
+from ssl_samix.losses import info_nce
+from ssl_samix.methods.base import SMALLEST, MomentumMethod, check_widths
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.distributed import in_groups
+from ssl_samix.models.queue import Queue
 
 _log = logging.getLogger(__name__)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from lightly.models.modules import MoCoProjectionHead
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
-from ssl_samix.losses.contrastive import info_nce_in_batch
-from ssl_samix.methods.base import SMALLEST, check_widths
-from ssl_samix.methods.momentum import MomentumMethod
-from ssl_samix.modules.ema import momentum_at
-from ssl_samix.modules.gathering import gathered, offset
+from ssl_samix.losses import info_nce_in_batch
+from ssl_samix.methods.base import SMALLEST, MomentumMethod, check_widths
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.distributed import gathered, offset
+from ssl_samix.models.ema import momentum_at
 
 
 class MoCoV3(MomentumMethod):

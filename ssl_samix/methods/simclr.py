@@ -5,11 +5,11 @@ from __future__ import annotations
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.errors import check_range
-from ssl_samix.losses.contrastive import info_nce_in_batch, nt_xent
+from ssl_samix.losses import info_nce_in_batch, nt_xent
 from ssl_samix.methods.base import SMALLEST, BaseMethod, check_widths
-from ssl_samix.modules.gathering import gathered, offset
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.distributed import gathered, offset
 
 
 class SimCLR(BaseMethod):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import Tensor
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.losses.regression import negative_cosine
+from ssl_samix.losses import negative_cosine
 from ssl_samix.methods.base import BaseMethod, check_widths
+from ssl_samix.models.backbone import Backbone
 
 
 class SimSiam(BaseMethod):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.errors import check_range
-from ssl_samix.losses.precision import full_precision
-from ssl_samix.mixup.learned import SAMixObjective
+from ssl_samix.losses import full_precision
 from ssl_samix.mixup.objective import weighted
+from ssl_samix.mixup.samix_objective import SAMixObjective
 from ssl_samix.types import Batch, Method, MixPlan, Terms
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_samix.errors import check_choice, check_range
 from ssl_samix.mixup.plan import SMALLEST, draw_plan, share_done, window
-from ssl_samix.optim.joint import MixerOptimizer
+from ssl_samix.optim import MixerOptimizer
 from ssl_samix.types import (
     Batch,
     Method,

@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.backbones.resnet import RESNETS
-from ssl_samix.engine import memory_format
 from ssl_samix.errors import ConfigError
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.resnet import RESNETS
+from ssl_samix.trainer import memory_format
 
 
 def weights(module):
@@ -160,8 +160,8 @@ def test_narrow_convolutions_without_stride_keep_channels_last():
 def test_a_very_narrow_network_trains_at_a_size_where_memory_was_corrupted():
     code = """
 import torch
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.engine import memory_format
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.trainer import memory_format
 for width in (8, 12):
     backbone = Backbone("resnet18", image_size=96, stem="small", width=width)
     backbone.to(memory_format=memory_format(backbone))

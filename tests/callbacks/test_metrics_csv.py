@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import ssl_samix
-from ssl_samix.callbacks.metrics_csv import read_metrics
-from ssl_samix.run_folder import mend_metrics
+from ssl_samix.artifacts.run_folder import mend_metrics
+from ssl_samix.training.logging import read_metrics
 
 SMALL = {
     "data.limit": 128,

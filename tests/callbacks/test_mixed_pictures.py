@@ -11,18 +11,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssl_samix
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.callbacks.mixed_pictures import (
+from ssl_samix.config.compose import build, compose, groups
+from ssl_samix.data.views import normalize
+from ssl_samix.errors import ConfigError, UserError
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.pictures import colours, greys, paint, write_png
+from ssl_samix.training.mixed_pictures import (
     MixedPictures,
     fixed_images,
     paint_mixed,
     paired,
 )
-from ssl_samix.choices import groups
-from ssl_samix.config import build, compose
-from ssl_samix.data.worker_views import normalize
-from ssl_samix.errors import ConfigError, UserError
-from ssl_samix.painting import colours, greys, paint, write_png
 from ssl_samix.types import Mixed
 from tests.conftest import METHODS
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ssl_samix
-from ssl_samix.callbacks.mixer_health import MixerHealth
-from ssl_samix.callbacks.progress import RunProgress
-from ssl_samix.optim.joint import MixerOptimizer
+from ssl_samix.optim import MixerOptimizer
+from ssl_samix.training.guards import MixerHealth
+from ssl_samix.training.logging import RunProgress
 
 
 def module(update_every=1, form="paper", begin=0.0, end=1.0, optimizer="encoder"):

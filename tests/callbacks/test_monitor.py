@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_samix.callbacks.checkpoints import RunCheckpoint
-from ssl_samix.callbacks.knn_monitor import KNNMonitor
-from ssl_samix.callbacks.metrics_csv import MetricsCSV, read_metrics
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose
 from ssl_samix.errors import ConfigError
+from ssl_samix.training.guards import RunCheckpoint
+from ssl_samix.training.logging import MetricsCSV, read_metrics
+from ssl_samix.training.monitors import KNNMonitor
 
 CPU = torch.device("cpu")
 

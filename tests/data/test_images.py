@@ -9,8 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ssl_samix.data import decode
 from ssl_samix.data.decode import check_sample, memory_images, typical_side
-from ssl_samix.data.images import FileImages, MemoryImages, fit
-from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.images import FileImages, MemoryImages, fit, to_rgb
 from ssl_samix.data.sources import ArraySource, PathSource
 from ssl_samix.errors import DataError
 

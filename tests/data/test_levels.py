@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ssl_samix.data.decode import memory_images
-from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.images import to_rgb
 from ssl_samix.data.sources import PathSource, UnusableImage
 from ssl_samix.errors import DataError
 

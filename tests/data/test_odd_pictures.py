@@ -14,8 +14,7 @@ import torch
 from PIL import Image, features
 
 from ssl_samix.data.decode import memory_images, typical_side
-from ssl_samix.data.images import FileImages
-from ssl_samix.data.rgb import to_rgb
+from ssl_samix.data.images import FileImages, to_rgb
 from ssl_samix.data.sources import PathSource, UnusableImage, set_up_pillow
 from ssl_samix.errors import ConfigError, DataError
 

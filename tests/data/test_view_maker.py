@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_samix.choices import groups
-from ssl_samix.config import compose
+from ssl_samix.config.compose import compose, groups
 from ssl_samix.data.folder import empty_classes
 from ssl_samix.data.recipes import OneView
-from ssl_samix.data.view_maker import ViewMaker
+from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import ConfigError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -8,9 +8,17 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_samix.data.view_maker import ViewMaker
-from ssl_samix.data.views import BatchedViews, ViewSpec, draw, recolour
-from ssl_samix.data.worker_views import SeparableBlur, WorkerCrops, WorkerViews, normalize
+from ssl_samix.data.views import (
+    BatchedViews,
+    SeparableBlur,
+    ViewMaker,
+    ViewSpec,
+    WorkerCrops,
+    WorkerViews,
+    draw,
+    normalize,
+    recolour,
+)
 from ssl_samix.errors import ConfigError, DataError
 
 SPEC = ViewSpec(

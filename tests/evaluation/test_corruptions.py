@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.evaluation.corruptions import (
+from ssl_samix.evaluation.robustness import (
     CIFAR10_C,
     IMAGENET_C,
     CorruptedImages,

@@ -15,12 +15,12 @@ import torchvision
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.backbones.resnet import ResNetTrunk
-from ssl_samix.checkpoint_io import load_plain
+from ssl_samix.artifacts.checkpoints import load_plain
+from ssl_samix.artifacts.foreign import from_file
+from ssl_samix.artifacts.layouts import flatten
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.evaluation.foreign import from_file
-from ssl_samix.evaluation.layouts import flatten
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.resnet import ResNetTrunk
 from tests.evaluation.test_source import shaken, with_prefix
 
 WIDTH = 4

@@ -14,9 +14,16 @@ from sklearn.preprocessing import StandardScaler
 
 from ssl_samix.data.subsets import hold_out
 from ssl_samix.errors import ConfigError, DataError
-from ssl_samix.evaluation.linear import logistic_regression, probe
-from ssl_samix.evaluation.linear_choice import Grid, choose
-from ssl_samix.evaluation.linear_heads import Examples, Scaling, measure, train_heads
+from ssl_samix.evaluation.linear import (
+    Examples,
+    Grid,
+    Scaling,
+    choose,
+    logistic_regression,
+    measure,
+    probe,
+    train_heads,
+)
 
 FEW = Grid(learning_rates=(1.0, 10.0, 100.0), weight_decays=(0.0, 1e-5), epochs=20)
 

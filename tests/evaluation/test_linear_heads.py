@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ssl_samix.errors import ConfigError
-from ssl_samix.evaluation.linear_choice import Grid
-from ssl_samix.evaluation.linear_heads import Examples, Scaling, batches, measure, train_heads
+from ssl_samix.evaluation.linear import Examples, Grid, Scaling, batches, measure, train_heads
 
 
 def whole(features, labels):

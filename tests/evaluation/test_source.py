@@ -12,11 +12,11 @@ import torchvision
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from ssl_samix.backbones.backbone import Backbone
+from ssl_samix.artifacts.encoder import load_encoder, save_encoder
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.evaluation.checkpoint import load_encoder, save_encoder
 from ssl_samix.evaluation.request import configured, find_origin
 from ssl_samix.evaluation.source import fingerprint, load_source
+from ssl_samix.models.backbone import Backbone
 
 HALF = [0.5, 0.5, 0.5]
 BASE = {

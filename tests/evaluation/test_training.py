@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from ssl_samix.eval_protocols import linear, semi_supervised
 
-from ssl_samix import engine
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups
-from ssl_samix.config import compose
+from ssl_samix import trainer as engine
+from ssl_samix.config.compose import compose, groups
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.errors import ConfigError
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
+from ssl_samix.models.backbone import Backbone
 
 SGD = Recipe(optimizer="sgd", lr=(0.5,), schedule="cosine", epochs=2, batch_size=8)
 CPU = torch.device("cpu")

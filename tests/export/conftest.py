@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.config import quoted
-from ssl_samix.evaluation.checkpoint import save_encoder
-from ssl_samix.export.command import configured, export
+from ssl_samix.artifacts.encoder import save_encoder
+from ssl_samix.artifacts.export import configured, export
+from ssl_samix.config.compose import quoted
+from ssl_samix.models.backbone import Backbone
 
 # A ResNet's two stems, a transformer of timm, and a network of torchvision that is no ResNet.
 ENCODERS = {

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
+from ssl_samix.artifacts import export_graph as same
+from ssl_samix.artifacts.encoder import load_encoder, save_encoder
+from ssl_samix.artifacts.export import configured
+from ssl_samix.artifacts.export_graph import check_same
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.evaluation.checkpoint import load_encoder, save_encoder
-from ssl_samix.export import same
-from ssl_samix.export.command import configured
-from ssl_samix.export.same import check_same
 from tests.export.conftest import backbone_and_meta, exported, saved
 
 
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(run, package, mon
 
 def test_a_mistake_is_told_before_heavy_imports(run, tmp_path):
     code = (
-        "import sys\nfrom ssl_samix.export.command import configured\n"
+        "import sys\nfrom ssl_samix.artifacts.export import configured\n"
         "try:\n    configured(sys.argv[1:])\n"
         "except ValueError as error:\n    print(error)\n"
         "print([m for m in ('torch', 'timm', 'onnx', 'onnxruntime') if m in sys.modules])\n"

@@ -11,9 +11,10 @@ import torch
 import torchvision
 
 import ssl_samix
+from ssl_samix.artifacts import export_graph as graph
+from ssl_samix.artifacts import export_graph as onnx_file
+from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.errors import ConfigError, UserError
-from ssl_samix.evaluation.checkpoint import load_encoder
-from ssl_samix.export import graph, onnx_file
 from tests.export.conftest import ENCODERS, MEAN, STD, backbone_and_meta, exported, saved
 
 KINDS = ("narrow_standard", "narrow", "vit", "squeezenet")

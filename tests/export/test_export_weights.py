@@ -8,8 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
+from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.errors import ConfigError
-from ssl_samix.evaluation.checkpoint import load_encoder
 from tests.export.conftest import ENCODERS, exported, saved
 
 

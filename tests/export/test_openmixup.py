@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import resnet18
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.convert import configured, main
+from ssl_samix.artifacts.encoder import load_encoder
+from ssl_samix.artifacts.mixer import Frozen, PretrainedObjective, load_mixer
+from ssl_samix.artifacts.openmixup import read_text, side
+from ssl_samix.cli.convert import configured, main
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.evaluation.checkpoint import load_encoder
-from ssl_samix.export.openmixup_config import read_text, side
 from ssl_samix.mixup.mixer import MixBlock, bend
-from ssl_samix.standalone import Frozen, PretrainedObjective, load_mixer
+from ssl_samix.models.backbone import Backbone
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
 CONFIG = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_samix.losses.classification import binary_cross_entropy, cross_entropy, soft_labels
+from ssl_samix.losses import binary_cross_entropy, cross_entropy, soft_labels
 
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])

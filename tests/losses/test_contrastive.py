@@ -7,8 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ssl_samix.losses.contrastive import info_nce, info_nce_in_batch, nt_xent
-from ssl_samix.losses.regression import cosine_regression
+from ssl_samix.losses import cosine_regression, info_nce, info_nce_in_batch, nt_xent
 
 
 def unit(*shape):

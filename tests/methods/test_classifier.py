@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_samix.backbones.backbone import Backbone
-from ssl_samix.choices import groups
-from ssl_samix.config import build, compose
+from ssl_samix.config.compose import build, compose, groups
 from ssl_samix.errors import ConfigError
 from ssl_samix.methods.classifier import Classifier
-from ssl_samix.optim.groups import parameter_groups
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.optim import parameter_groups
 from ssl_samix.types import Batch, MixPlan
 from tests.conftest import MIXINGS, frozen_mixer, recipe
 

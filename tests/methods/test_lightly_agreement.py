@@ -9,13 +9,13 @@ import torch
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss
 from torch import nn
 
-from ssl_samix.backbones.backbone import Backbone
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.models.backbone import Backbone
 from tests.conftest import recipe
 
 

@@ -8,9 +8,18 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from ssl_samix.errors import ConfigError
-from ssl_samix.mixup.blend import blend, share
-from ssl_samix.mixup.classic import CutMix, FMix, GridMix, Mixup, ResizeMix, box_around, shrink
-from ssl_samix.mixup.guided import AttentiveMix, SaliencyMix
+from ssl_samix.mixup.plan import blend, share
+from ssl_samix.mixup.policies import (
+    AttentiveMix,
+    CutMix,
+    FMix,
+    GridMix,
+    Mixup,
+    ResizeMix,
+    SaliencyMix,
+    box_around,
+    shrink,
+)
 from ssl_samix.types import MixPlan
 
 CLASSES = (Mixup, CutMix, ResizeMix, GridMix, FMix, SaliencyMix, AttentiveMix)

@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ssl_samix.errors import ConfigError
-from ssl_samix.mixup.classic import Mixup
-from ssl_samix.mixup.guided import AttentiveMix, SaliencyMix, local_mean, peak, saliency
+from ssl_samix.mixup.policies import AttentiveMix, Mixup, SaliencyMix, local_mean, peak, saliency
 from ssl_samix.types import MixPlan
 
 ROWS = torch.arange(3)

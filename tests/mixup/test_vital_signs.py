@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import ssl_samix
-from ssl_samix.callbacks.metrics_csv import read_metrics
-from ssl_samix.callbacks.mixer_health import FLAT
 from ssl_samix.methods.classifier import Classifier
-from ssl_samix.mixup.learned import EAGER, GAIN_EVERY, slope
+from ssl_samix.mixup.samix_objective import EAGER, GAIN_EVERY, slope
+from ssl_samix.training.guards import FLAT
+from ssl_samix.training.logging import read_metrics
 from tests.conftest import METHODS, mixed_method
 from tests.test_invariants import batch, terms_of
 

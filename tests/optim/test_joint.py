@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ssl_samix.errors import ConfigError
-from ssl_samix.optim.joint import JointOptimizer, MixerOptimizer
-from ssl_samix.optim.recipe import OptimizerRecipe
+from ssl_samix.optim import JointOptimizer, MixerOptimizer, OptimizerRecipe
 from tests.conftest import mixed_method, recipe
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ssl_samix.errors import ConfigError
-from ssl_samix.optim.groups import parameter_groups
-from ssl_samix.optim.joint import MixerOptimizer
+from ssl_samix.optim import MixerOptimizer, parameter_groups
 from tests.conftest import mixed_method, recipe
 
 

@@ -1,0 +1,1 @@
+"""What is written and read back: run folders, checkpoints, encoders, exports."""

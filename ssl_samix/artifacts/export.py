@@ -1,0 +1,125 @@
+"""``samix export``: a trained encoder as other libraries and runtimes read it.
+
+Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import compose
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice
+from ssl_samix.files import expanded
+
+SUFFIXES = {"torchvision": ".pth", "timm": ".pth", "onnx": ".onnx", "torch_export": ".pt2"}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported.
+
+    Attributes:
+        run: A run folder, a checkpoint, or an ``encoder.safetensors``.
+        format: A key of ``SUFFIXES``.
+        out: The file that is written.
+    """
+
+    run: Path
+    format: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        usage: Lines of Python that load it and turn ``images`` into ``features``.
+    """
+
+    path: Path
+    usage: str
+
+
+def configured(words: list[str]) -> Request:
+    """Check ``key=value`` words.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    config, _ = compose("export", words)
+    if config.run is None:
+        raise ConfigError(
+            "export needs an encoder: run=<run folder, checkpoint or encoder.safetensors>"
+        )
+    _check_format(config.format)
+    run = expanded(str(config.run))
+    _check_run(run)
+    suffix = SUFFIXES[config.format]
+    beside = (run / "encoder" if run.is_dir() else run).with_suffix(suffix)
+    out = beside if config.out is None else expanded(str(config.out))
+    if out.suffix.lower() != suffix:
+        raise ConfigError(
+            f"out={out}: give the file of format={config.format} a name that ends in {suffix}"
+        )
+    if out.resolve() == run.resolve():
+        raise ConfigError(f"out={out} is the encoder itself: give another name")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {out.parent}")
+    return Request(run, config.format, out)
+
+
+def _check_format(name: object) -> None:
+    if name is None:
+        raise ConfigError(f"export needs a format: format=<{' or '.join(SUFFIXES)}>")
+    if name == "torchscript":
+        raise ConfigError(
+            "format=torchscript is not offered, PyTorch has deprecated it: "
+            "choose format=torch_export"
+        )
+    check_choice("format", name, SUFFIXES)
+    missing = [p for p in ONNX_PACKAGES if name == "onnx" and find_spec(p) is None]
+    if missing:
+        raise ConfigError(f"format=onnx needs {missing[0]}: pip install 'ssl_samix[export]'")
+
+
+def _check_run(run: Path) -> None:
+    if not run.exists():
+        raise CheckpointError(
+            f"run={run} does not exist: give a run folder, a checkpoint or encoder.safetensors"
+        )
+    folder = RunFolder(run)
+    if run.is_dir() and not (folder.encoder.exists() or folder.last.exists()):
+        raise CheckpointError(f"{run} holds no encoder.safetensors and no last.ckpt")
+
+
+def export(request: Request) -> Exported:
+    """Write the encoder in another format, after seeing that it gives the same features.
+
+    Raises:
+        UserError: If there is no encoder, the format cannot hold it, its features would be others,
+            or the file cannot be written; what was at ``out`` is then unchanged.
+    """
+    from ssl_samix.artifacts.encoder import load_encoder
+    from ssl_samix.artifacts.export_graph import write_onnx, write_program
+    from ssl_samix.artifacts.export_weights import write_timm, write_torchvision
+
+    writers = {
+        "torchvision": write_torchvision,
+        "timm": write_timm,
+        "onnx": write_onnx,
+        "torch_export": write_program,
+    }
+    encoder = load_encoder(request.run)
+    size = encoder.image_size
+    reads = (
+        f"# images: float32 (B, 3, {size}, {size}), RGB in [0, 1] minus {encoder.mean}, "
+        f"divided by {encoder.std}"
+    )
+    lines = writers[request.format](encoder, request.out)
+    return Exported(request.out, "\n".join([reads, *lines]))

@@ -1,0 +1,215 @@
+"""The encoder as a graph that needs nothing of this package: ``torch.export`` and ONNX.
+
+TorchScript is not offered: PyTorch has deprecated it in favour of ``torch.export``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from ssl_samix.artifacts.checkpoints import META
+from ssl_samix.artifacts.encoder import Encoder
+from ssl_samix.errors import CheckpointError, ConfigError, UserError
+from ssl_samix.files import write_atomically
+
+TOLERANCE = 1e-5  # of the largest feature, or of 1 if that is larger
+
+
+@torch.no_grad()
+def check_same(encoder: Encoder, exported: Callable[[Tensor], Tensor], kind: str) -> None:
+    """Compare features of random images, for a batch of one and of three.
+
+    Args:
+        encoder: Where the features come from.
+        exported: Maps images (B, 3, S, S) to features (B, feature_dim), read back from the bytes
+            that are about to be written.
+        kind: The format, as its user writes it.
+
+    Raises:
+        CheckpointError: If the encoder's own features are not finite.
+        UserError: If the features differ by more than ``TOLERANCE``.
+    """
+    size = encoder.image_size
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for batch in (images[:1], images):
+        wanted, given = encoder(batch), exported(batch)
+        if not wanted.isfinite().all():
+            raise CheckpointError("the encoder's features are not finite: its training diverged")
+        if given.shape != wanted.shape:
+            raise _differs(kind, f"of shape {tuple(given.shape)}, not {tuple(wanted.shape)}")
+        apart, largest = (given - wanted).abs().max().item(), wanted.abs().max().item()
+        if not apart <= TOLERANCE * max(1.0, largest):  # true of NaN, too
+            raise _differs(kind, f"{apart:.1e} away, the largest being {largest:.1e}")
+
+
+def _differs(kind: str, how: str) -> UserError:
+    return UserError(
+        f"format={kind} would not give this encoder's features (they are {how}): "
+        "nothing was written, choose another format"
+    )
+
+
+def description(encoder: Encoder) -> dict[str, Any]:
+    """Describe the encoder and its images in plain values, for formats that have a place for it."""
+    return {
+        **encoder.meta,
+        "image_size": encoder.image_size,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "feature_dim": encoder.feature_dim,
+    }
+
+
+DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
+
+
+def captured(encoder: Encoder) -> ExportedProgram:
+    """Record what the encoder computes, for batches of any size.
+
+    Raises:
+        UserError: If what it computes depends on the images' values.
+    """
+    images = torch.zeros(2, 3, encoder.image_size, encoder.image_size)  # 1 would stay 1 for ever
+    try:
+        program = torch.export.export(
+            encoder.backbone, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False
+        )
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{encoder.backbone.name} cannot be written as a graph ({first_line(error)}): "
+            "choose format=torchvision or format=timm"
+        ) from error
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                # Where the code lies on this machine is nobody else's business.
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_program(encoder: Encoder, path: Path) -> list[str]:
+    """Write a ``.pt2``, which ``torch.export.load`` reads without this package.
+
+    Its extra file ``ssl_samix.json`` holds image size, mean, std and feature width.
+
+    Returns:
+        Lines of Python that load the file and use it.
+
+    Raises:
+        UserError: If the encoder cannot be captured, the features differ, or the file cannot be
+            written.
+    """
+    buffer = io.BytesIO()
+    about = {DESCRIPTION: json.dumps(description(encoder))}
+    torch.export.save(captured(encoder), buffer, extra_files=about)
+    content = buffer.getvalue()
+    check_same(encoder, torch.export.load(io.BytesIO(content)).module(), "torch_export")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return [
+        "import torch",
+        f"model = torch.export.load({str(path)!r}).module()",
+        "features = model(images)",
+    ]
+
+
+INPUT, OUTPUT = "images", "features"
+OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
+LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
+PROPERTIES = ("image_size", "mean", "std", "feature_dim")
+
+
+def write_onnx(encoder: Encoder, path: Path) -> list[str]:
+    """Write an ONNX file that maps ``images`` (B, 3, S, S) to ``features`` (B, feature_dim).
+
+    B is dynamic, S is the encoder's image size. ``metadata_props`` holds ``image_size``, ``mean``,
+    ``std`` and ``feature_dim`` as JSON, and all that is known of the encoder as ``ssl_samix``.
+    onnxruntime's features are compared before the file is put in place.
+
+    Returns:
+        Lines of Python that load the file and use it.
+
+    Raises:
+        ConfigError: If the weights are larger than an ONNX file.
+        UserError: If ONNX cannot express the encoder, the features differ, or the file cannot be
+            written.
+    """
+    size = sum(t.numel() * t.element_size() for t in encoder.state_dict().values())
+    if size > LARGEST:
+        raise ConfigError(
+            f"the weights take {size / 2**30:.1f} GiB and an ONNX file holds 2: "
+            "choose format=torch_export"
+        )
+    content = _model(encoder).SerializeToString()
+    try:
+        check_same(encoder, _in_onnxruntime(content), "onnx")
+    except Exception as error:  # onnxruntime's have no base that says more
+        if type(error).__module__.startswith("onnxruntime"):
+            raise _unfit("onnxruntime does not take", encoder, error) from error
+        raise
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return [
+        "import onnxruntime",
+        f"session = onnxruntime.InferenceSession({str(path)!r})",
+        f'features = session.run(None, {{"{INPUT}": images}})[0]  # NumPy arrays',
+    ]
+
+
+def _unfit(who: str, encoder: Encoder, error: Exception) -> UserError:
+    return UserError(
+        f"{who} {encoder.backbone.name} ({first_line(error)}): choose format=torch_export"
+    )
+
+
+def _model(encoder: Encoder) -> Any:
+    """Return an ``onnx.ModelProto``."""
+    from onnx.helper import set_model_props
+
+    program = captured(encoder)
+    try:
+        exported = torch.onnx.export(
+            program,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise _unfit("ONNX cannot express", encoder, error) from error
+    assert exported is not None  # it is for a program
+    model = exported.model_proto
+    # The exporter names the batch after a variable of its own, in all the shapes it notes.
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    about = description(encoder)
+    properties = {key: json.dumps(about[key]) for key in PROPERTIES}
+    set_model_props(model, {**properties, META: json.dumps(about)})
+    return model
+
+
+def _in_onnxruntime(content: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def features(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return features

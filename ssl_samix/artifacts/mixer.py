@@ -1,0 +1,254 @@
+"""A trained Mixer on its own: with the part of the teacher that it reads, in any training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ssl_samix.artifacts.checkpoints import (
+    META,
+    described_backbone,
+    read_checkpoint,
+    read_safetensors,
+)
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.errors import CheckpointError, ConfigError
+from ssl_samix.files import expanded, write_atomically
+from ssl_samix.mixup.mixer import SAMix
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.mixup.plan import draw_plan
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.types import Mixed, MixPlan
+
+BACKBONE, POLICY = "backbone.", "policy."  # prefixes in the file
+_log = logging.getLogger(__name__)
+
+
+class TrainedMixer(nn.Module):
+    """Mixes images by a Mixer that was trained before; it never learns and has no gradient.
+
+    Attributes:
+        image_size: Side of the images it was trained on, in px; others work, less well.
+        mean: Per channel, of pixels in [0, 1], that images are normalised with.
+        std: Likewise.
+    """
+
+    def __init__(self, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
+        super().__init__()
+        self.backbone, self.policy, self.meta = backbone, policy, meta
+        self.stage: int = meta["mixer"]["stage"]
+        self.image_size: int = meta["image_size"]
+        self.mean, self.std = tuple(meta["mean"]), tuple(meta["std"])
+        self.requires_grad_(False)
+        self.train()
+        self._told: set[int] = set()
+
+    def train(self, mode: bool = True) -> TrainedMixer:
+        """Stay in eval mode whatever the model around it does: statistics must not move."""
+        return super().train(False)
+
+    def forward(
+        self,
+        images: Tensor,
+        lam: Tensor | float | None = None,
+        partner: Tensor | None = None,
+        alpha: float = 2.0,
+    ) -> Mixed:
+        """Mix the images of a batch with each other.
+
+        Args:
+            images: (B, 3, S, S), normalised with ``mean`` and ``std``.
+            lam: Share of each image itself, (B,) or one number; drawn from Beta(alpha, alpha) per
+                image if None.
+            partner: (B,) int64, whom each is mixed with; drawn if None, nobody with itself.
+            alpha: Of the ratios that are drawn.
+
+        Returns:
+            ``Mixed(images, partner, lam, mask)``: with labels, the loss is
+            ``lam * loss(label) + (1 - lam) * loss(label[partner])``.
+        """
+        plan = draw_plan(len(images), alpha, images.device)
+        if lam is not None:
+            given = torch.as_tensor(lam, dtype=torch.float32, device=images.device)
+            plan = MixPlan(given.expand(len(images)), plan.partner, plan.rows)
+        if partner is not None:
+            plan = MixPlan(plan.lam, partner.to(images.device), plan.rows)
+        return self.mix(images, images, plan)
+
+    @torch.no_grad()
+    def mix(self, images: Tensor, partners: Tensor, plan: MixPlan) -> Mixed:
+        """Mix by a given plan; partners' pixels are those of ``partners``, both (B, 3, S, S)."""
+        own = self.maps(images)
+        other = own if partners is images else self.maps(partners)
+        return self.policy(images, partners, plan, (own, other))
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Return what the Mixer reads of images (B, 3, S, S), of its own norm: (B, C, h, w)."""
+        self._tell_size(images.shape[-1])
+        maps: Tensor = self.backbone.stage_map(images, self.stage)
+        return maps
+
+    def _tell_size(self, size: int) -> None:
+        if size != self.image_size and size not in self._told:
+            self._told.add(size)
+            _log.warning(
+                "the Mixer was trained on images of %d px and mixes images of %d px",
+                self.image_size,
+                size,
+            )
+
+
+class Frozen(nn.Module):
+    """A trained mixer as a policy: it computes the maps itself.
+
+    It is given images as the run normalises them, and reads them as its own run did.
+    """
+
+    needs_maps = False
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mixer: TrainedMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.zeros(3, 1, 1), persistent=False)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take how the images that will come are normalised, per channel, of pixels in [0, 1]."""
+        ours, theirs = (
+            [torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in pair]
+            for pair in ((mean, std), (self.mixer.mean, self.mixer.std))
+        )
+        self.scale.copy_(ours[1] / theirs[1])
+        self.shift.copy_((ours[0] - theirs[0]) / theirs[1])
+
+    def forward(
+        self, images: Tensor, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None
+    ) -> Mixed:
+        """Mix by the plan; ``maps`` are not read."""
+        own = self.mixer.maps(images * self.scale + self.shift)
+        other = own
+        if partners is not images:
+            other = self.mixer.maps(partners * self.scale + self.shift)
+        mixed: Mixed = self.mixer.policy(images, partners, plan, (own, other))
+        return mixed
+
+
+class PretrainedObjective(MixObjective):
+    """SAMix-P: a Mixer and its teacher from an earlier run, frozen (arXiv 2111.15454, section 3.4).
+
+    Args:
+        mixer: A run folder, a checkpoint or a ``mixer.safetensors``.
+        **mixing: Arguments of ``MixObjective``.
+
+    Raises:
+        ConfigError: If no mixer is named.
+        CheckpointError: If there is none.
+    """
+
+    policy: Frozen
+
+    def __init__(self, *, mixer: str | None, **mixing: Any) -> None:
+        if mixer is None:
+            raise ConfigError(
+                "mixup=samix_p needs a trained Mixer: "
+                "mixup.mixer=<run with mixup=samix, or its mixer.safetensors>"
+            )
+        super().__init__(Frozen(load_mixer(mixer)), **mixing)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Let the Mixer read these images as it read those of its own run."""
+        self.policy.normalised_by(mean, std)
+
+
+def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
+    """Write a Mixer, and of its teacher no more than it reads, as safetensors."""
+    read = backbone.names_read(meta["mixer"]["stage"])
+    weights = {BACKBONE + n: t for n, t in backbone.state_dict().items() if n in read}
+    weights |= {POLICY + n: t for n, t in policy.state_dict().items()}
+    content = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        metadata={META: json.dumps(meta)},
+    )
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+@torch.inference_mode(False)  # weights that are made in it could never be trained
+def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
+    """Load a trained Mixer, to mix images in any loop.
+
+    Args:
+        run_or_file: A run folder (its ``mixer.safetensors``, or ``last.ckpt`` while the run goes
+            on), a checkpoint, or a ``mixer.safetensors``.
+
+    Returns:
+        A module that maps normalised images (B, 3, S, S) to ``Mixed(images, partner, lam, mask)``.
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
+    """
+    path = expanded(run_or_file)
+    if path.is_dir():
+        run = RunFolder(path)
+        path = run.mixer if run.mixer.exists() else run.last
+        if not path.exists():
+            raise CheckpointError(f"{run.path} holds no mixer.safetensors and no last.ckpt")
+    meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
+    if "mixer" not in meta:
+        raise CheckpointError(
+            f"{path} holds no Mixer: it is of a run with mixup={meta.get('mixup', 'none')}"
+        )
+    backbone = described_backbone(meta, path)
+    try:
+        _check_channels(path, backbone, meta)
+        policy = SAMix(**meta["mixer"]["settings"])
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} describes what cannot be built: {error}") from error
+    read = backbone.names_read(meta["mixer"]["stage"])
+    _load(backbone, {k: t for k, t in _under(BACKBONE, weights).items() if k in read}, read, path)
+    _load(policy, _under(POLICY, weights), set(policy.state_dict()), path)
+    return TrainedMixer(backbone, policy, meta)
+
+
+def _check_channels(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
+    stage, reads = meta["mixer"]["stage"], meta["mixer"]["settings"]["channels"]
+    gives = backbone.map_spec(stage).channels
+    if gives != reads:
+        raise CheckpointError(
+            f"the Mixer in {path} reads maps of {reads} channels, stage {stage} of its backbone "
+            f"gives {gives}"
+        )
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], wanted: set[str], path: Path) -> None:
+    missing = sorted(wanted - weights.keys())
+    if missing:
+        raise CheckpointError(f"{path} does not fit the Mixer it names: no {missing[0]} in it")
+    try:
+        module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the Mixer it names: {reason}") from error
+
+
+def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    checkpoint = read_checkpoint(path)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    # A method whose Mixer learns has a teacher of its own or was given one.
+    weights = {BACKBONE + n: t for n, t in _under("twin.module.0.", state).items()}
+    weights |= {POLICY + n: t for n, t in _under("mixing.policy.", state).items()}
+    return checkpoint[META], weights

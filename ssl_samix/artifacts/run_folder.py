@@ -1,0 +1,345 @@
+"""A run's folder: what is in it, and whose it is. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_samix.config.compose import check_values, compose, groups, keys_set, parse, plain
+from ssl_samix.config.saved import laid_over, read_plain
+from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
+from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
+
+_log = logging.getLogger(__name__)
+# What a resumed run may change: neither the network nor what it is trained with.
+FREE_KEYS = (
+    "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
+    "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
+    "data.memory_gb", "data.download", "callbacks.",
+)  # fmt: skip
+
+
+# Keys that came later, with what runs from before them did.
+LATER = {
+    "mixup.during": [0.0, 1.0],
+    "mixup.optimizer": "encoder",
+    "mixup.lam": "drawn",
+    "mixup.mask_decay": True,
+    "mixup.local_weight": 1.0,
+    "classifier.heads": "one",
+}
+
+# Keys that are read by name, and that every run has.
+NEEDED = (
+    "out", "seed", "init", "data.name", "data.root", "data.limit", "data.labels", "data.download",
+    "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
+    "callbacks.accuracy", "optimizer.optimizer",
+)  # fmt: skip
+LONGEST_REASON = 300  # characters
+
+
+class RunFolder:
+    """The paths of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = expanded(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.csv"
+        self.last = self.path / "last.ckpt"
+        self.best = self.path / "best.ckpt"
+        self.encoder = self.path / "encoder.safetensors"
+        self.classifier = self.path / "classifier.safetensors"
+        self.mixer = self.path / "mixer.safetensors"
+        self.pictures = self.path / "mixing"
+
+    def check_mine(self, config: DictConfig) -> None:
+        """Check that the folder is new, or holds a run with the same configuration.
+
+        A run that has no checkpoint yet has nothing to lose and may be begun anew.
+
+        Raises:
+            UserError: If it belongs to another run, holds other things, or cannot be read.
+        """
+        try:
+            held = [n for n in os.listdir(self.path) if not n.endswith(PARTIAL)]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"cannot use out={self.path}: {error.strerror or error}") from error
+        if not held:
+            return
+        if not self.config.exists():
+            raise UserError(
+                f"out={self.path} is not empty and is no run folder: choose another out"
+            )
+        if not self.last.exists():
+            return
+        old, _ = self.load_config()
+        now = _flat(plain(config))
+        before = {**{key: LATER[key] for key in LATER.keys() & now}, **_flat(plain(old))}
+        for key in sorted({*before, *now}):
+            same = before.get(key) == now.get(key)
+            if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
+                raise UserError(
+                    f"out={self.path} belongs to another run ({key} is {before.get(key)} there, "
+                    f"{now.get(key)} here): choose another out"
+                )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training in it.
+
+        The claim ends with the process, however that ends. Where folders cannot be locked (Windows,
+        some network disks) there is none.
+
+        Raises:
+            UserError: If the folder cannot be made, or somebody trains in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot make the run folder {self.path}: {reason}") from error
+        descriptor = _locked(self.path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds something, unless nothing came of the run
+                self.path.rmdir()
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
+        """Write the configuration."""
+        text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
+        write_atomically(self.config, lambda temporary: temporary.write_text(text, "utf-8"))
+
+    def load_config(self) -> tuple[DictConfig, dict[str, str]]:
+        """Read the run's configuration and its choices.
+
+        The file gives values; the classes are those that the installed configuration has for the
+        choices, since the folder may be somebody else's.
+
+        Raises:
+            CheckpointError: If there is no run in the folder, or its configuration is damaged, or
+                says more than values of known keys.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is no run folder: it has no config.yaml")
+        said = read_plain(self.config)
+        try:
+            choices = _choices(said)
+            whole = OmegaConf.create(laid_over(said, _installed(said, choices)))
+        except ConfigError as error:
+            reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")
+            raise CheckpointError(
+                f"{self.config} is damaged or not the configuration of a run: {reason}"
+            ) from error
+        OmegaConf.set_struct(whole, True)
+        return whole, choices
+
+
+def _choices(said: dict[str, Any]) -> dict[str, str]:
+    """Take the choices out of what a run's configuration says.
+
+    Raises:
+        ConfigError: If there are none, or they do not name what is installed.
+    """
+    choices = said.pop("choices", None)
+    if not isinstance(choices, dict):
+        raise ConfigError("it has no choices")
+    known = groups(_command(said, choices))
+    for group, name in choices.items():
+        check_choice("group", group, known)
+        if group != "experiment":  # whose values are written out, whatever became of the recipe
+            check_choice(group, name, known[group])
+        elif not isinstance(name, (str, type(None))):
+            raise ConfigError("experiment needs a name")
+    if unchosen := next((group for group in known if group in said and group not in choices), None):
+        raise ConfigError(f"it has no choices.{unchosen}")
+    return choices
+
+
+def _command(said: dict[str, Any], choices: dict[str, Any]) -> str:
+    return command_of({**said, **choices})
+
+
+def _installed(said: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+    """Compose what the choices of a run are now, and check that no part of it is missing there.
+
+    Raises:
+        ConfigError: If a part is missing, or they do not go together.
+    """
+    words = [f"{group}={name}" for group, name in choices.items() if group != "experiment"]
+    installed = _composed(_command(said, choices), *words)
+    parts = [key for key, value in installed.items() if isinstance(value, dict)]
+    for key in (*parts, *NEEDED):
+        if _has(installed, key) and not _has(said, key):
+            raise ConfigError(f"it has no {key}")
+    return installed
+
+
+@cache
+def _composed(command: str, *words: str) -> dict[str, Any]:
+    return plain(compose(command, words)[0])
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Read the whole rows of a metrics.csv, one per epoch; none if there is no such file."""
+    lines = _lines(path)
+    columns = lines[0].split(",")
+    return [dict(zip(columns, line.split(","), strict=True)) for line in _whole(lines)]
+
+
+def mend_metrics(path: Path) -> None:
+    """Leave out damaged lines of a metrics.csv, as a crash makes them; keep the file that was."""
+    lines = _lines(path)
+    whole, filled = _whole(lines), [line for line in lines if line]
+    header = filled[:1] if "epoch" in lines[0].split(",") else []
+    damaged = len(filled) - len(whole) - len(header)
+    if not damaged:
+        return
+    kept, held = path.with_name("metrics.damaged.csv"), path.read_bytes()
+    write_atomically(kept, lambda temporary: temporary.write_bytes(held))
+    text = "".join(f"{line}\n" for line in [*header, *whole])
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    _log.warning(
+        "%s: %d damaged lines are left out, %d epochs are kept; as it was: %s",
+        path, damaged, len(whole), kept,
+    )  # fmt: skip
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """Return the lines that have a number, or nothing, in each column, epochs in order."""
+    columns = lines[0].split(",")
+    if "epoch" not in columns:
+        return []
+    whole, last = [], -1
+    for line in lines[1:]:
+        cells = line.split(",")
+        row = dict(zip(columns, cells, strict=False))
+        complete = len(cells) == len(columns) and all(map(_is_number, cells))
+        if complete and re.fullmatch("[0-9]{1,9}", row["epoch"]) and int(row["epoch"]) > last:
+            whole.append(line)
+            last = int(row["epoch"])
+    return whole
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def resumed_config(
+    command: str, run: str, arguments: list[str]
+) -> tuple[DictConfig, dict[str, str]]:
+    """Return the configuration of a run, with what a resume may change changed.
+
+    Args:
+        command: ``pretrain`` or ``supervised``.
+        run: Its folder.
+        arguments: ``key=value`` words.
+
+    Raises:
+        CheckpointError: If there is no run of this command.
+        ConfigError: For an unknown key, or one that a resume cannot change.
+    """
+    config, choices = RunFolder(run).load_config()
+    theirs = command_of(choices)
+    if theirs != command:
+        raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
+    before, own = config.copy(), []
+    for override in parse(arguments):
+        key, value = override.key_or_group, override.value()
+        if key == "resume" or key.startswith("hydra"):
+            continue
+        if key not in choices:
+            own += keys_set(config, key, value, choices)
+        if key in choices or key == "out" or not key.startswith(FREE_KEYS):
+            raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
+        OmegaConf.update(config, key, value)
+    check_values(config, before, own)
+    return config, choices
+
+
+def command_of(choices: Mapping[str, str | None]) -> str:
+    """Say by which command a run with these choices was trained."""
+    return "pretrain" if "method" in choices else "supervised"
+
+
+def default_out(choices: dict[str, str], seed: int) -> Path:
+    """Make a new folder under ``runs``, one that no other run begun in this second has."""
+    how = choices.get("method", "supervised")
+    stem = "-".join([choices["data"], how, choices["mixup"], f"s{seed}"])
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return new_folder(Path("runs") / f"{stem}-{stamp}")
+
+
+def _locked(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another process trains in {folder}: wait for its end, or choose another out"
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return None
+    # A worker that outlives a killed run for some seconds must not keep the claim.
+    os.register_at_fork(after_in_child=lambda: _close(descriptor, folder))
+    return descriptor
+
+
+def _close(descriptor: int, folder: Path) -> None:
+    """Close a descriptor of the folder, if it still is one."""
+    try:
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            os.close(descriptor)
+    except OSError:
+        return
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,1 +1,0 @@
-"""Backbones: torchvision, timm and narrow ResNets behind one face."""

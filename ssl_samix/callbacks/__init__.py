@@ -1,1 +1,0 @@
-"""Lightning callbacks: the monitor, the run's table and its progress."""

@@ -1,0 +1,206 @@
+"""The subcommands of ``samix``: what each is called, checks and does.
+
+Nothing here imports torch before a subcommand is at work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """What ``samix <name>`` does; both functions import what they need when they are called."""
+
+    text: str  # its line in the help
+    config: str  # name of its configuration
+    check: Callable[[list[str], bool], None]  # finds mistakes early: words, sweeping
+    job: Callable[[list[str]], None]  # does what ``key=value`` words say
+    late_keys: tuple[str, ...] = ()  # what the keys begin with that only the job can compose
+    sweeps: bool = True  # whether it takes --multirun; its ``out`` is then the folder of all jobs
+
+
+@dataclass(frozen=True)
+class PlainSubcommand:
+    """One without a configuration: ``samix <name> <word>...``."""
+
+    text: str  # its line in the help
+    main: Callable[[list[str]], str]  # returns what is printed
+
+
+def _training(text: str, command: str, module: str) -> Subcommand:
+    """Make a subcommand of one mode of training, whose ``module`` has the function ``job``."""
+
+    def check(words: list[str], sweeping: bool) -> None:
+        """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
+
+        Args:
+            words: ``key=value`` words.
+            sweeping: Whether lists of values are sweeps; each job then has a folder of its own.
+
+        Raises:
+            UserError: For the first mistake.
+        """
+        from ssl_samix.artifacts.run_folder import RunFolder, resumed_config
+        from ssl_samix.config.compose import absolute, check, parse
+        from ssl_samix.data.layout import check_layout
+        from ssl_samix.errors import ConfigError
+        from ssl_samix.training.launch import is_main_process
+
+        roots = sum(override.key_or_group == "data.root" for override in parse(words))
+        if roots > 1:  # the last one would count, one shard of many
+            raise ConfigError(
+                f"data.root is given {roots} times: put a pattern with braces in quotes, else the "
+                "shell writes it out"
+            )
+        resume = [o.value() for o in parse(words) if o.key_or_group == "resume"]
+        if resume and resume[-1] is not None:
+            configs = [resumed_config(command, resume[-1], words)[0]]
+        else:
+            configs = check(command, words)
+        for config in configs:
+            check_layout(config.data.name, config.data.root, config.data.download)
+            if config.out is not None and not (sweeping or resume) and is_main_process():
+                RunFolder(config.out).check_mine(absolute(config))
+
+    def job(words: list[str]) -> None:
+        from importlib import import_module
+
+        import_module(f"ssl_samix.{module}").job(words)
+
+    return Subcommand(text, command, check, job, late_keys=("backbone.options",))
+
+
+def _check_show_mixing(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.cli.show_mixing import configured
+
+    configured(words)
+
+
+def _show_mixing(words: list[str]) -> None:
+    from ssl_samix.cli.show_mixing import configured, show
+
+    print(show(configured(words)))
+
+
+def _check_export(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.artifacts.export import configured
+
+    configured(words)
+
+
+def _export(words: list[str]) -> None:
+    from ssl_samix.artifacts.export import configured, export
+
+    done = export(configured(words))
+    print(done.path)
+    print(done.usage, file=sys.stderr)  # stdout stays the path alone, for scripts
+
+
+def _protocol(text: str, name: str, module: str) -> Subcommand:
+    """Make a subcommand of ``eval_protocols/<module>.py``, whose configuration is ``name``."""
+
+    def check(words: list[str], _sweeping: bool) -> None:
+        from ssl_samix.config.compose import combinations
+        from ssl_samix.evaluation.request import configured
+
+        for combination in combinations(words):
+            configured(name, combination)
+
+    def job(words: list[str]) -> None:
+        from ssl_samix.evaluation.request import configured
+
+        request = configured(name, words)
+        protocol = _eval_protocols(module)
+        protocol.check(request.config)
+        print(protocol.run(request))
+
+    return Subcommand(text, name, check, job, late_keys=("data.",))
+
+
+def _eval_protocols(module: str) -> Any:
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    # Installed, the protocols are inside the package; in a bare checkout they stand beside it.
+    inside = find_spec("ssl_samix.eval_protocols") is not None
+    return import_module(f"{'ssl_samix.' if inside else ''}eval_protocols.{module}")
+
+
+def _compare(words: list[str]) -> str:
+    from ssl_samix.reporting.compare import main
+
+    return main(words)
+
+
+def _recipes(words: list[str]) -> str:
+    from ssl_samix.cli.recipes import main
+
+    return main(words)
+
+
+def _convert(words: list[str]) -> str:
+    from ssl_samix.cli.convert import main
+
+    return main(words)
+
+
+def _study(words: list[str]) -> str:
+    from ssl_samix.reporting.study import main
+
+    return main(words)
+
+
+def _check_embed(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.evaluation.embed import configured
+
+    configured(words)
+
+
+def _embed(words: list[str]) -> None:
+    from ssl_samix.evaluation.embed import configured, embed
+
+    print(embed(configured(words)))
+
+
+SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
+    "pretrain": _training(
+        "learn an encoder from images without labels", "pretrain", "training.pretrain"
+    ),
+    "supervised": _training(
+        "train a classifier from labelled images", "supervised", "training.supervised"
+    ),
+    "show-mixing": Subcommand(
+        "paint what a trained Mixer makes of images",
+        "show_mixing",
+        _check_show_mixing,
+        _show_mixing,
+        sweeps=False,
+    ),
+    "linear": _protocol("measure an encoder by a linear classifier", "linear", "linear"),
+    "knn": _protocol("measure an encoder by nearest neighbours", "knn", "knn"),
+    "semi": _protocol("measure an encoder with few labels", "semi", "semi_supervised"),
+    "recipes": PlainSubcommand("list published recipes", _recipes),
+    "robustness": _protocol(
+        "measure a classifier, also under attack and corruptions", "robustness", "robustness"
+    ),
+    "measures": _protocol(
+        "measure an encoder without labels, and by clustering", "measures", "measures"
+    ),
+    "compare": PlainSubcommand("put the results of several runs into one table", _compare),
+    "study": PlainSubcommand("do a table of runs from one file", _study),
+    "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
+    "embed": Subcommand(
+        "write the features of a folder of images", "embed", _check_embed, _embed, sweeps=False
+    ),
+    "export": Subcommand(
+        "write an encoder for other libraries and runtimes",
+        "export",
+        _check_export,
+        _export,
+        sweeps=False,
+    ),
+}

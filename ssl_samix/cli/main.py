@@ -1,0 +1,203 @@
+"""``samix <subcommand>``: a user's mistake is one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import sys
+from typing import Any, NoReturn
+
+from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, Subcommand
+from ssl_samix.errors import ConfigError, UserError, nearest
+
+SPINS = "10000"  # of libgomp; its own 300,000 last about a millisecond
+FORCED = "++"  # Hydra's mark of a key that may be new
+LONGEST_NAME = 180  # characters of a job's folder; file systems allow 255 bytes
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        words: Subcommand and its words; those of the process if None.
+    """
+    # torch's CPU threads wait for each other in busy loops: as soon as anything else runs on the
+    # machine, a step takes many times as long. Shorter loops; none at all would be slower where
+    # the machine is free. Read when torch is imported, later.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    try:
+        _dispatch(sys.argv[1:] if words is None else words)
+    except UserError as error:
+        _stop(f"samix: {error}", 2)
+    except PermissionError as error:
+        _stop(f"samix: no permission for {error.filename}", 2)
+    except BrokenPipeError:  # whoever read the output has seen enough, as in: samix ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:  # not about a path that somebody gave
+            raise
+        _stop(f"samix: cannot use {error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt as interrupt:
+        _stop(f"samix: {interrupt or 'interrupted'}", 130)
+
+
+def _stop(sentence: str, status: int) -> NoReturn:
+    # What was typed, or a file's name, may hold line breaks and codes that terminals obey.
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+    print(shown, file=sys.stderr)
+    sys.exit(status)
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+    elif words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("ssl_samix"))
+    elif words[0] not in SUBCOMMANDS:
+        raise ConfigError(nearest(words[0], SUBCOMMANDS, "subcommand"))
+    else:
+        command = SUBCOMMANDS[words[0]]
+        if isinstance(command, PlainSubcommand):
+            print(command.main(words[1:]))
+        else:
+            _run(words[0], command, words[1:])
+
+
+def _help() -> str:
+    width = max(map(len, SUBCOMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{entry.text}" for name, entry in SUBCOMMANDS.items())
+    return (
+        "Usage: samix <subcommand> [key=value ...]\n\n"
+        f"{rows}\n\n"
+        "samix <subcommand> --help shows its configuration."
+    )
+
+
+def _run(name: str, command: Subcommand, words: list[str]) -> None:
+    import hydra
+    from omegaconf import OmegaConf
+
+    from ssl_samix.cli.slurm import jobs_reported
+    from ssl_samix.config.compose import CONFIG_DIR, describe_groups
+    from ssl_samix.training.launch import COMMAND
+
+    words, launcher, sweep = _checked(name, command, words)
+    # Hydra knows no data set until the run says which, and would refuse its keys: what has been
+    # checked is forced on it.
+    words = [f"{FORCED}{word}" if word.startswith(command.late_keys) else word for word in words]
+
+    @hydra.main(config_path=str(CONFIG_DIR), config_name=command.config, version_base="1.3")
+    def app(_config: object) -> None:
+        # An error is kept from Hydra, which would print a traceback and go on with a sweep.
+        try:
+            _run_job(command)
+        except (UserError, KeyboardInterrupt, OSError) as error:
+            if os.environ.get(COMMAND) != str(os.getpid()):  # a job, started elsewhere
+                _stop(f"samix: {error}", 130 if isinstance(error, KeyboardInterrupt) else 2)
+            raise _Stopped(error) from error
+
+    OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
+    before = sys.argv
+    os.environ[COMMAND] = str(os.getpid())
+    sys.argv = [before[0], *words]
+    try:
+        with jobs_reported(launcher, sweep):
+            app()
+    except _Stopped as stopped:
+        raise stopped.error from None
+    finally:
+        sys.argv = before
+
+
+def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str], str, str]:
+    """Refuse what can be refused before heavy imports.
+
+    Returns:
+        The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
+    """
+    from ssl_samix.cli.slurm import GROUP, check_launcher
+    from ssl_samix.config.compose import quote_paths, quoted
+    from ssl_samix.config.hydra_words import check_hydra
+
+    flags = [word for word in words if word.startswith("-")]
+    sweeping = "--multirun" in flags or "-m" in flags
+    if sweeping and not command.sweeps:
+        raise ConfigError(f"{name} does one thing at a time and takes no --multirun")
+    words = quote_paths(words, sweeping)
+    if any(flag not in ("--multirun", "-m") for flag in flags):  # for help or information
+        return words, "", ""
+    settings = [word for word in words if word not in flags]
+    launcher, out = _last(settings, GROUP) or "", _last(settings, "out")
+    check_hydra(command.config, settings)
+    if launcher:
+        check_launcher(launcher, sweeping)
+    if not sweeping:
+        _refuse_several(settings, command.sweeps)
+    command.check(settings, sweeping)
+    if sweeping and out:
+        settings.append(f"hydra.sweep.dir={quoted(out)}")
+    sweep = _last(settings, "hydra.sweep.dir") or "runs"
+    return [*flags, *settings], launcher, sweep  # Hydra takes no flag between settings
+
+
+def _last(words: list[str], key: str) -> str | None:
+    """Return what the last of the words that set a key gives it."""
+    from ssl_samix.config.compose import parse
+
+    given = [o.value() for o in parse(words) if o.key_or_group == key]
+    return None if not given or given[-1] is None else str(given[-1])
+
+
+def _refuse_several(words: list[str], sweeps: bool) -> None:
+    from ssl_samix.config.compose import parse
+
+    for override in parse(words):
+        if override.is_sweep_override():
+            way = ", --multirun runs them all" if sweeps else ""
+            key, _, value = str(override.input_line).partition("=")
+            raise ConfigError(f"{key} has several values: a list is {key}=[{value}]{way}")
+
+
+class _Stopped(BaseException):
+    """Carries a job's error through Hydra."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+def _run_job(command: Subcommand) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from ssl_samix.config.compose import parse, quoted
+
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    job = HydraConfig.get()
+    # Not resolved: what a word reads of the configuration is not in this one, which is Hydra's.
+    given: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    words = [word.removeprefix(FORCED) for word in given]
+    if job.mode == RunMode.MULTIRUN:
+        out = [o.value() for o in parse(words) if o.key_or_group == "out"]
+        words = [word for word in words if not word.startswith("out=")]
+        print(f"job {job.job.num}: {' '.join(words)}", flush=True)
+        if out:
+            words.append(f"out={quoted(f'{out[-1]}/{job_name(words)}')}")
+    command.job(words)
+
+
+def job_name(words: list[str]) -> str:
+    """Name a sweep's job by its settings, in characters that need no quotes anywhere."""
+    name = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def _on_sigterm(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,442 @@
+"""From words on a command line to a checked configuration.
+
+Where the YAML files are and what each group offers, recipes, and Python values in Hydra's grammar.
+Nothing here imports torch: a mistyped key is reported before the first heavy import.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from ssl_samix.config.key_types import PATHS, fitted
+from ssl_samix.config.options import check_options, is_plain
+from ssl_samix.errors import ConfigError, UserError, nearest
+from ssl_samix.files import expanded
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Installed, the configurations are inside the package; in a checkout they stand beside it.
+CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
+RECIPES = CONFIG_DIR / "experiment"
+
+
+def groups(config_name: str | None = None) -> dict[str, list[str]]:
+    """Return each config group and the names that it offers.
+
+    Args:
+        config_name: Only the groups of this configuration's defaults list.
+    """
+    folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
+    if config_name is not None:
+        defaults = OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults
+        # An entry is _self_ or {"method": choice}, with words such as "optional" before the group.
+        own = {
+            str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
+        }
+        folders = [d for d in folders if d.name in own]
+    found = {d.name: sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in folders}
+    if "experiment" in found:
+        found["experiment"] = recipe_names(RECIPES, config_name)
+    return found
+
+
+def describe_groups(config_name: str) -> str:
+    """Return the lines of a configuration's help that name its groups and their choices."""
+    return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
+
+
+OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
+MOST_SHOWN = 200  # characters of a word, in an error
+MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
+
+
+def quoted(text: str) -> str:
+    """Write any text as a value of Hydra's grammar that is read back as that text."""
+    # A backslash is literal but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts to dotted keys; ``options`` of a backbone stay a dict."""
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, dict) and key.rpartition(".")[2] != "options":
+            flat.update(dotted(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
+    """Quote the values of keys that are paths: a path may hold what Hydra's grammar does not.
+
+    Args:
+        arguments: ``key=value`` words, as they were typed.
+        sweeping: Whether a comma separates values; a path that exists is one path all the same.
+    """
+    words = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if key in PATHS and equals and value not in ("null", "") and value[0] not in "'\"":
+            whole = not sweeping or "," not in value or os.path.exists(expanded(value))
+            parts = [value] if whole else value.split(",")
+            words.append(f"{key}=" + ",".join(map(quoted, parts)))
+        else:
+            words.append(word)
+    return words
+
+
+def parse(arguments: Sequence[str]) -> list[Override]:
+    """Parse ``key=value`` words.
+
+    Raises:
+        ConfigError: For a word of another form, for additions and removals, and for a word of
+            Hydra's that names code.
+    """
+    overrides = []
+    for word in arguments:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        # Hydra's parser lets through what Python says of numbers too long and lists too deep.
+        except (HydraException, ValueError, RecursionError) as error:
+            raise ConfigError(f"'{word[:MOST_SHOWN]}' is not of the form key=value") from error
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"'{word}': keys are neither added nor removed, write key=value")
+        keys = [*override.key_or_group.split("."), *_inner_keys(override.value())]
+        if code := next(filter(is_hydras, keys), None):
+            raise ConfigError(f"'{word}': {code} cannot be set, the choices say what is built")
+        overrides.append(override)
+    return overrides
+
+
+def is_hydras(key: object) -> bool:
+    """Say whether a key is one by which Hydra builds something, such as ``_target_``."""
+    return isinstance(key, str) and re.fullmatch(r"_\w+_", key) is not None
+
+
+def _inner_keys(value: Any) -> Iterator[Any]:
+    """Give the keys inside a value, at any depth."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _inner_keys(part)
+
+
+def check(config_name: str, arguments: Sequence[str]) -> list[DictConfig]:
+    """Compose every combination of a command line's choices, to find its mistakes early.
+
+    Raises:
+        ConfigError: With the nearest valid name for an unknown group choice or key.
+    """
+    return [compose(config_name, words)[0] for words in combinations(arguments)]
+
+
+def combinations(arguments: Sequence[str]) -> Iterable[list[str]]:
+    """Give the ``key=value`` words of each job of a sweep, up to a number of jobs."""
+    overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
+    every = itertools.product(*(list(_variants(o)) for o in overrides))
+    return map(list, itertools.islice(every, MOST_COMBINATIONS))
+
+
+def _variants(override: Override) -> Iterable[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+
+
+def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose a configuration.
+
+    Args:
+        config_name: ``pretrain`` and so on.
+        arguments: ``key=value`` words.
+
+    Returns:
+        The configuration, resolved, in struct mode; and the choice made in each group.
+
+    Raises:
+        ConfigError: For an unknown name or key (with the nearest valid one) or a value of another
+            type than the default's.
+    """
+    overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
+    known = groups(config_name)
+    chosen = [o for o in overrides if o.key_or_group in known]
+    for override in chosen:
+        name = str(override.value())
+        optional = override.key_or_group == "experiment" and override.value() is None
+        if not optional and name not in known[override.key_or_group]:
+            if override.key_or_group == "experiment" and name in groups()["experiment"]:
+                theirs = recipe_command(RECIPES / f"{name}.yaml")
+                raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
+            raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
+    names = {o.key_or_group: o.value() for o in chosen}
+    words = spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
+    base, _ = _compose(config_name, words)
+    own: list[str] = []
+    for override in overrides:
+        key = override.key_or_group
+        group = key.partition(".")[0]
+        if group in groups() and group not in known and group not in base:
+            command, keys = config_name.replace("_", "-"), ", ".join(sorted(map(str, base)))
+            raise ConfigError(f"{command} takes no {key}: choose from {keys}")
+        if override not in chosen:
+            own += keys_set(base, key, override.value(), known)
+    words += [_forced(str(o.input_line)) for o in overrides if o not in chosen]
+    whole, choices = _compose(config_name, words)
+    check_values(whole, base, own)
+    return whole, {**choices, **names}
+
+
+def _forced(word: str) -> str:
+    """Mark the word of an open dict, whose keys are not known, as one that may add some."""
+    return f"++{word}" if word.startswith(OPEN_KEYS) else word
+
+
+def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> list[str]:
+    """Return the keys of single values that ``key=value`` sets, several if it is a dict.
+
+    Raises:
+        ConfigError: For a key that ``config`` does not have, with the nearest one.
+    """
+    keys = list(keys_of(config))
+    if key not in keys:
+        raise ConfigError(nearest(key, [*keys, *known], "key"))
+    if not isinstance(OmegaConf.select(config, key), DictConfig):
+        return [key]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
+    if key.startswith(OPEN_KEYS):
+        return [key]
+    return [k for name, each in value.items() for k in keys_set(config, f"{key}.{name}", each)]
+
+
+def check_values(config: DictConfig, before: DictConfig, keys: Iterable[str]) -> None:
+    """Check the types of values that a user has set; make lists of single values where needed.
+
+    Args:
+        config: With those values; interpolations are resolved.
+        before: With the defaults.
+        keys: Of the values.
+
+    Raises:
+        ConfigError: For a value of another type than its key takes, or one that cannot be resolved.
+    """
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    now, defaults = plain(config), plain(before)
+    for key in keys:
+        value, default = (reduce(dict.__getitem__, key.split("."), d) for d in (now, defaults))
+        taken = _fitted(key, value, default)
+        if taken is not value:
+            OmegaConf.update(config, key, taken)
+
+
+def check_fit(key: str, value: Any, default: Any) -> None:
+    """Check that a value, or nested keys and values, are such as the default's.
+
+    Args:
+        key: Dotted; empty for a whole configuration.
+        value: Plain dicts, lists and values.
+        default: Likewise; a dict has all keys that the value's may have.
+
+    Raises:
+        ConfigError: For an unknown key, with the nearest one, and a value of another kind.
+    """
+    if isinstance(default, dict) and key not in OPEN_KEYS:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
+        known = {k: f"{key}.{k}" if key else k for k in default}
+        for inner, part in value.items():
+            if inner not in known:
+                raise ConfigError(
+                    nearest(f"{key}.{inner}".lstrip("."), known.values() or [key], "key")
+                )
+            check_fit(known[inner], part, default[inner])
+    else:
+        _fitted(key, value, default)
+
+
+def _fitted(key: str, value: Any, default: Any) -> Any:
+    """Return the value of a single key as it is taken."""
+    if key in OPEN_KEYS:
+        check_options(value)
+        return value
+    if not is_plain(value):
+        raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
+    return fitted(key, value, default)
+
+
+def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
+    """Give the dotted keys of a configuration, those that hold others included."""
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from keys_of(node, f"{prefix}{key}.")
+
+
+def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    # Inside a Hydra app the global state is taken; it is put back afterwards.
+    taken = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            whole = hydra_compose(config_name, overrides=list(words), return_hydra_config=True)
+            choices = {k: v for k, v in whole.hydra.runtime.choices.items() if "/" not in k}
+            with open_dict(whole):
+                del whole["hydra"]
+            OmegaConf.resolve(whole)
+    except InterpolationKeyError as error:  # a choice that reads a key of another command's
+        key = str(error).partition("'")[2].partition("'")[0]
+        command, given = config_name.replace("_", "-"), ", ".join(words)
+        raise ConfigError(f"samix {command} has no {key}, which {given} reads") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    finally:
+        GlobalHydra.instance().hydra = taken
+    return whole, choices
+
+
+def absolute(config: DictConfig) -> DictConfig:
+    """Make the paths that a run reads absolute, so that it finds them from anywhere."""
+    for key in ("data.root", "mixup.mixer", "init"):
+        path = OmegaConf.select(config, key)
+        # shards may be behind a URL; an empty path is a mistake and not the current folder
+        if path and "://" not in str(path):
+            OmegaConf.update(config, key, os.path.abspath(expanded(str(path))))
+    return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dicts, lists and values, for checkpoints."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+@cache
+def _installed_classes() -> frozenset[str]:
+    files = (file.read_text("utf-8") for file in CONFIG_DIR.rglob("*.yaml"))
+    return frozenset(n for text in files for n in re.findall(r"(?m)^ *_target_: *(\S+)", text))
+
+
+def _classes(node: Any) -> Iterator[Any]:
+    """Give what Hydra would build of a plain node, at any depth."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    if isinstance(node, (dict, list)):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _classes(part)
+
+
+def build(config: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a node with plain arguments; a user's mistake stays a ``UserError``.
+
+    Raises:
+        ConfigError: If the node names a class that none of the installed configurations names.
+            A name in ``ssl_samix`` is not enough: modules have ``os`` as an attribute.
+    """
+    for name in map(str, _classes(plain(config))):
+        if name not in _installed_classes():
+            raise ConfigError(f"{name} is not built: no installed configuration names it")
+    try:
+        return instantiate(config, _partial_=True, _convert_="all")(**arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def in_hydras_grammar(value: Any) -> str:
+    """Write a Python value in Hydra's grammar.
+
+    Raises:
+        ConfigError: For a value that a configuration cannot hold.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return quoted(os.fspath(value))
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{in_hydras_grammar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(in_hydras_grammar, value)) + "]"
+    value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's numbers
+    words: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise ConfigError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
+
+
+OVERRIDE = "override /"  # before a group, in the defaults list of a recipe
+
+
+def recipe_command(file: Path) -> str | None:
+    """Return the command that a recipe says, in its second line, that it is for."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = re.match(r"# samix (\w+) \|", lines[1]) if len(lines) > 1 else None
+    return found[1] if found else None
+
+
+def recipe_names(folder: Path, command: str | None = None) -> list[str]:
+    """Return the recipes in a folder, such as ``cifar10/resnet18``.
+
+    Args:
+        folder: Of recipes.
+        command: Only those of this command, and those that name none.
+    """
+    files = folder.rglob("*.yaml")
+    fitting = [f for f in files if command is None or recipe_command(f) in (None, command)]
+    return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in fitting)
+
+
+def spelled_out(folder: Path, chosen: Mapping[str, Any]) -> list[str] | None:
+    """Write a recipe as words, if some of its choices are replaced.
+
+    What a recipe sets is for its own choices: cutmix has nothing to do with the ratios of SAMix,
+    nor AdamW with the learning rate of SGD. So of a group that is chosen anew nothing is set.
+
+    Args:
+        folder: Of recipes.
+        chosen: The user's choices by group, ``experiment`` among them.
+
+    Returns:
+        ``key=value`` words of all choices, the user's among them, and of the recipe's settings; or
+        None if there is no recipe, or nothing of it is replaced.
+    """
+
+    recipe = chosen.get("experiment")
+    if recipe is None:
+        return None
+    loaded = OmegaConf.load(folder / f"{recipe}.yaml")
+    settings: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment]
+    entries = [entry for entry in settings.pop("defaults", []) if isinstance(entry, dict)]
+    own = {str(k).removeprefix(OVERRIDE): name for entry in entries for k, name in entry.items()}
+    replaced = {group for group, name in chosen.items() if own.get(group, name) != name}
+    if not replaced:
+        return None
+    if "method" in replaced and "views" not in chosen:  # a method brings its own
+        replaced.add("views")
+        own.pop("views", None)
+    left = {group: values for group, values in settings.items() if group not in replaced}
+    names = {**own, **{group: name for group, name in chosen.items() if group != "experiment"}}
+    choices = [f"{group}={in_hydras_grammar(name)}" for group, name in names.items()]
+    # Forced, since options of a timm model need not be there.
+    return choices + [f"++{k}={in_hydras_grammar(value)}" for k, value in dotted(left).items()]

@@ -1,0 +1,206 @@
+"""The features of a folder of images, as files: ``samix embed``.
+
+Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from omegaconf import DictConfig
+
+from ssl_samix.config.compose import compose
+from ssl_samix.data.folder import FolderIndex, given_images
+from ssl_samix.data.layout import is_there
+from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
+from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
+from ssl_samix.files import expanded, new_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ssl_samix.artifacts.encoder import Encoder
+    from ssl_samix.evaluation.embedding import Embedded, Pictures
+
+MOST_SHOWN = 64  # images in the picture
+NEIGHBOURS = 8  # of each
+LONGEST_NAME = 24  # characters beside a row of the picture
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be embedded.
+
+    Attributes:
+        origin: Where the encoder comes from.
+        images: The image files; None: the run's own training images.
+        out: The folder that is written.
+        config: The other keys.
+    """
+
+    origin: Origin
+    images: FolderIndex | None
+    out: Path
+    config: DictConfig
+
+
+def configured(words: list[str]) -> Request:
+    """Check ``key=value`` words.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    config, _ = compose("embed", words)
+    if config.run is None:
+        raise ConfigError("embed needs an encoder: run=<run folder, checkpoint or weights>")
+    check_choice("weights", config.weights, WEIGHTS)
+    check_range("seed", config.seed, 0)
+    check_range("chunk", config.chunk, 1)
+    check_range("sheet", config.sheet, 0, MOST_SHOWN)
+    if config.workers != "auto":
+        check_range("workers", config.workers, 0)
+    origin = find_origin(str(config.run), config.weights)
+    if config.images is None:
+        _check_own_images(origin)
+        images = None
+    else:
+        images = given_images(str(config.images))
+    return Request(origin, images, _out(config.out, origin), config)
+
+
+def _check_own_images(origin: Origin) -> None:
+    if origin.run is None:
+        raise ConfigError(f"run={origin.given} names no images: give images=<folder>")
+    data = origin.run.load_config()[0].data
+    if not is_there(data.name, data.root):
+        raise DataError(f"the run's images are not in {data.root} any more: give images=<folder>")
+
+
+def _out(given: Any, origin: Origin) -> Path:
+    if given is None:
+        return origin.home / f"embeddings-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = expanded(str(given))
+    if (out / "features.npy").exists():
+        raise UserError(f"out={out} holds features already: choose another out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file: give a folder")
+    return out
+
+
+def embed(request: Request) -> Path:
+    """Write the features and return their folder.
+
+    ``features.npy`` holds (R, D) float32, a row per readable image; ``paths.csv`` says which image
+    each row is of. ``damaged.csv`` names the unreadable ones, if there are any. ``index.faiss`` and
+    ``neighbours.png`` are made of the features, if they are wanted.
+
+    Raises:
+        UserError: If there is no encoder, no readable image, or no way to write.
+    """
+    import numpy as np
+
+    from ssl_samix.data.datasets import SPECS
+    from ssl_samix.evaluation.embedding import write_folder, write_index
+    from ssl_samix.evaluation.source import load_source
+    from ssl_samix.evaluation.task import choose_device
+    from ssl_samix.pictures import write_png
+
+    config, spec = request.config, SPECS["folder"]
+    device = choose_device(config.device)
+    encoder = load_source(request.origin, config, 224, spec.mean, spec.std).to(device)
+    source = _pictures(request, encoder)
+    if config.out is None:
+        request = replace(request, out=new_folder(request.out))
+    done = write_folder(request.out, source, partial(_features, request, encoder, source))
+    features = np.load(request.out / "features.npy", mmap_mode="r")
+    if config.index:
+        write_index(request.out / "index.faiss", features)
+    if config.sheet and len(features) > 1:
+        sheet = _sheet(features, done, source, encoder.image_size, config)
+        write_png(request.out / "neighbours.png", sheet)
+    return request.out
+
+
+def _pictures(request: Request, encoder: Encoder) -> Pictures:
+    from ssl_samix.data.datasets import load_splits
+    from ssl_samix.data.sources import PathSource
+    from ssl_samix.evaluation.embedding import pictures
+
+    if request.images is not None:
+        _tell(request.images.notes)
+        return PathSource(request.images.train.paths)
+    assert request.origin.run is not None
+    data = request.origin.run.load_config()[0].data
+    # No memory for images: they are decoded one by one, and a damaged one is noticed.
+    splits = load_splits(
+        data.name, data.root, encoder.image_size, data.limit, labels=data.labels, memory_gb=0
+    )
+    _tell(splits.notes)
+    return pictures(splits.train)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        _log.warning("%s", note)
+
+
+def _features(request: Request, encoder: Encoder, source: Pictures, file: BinaryIO) -> Embedded:
+    from tqdm import tqdm
+
+    from ssl_samix.evaluation.embedding import write_features
+
+    config, total = request.config, len(source)
+    # On a terminal only: a log would be filled with half bars.
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, desc="features", unit="img", leave=False, disable=hidden) as bar:
+        return write_features(
+            file,
+            encoder,
+            source,
+            next(encoder.parameters()).device,
+            workers=_workers(config, total),
+            chunk=config.chunk,
+            progress=bar.update,
+        )
+
+
+def _workers(config: DictConfig, total: int) -> int:
+    if config.workers != "auto":
+        return int(config.workers)
+    return 0 if total <= config.chunk else max(1, min(16, os.cpu_count() or 1))
+
+
+def _sheet(
+    features: np.ndarray, done: Embedded, source: Pictures, size: int, config: DictConfig
+) -> Image.Image:
+    """Paint drawn images, each with those whose features are nearest to its own."""
+    import torch
+
+    from ssl_samix.evaluation.embedding import nearest_rows, picture
+    from ssl_samix.pictures import paint
+
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(features), generator=generator)[: config.sheet].tolist()
+    count = min(NEIGHBOURS, len(features) - 1)
+    cosines, rows = nearest_rows(features, drawn, count)
+    tiles, captions = [], []
+    for row, near, found in zip(drawn, cosines, rows, strict=True):
+        tiles.append([picture(source, done.rows[i], size) for i in (row, *found)])
+        name = _short(source.name(done.rows[row]))
+        captions.append(f"{row}: {name}\ncos {near[0]:.2f} to {near[-1]:.2f}")
+    return paint(["image", *(str(n + 1) for n in range(count))], tiles, captions)
+
+
+def _short(name: str) -> str:
+    last = Path(name).name.encode("utf-8", "replace").decode()
+    return last if len(last) <= LONGEST_NAME else f"{last[: LONGEST_NAME - 3]}..."

@@ -1,1 +1,0 @@
-"""A trained encoder as other libraries and runtimes read it."""

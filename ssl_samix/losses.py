@@ -1,0 +1,228 @@
+"""Losses per sample: pure functions of tensors, computed in float32 whatever autocast does.
+
+Contrastive losses read L2-normalised embeddings. The classifier's losses are linear in the shares
+of the classes, so that the mean of two parents' losses, weighted by lam and 1 - lam, is exactly the
+loss of the mixed label.
+
+Legend: K rows, P parents of each, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from lightly.utils.dist import world_size
+from torch import Tensor
+
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+
+
+def full_precision(loss: Loss) -> Loss:
+    """Switch autocast off inside ``loss`` and give it its floating-point tensors as float32.
+
+    Autocast would turn a product of float32 tensors into bfloat16: differences of similarities
+    divided by a small temperature need more than its 8 bits.
+    """
+
+    @wraps(loss)
+    def in_float32(query: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            return loss(query.float(), *map(_float32, arguments), **settings)
+
+    return in_float32  # type: ignore[return-value]
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@full_precision
+def cosines(query: Tensor, positives: Tensor) -> Tensor:
+    """Cosines of queries (K, D), of any length, and their positives (K, P, D): (K, P)."""
+    return torch.einsum("kd,kpd->kp", F.normalize(query, dim=1), F.normalize(positives, dim=2))
+
+
+@full_precision
+def info_nce(query: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """InfoNCE with negatives that all queries share: MoCo's queue (arXiv 1911.05722, eq. 1).
+
+    Args:
+        query: (B, D).
+        positives: (B, P, D), each scored as if it were the only positive.
+        negatives: (K, D).
+        temperature: Divides the similarities.
+
+    Returns:
+        (B, P) losses.
+    """
+    positive = torch.einsum("bd,bpd->bp", query, positives) / temperature
+    negative = (query @ negatives.T / temperature).logsumexp(dim=1, keepdim=True)  # (B, 1)
+    return torch.logaddexp(positive, negative) - positive
+
+
+@full_precision
+def info_nce_in_batch(
+    query: Tensor, others: Tensor, parents: Tensor, extra: Tensor | None, temperature: float
+) -> Tensor:
+    """InfoNCE whose positives and negatives are rows of one (gathered) batch (SimCLR, eq. 1).
+
+    Args:
+        query: (B, D).
+        others: (N, D), rows that hold every query's parents.
+        parents: (B, P) rows of ``others``: each is a positive in its own column and is left out of
+            the negatives of all columns.
+        extra: (B, M) similarities to further negatives, -inf where there is none; or None.
+        temperature: Divides the similarities, those in ``extra`` too.
+
+    Returns:
+        (B, P) losses.
+    """
+    similarity = query @ others.T / temperature  # (B, N)
+    positive = similarity.gather(1, parents)  # (B, P)
+    negatives = similarity.scatter(1, parents, float("-inf"))
+    if extra is not None:
+        negatives = torch.cat([negatives, extra / temperature], dim=1)
+    negative = negatives.logsumexp(dim=1, keepdim=True)  # (B, 1)
+    return torch.logaddexp(positive, negative) - positive
+
+
+@full_precision
+def nt_xent(
+    first: Tensor,
+    second: Tensor,
+    all_first: Tensor,
+    all_second: Tensor,
+    offset: int,
+    temperature: float,
+) -> Tensor:
+    """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), the mean of both directions.
+
+    Args:
+        first: (B, D) embeddings of one view of this rank's images.
+        second: (B, D) of the other view.
+        all_first: (N, D) of all ranks, in rank order; ``first`` itself on one rank.
+        all_second: (N, D), likewise.
+        offset: Row of ``all_first`` at which this rank's rows begin.
+        temperature: Divides the similarities.
+
+    Returns:
+        (B,) losses.
+    """
+    own = offset + torch.arange(len(first), device=first.device)[:, None]  # (B, 1)
+    total = torch.zeros(len(first), device=first.device)
+    for query, same, other in ((first, all_first, all_second), (second, all_second, all_first)):
+        siblings = (query @ same.T).scatter(1, own, float("-inf"))  # (B, N)
+        total = total + info_nce_in_batch(query, other, own, siblings, temperature)[:, 0]
+    return total / 2
+
+
+@full_precision
+def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos (BYOL, arXiv 2006.07733, eq. 2).
+
+    Args:
+        query: (B, D), L2-normalised.
+        positives: (B, P, D), L2-normalised.
+
+    Returns:
+        (B, P) losses in [0, 4].
+    """
+    return 2 - 2 * torch.einsum("bd,bpd->bp", query, positives)
+
+
+@full_precision
+def negative_cosine(query: Tensor, positives: Tensor) -> Tensor:
+    """Negative cosine of unit vectors (SimSiam, arXiv 2011.10566, eq. 1).
+
+    Args:
+        query: (B, D), L2-normalised.
+        positives: (B, P, D), L2-normalised.
+
+    Returns:
+        (B, P) losses in [-1, 1].
+    """
+    return -torch.einsum("bd,bpd->bp", query, positives)
+
+
+@full_precision
+def cross_correlation(query: Tensor, positives: Tensor, redundancy: float) -> Tensor:
+    """Barlow Twins' loss (arXiv 2103.03230, eq. 1 and 2) as a mean of one value per sample.
+
+    The loss is a function of a matrix C that is a mean over the batch. To first order in what one
+    sample adds to C, the loss is a mean of contributions: their mean over the batch has the value
+    and the gradient of the loss, and each can be weighted by its sample's ratio.
+
+    Args:
+        query: (K, D), not normalised.
+        positives: (K, P, D), not normalised, each column as if it were the only positive.
+        redundancy: Weight of the off-diagonal elements.
+
+    Returns:
+        (K, P) losses.
+    """
+    columns = [_one(query, positive, redundancy) for positive in positives.unbind(dim=1)]
+    return torch.stack(columns, dim=1)
+
+
+def _one(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
+    first, second = _standardised(query), _standardised(positive)  # (K, D)
+    identity = torch.eye(first.shape[1], device=first.device)
+    with torch.no_grad():
+        matrix = first.T @ second / len(first)
+        if world_size() > 1:
+            torch.distributed.all_reduce(matrix)
+            matrix /= world_size()
+        residual = matrix - identity
+        weights = identity + redundancy * (1 - identity)
+        slope = 2 * weights * residual  # of the loss, in the elements of the matrix
+        constant = (weights * residual**2).sum() - (slope * matrix).sum()
+    return ((first @ slope) * second).sum(dim=1) + constant
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Bring each column to mean 0 and variance 1 over the rows."""
+    return F.batch_norm(rows, None, None, training=True)
+
+
+def soft_labels(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+    """Spread each label (B,) over the classes: (B, C) float32 rows that sum to one.
+
+    Args:
+        labels: (B,) int64.
+        classes: C.
+        smoothing: Share that all classes have in equal parts (arXiv 1512.00567, section 7).
+    """
+    return F.one_hot(labels, classes).float().mul_(1 - smoothing).add_(smoothing / classes)
+
+
+@full_precision
+def cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy of the softmax.
+
+    Args:
+        logits: (K, C).
+        shares: (K, P, C), of the classes in each parent.
+
+    Returns:
+        (K, P).
+    """
+    return -torch.einsum("kc,kpc->kp", logits.log_softmax(dim=1), shares)
+
+
+@full_precision
+def binary_cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy of one sigmoid per class, the mean over classes (arXiv 2110.00476, section 3).
+
+    Args:
+        logits: (K, C).
+        shares: (K, P, C), of the classes in each parent.
+
+    Returns:
+        (K, P).
+    """
+    wide = logits[:, None].expand_as(shares)
+    return F.binary_cross_entropy_with_logits(wide, shares, reduction="none").mean(dim=2)

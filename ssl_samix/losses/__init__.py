@@ -1,1 +1,0 @@
-"""Losses: pure functions, tensors in, one value per sample out."""

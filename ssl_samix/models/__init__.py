@@ -1,0 +1,1 @@
+"""Networks: backbones, the momentum twin, the queue."""

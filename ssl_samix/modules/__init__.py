@@ -1,1 +1,0 @@
-"""Parts that methods share: the momentum twin and the queue."""

@@ -1,0 +1,232 @@
+"""Optimizers and learning-rate schedules, the Mixer's own beside the encoder's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightly.utils.scheduler import cosine_warmup_schedule
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ssl_samix.errors import ConfigError, check_choice, check_range
+
+MIXER = "mixing."  # prefix of what mixes
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters: encoder, what of it is not decayed, and mixer.
+
+    Matrices are decayed, biases and normalisation are not, nor is the mixer. lightly's LARS also
+    leaves groups without decay unscaled, as SimCLR and BYOL ask for.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    encoder = [p for name, p in trainable if not name.startswith(MIXER)]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": "encoder",
+            "params": [p for p in encoder if p.ndim > 1],
+            "weight_decay": weight_decay,
+        },
+        {"name": "no_decay", "params": [p for p in encoder if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "name": "mixer",
+            "params": [p for name, p in trainable if name.startswith(MIXER)],
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+SHARED = "encoder"
+# The Mixer has 20,000 weights and no scale of its own in common with the encoder. Adam's second
+# moment decays fast because the teacher whose features it reads changes all the time.
+OWN: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}),
+    "adam": (torch.optim.Adam, {"betas": (0.9, 0.99), "fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.0, "fused": True}),
+}
+CHOICES = (SHARED, *OWN)
+FINAL = 0.01  # share of the Mixer's learning rate that is left at the end of its cosine
+
+
+class MixerOptimizer:
+    """How the Mixer is optimised.
+
+    Args:
+        name: ``adamw`` or ``adam`` (no weight decay), ``sgd`` (no momentum, as OpenMixup has it):
+            the Mixer's own, without warm-up, with a cosine down to a hundredth; or ``encoder``: the
+            encoder's optimizer and schedule.
+        lr: Learning rate; with ``encoder``, a factor on the encoder's.
+
+    Raises:
+        ConfigError: For an unknown name, or a rate that is not positive.
+    """
+
+    def __init__(self, name: str = SHARED, lr: float = 1.0) -> None:
+        check_choice("mixup.optimizer", name, CHOICES)
+        check_range("mixup.lr", lr, 1e-8)
+        self.name, self.lr = name, lr
+
+    @property
+    def shared(self) -> bool:
+        """Whether the encoder's optimizer has the Mixer, too."""
+        return self.name == SHARED
+
+    def build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """Build the Mixer's own optimizer for these groups of parameters."""
+        kind, settings = OWN[self.name]
+        return kind(groups, lr=self.lr, **settings)  # type: ignore[call-arg]
+
+
+class JointOptimizer(Optimizer):
+    """Steps several optimizers, each with parameters of its own, as if they were one.
+
+    Groups and state are theirs, in their order: schedules, gradient scalers, clipping and
+    checkpoints see one optimizer.
+
+    Args:
+        parts: The optimizers; they have not stepped yet.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = list(parts)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts have the very groups and the very state that this one has."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state, for the parts as well."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step each part; ``closure`` is called once, before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
+
+
+class OptimizerRecipe:
+    """Builds an optimizer with linear warm-up and a cosine decay per step.
+
+    Args:
+        optimizer: An optimizer's class, called as ``optimizer(groups, lr=...)``.
+        lr: Learning rate for a global batch of 256 images.
+        scaling: ``linear`` (lr x batch / 256), ``sqrt``, or ``none``.
+        weight_decay: For weight matrices and kernels; biases and normalisation have none.
+        warmup_epochs: Epochs of linear warm-up; a run shorter than ten of these warms up for a
+            tenth of its steps.
+        final: Share of the learning rate that is left at the end.
+
+    Raises:
+        ConfigError: For a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        scaling: str = "linear",
+        weight_decay: float = 0.0,
+        warmup_epochs: float = 10,
+        final: float = 0.0,
+    ) -> None:
+        if lr <= 0 or weight_decay < 0 or warmup_epochs < 0 or not 0 <= final <= 1:
+            raise ConfigError(
+                "optimizer needs lr > 0, weight_decay >= 0, warmup_epochs >= 0 and final in [0, 1];"
+                f" got {lr}, {weight_decay}, {warmup_epochs} and {final}"
+            )
+        if scaling not in ("linear", "sqrt", "none"):
+            raise ConfigError(f"optimizer.scaling is linear, sqrt or none, got '{scaling}'")
+        self.optimizer = optimizer
+        self.lr, self.scaling, self.weight_decay = lr, scaling, weight_decay
+        self.warmup_epochs, self.final = warmup_epochs, final
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """Return the learning rate in use at a global batch of ``batch_size`` images."""
+        factor = batch_size / REFERENCE_BATCH
+        return self.lr * {"linear": factor, "sqrt": factor**0.5, "none": 1.0}[self.scaling]
+
+    def build(
+        self,
+        module: nn.Module,
+        batch_size: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        mixer: MixerOptimizer | None = None,
+    ) -> dict[str, Any]:
+        """Return Lightning's dict of the optimizer and its schedule over ``total_steps``.
+
+        Args:
+            module: Whose parameters are optimised.
+            batch_size: Images per optimizer step, over all devices.
+            total_steps: Optimizer steps of the whole run.
+            steps_per_epoch: Optimizer steps of an epoch.
+            mixer: How the mixer's parameters are optimised; None: as the encoder's.
+
+        Raises:
+            ConfigError: If the optimizer refuses its settings.
+        """
+        mixer = mixer or MixerOptimizer()
+        lr = self.scaled_lr(batch_size)
+        groups = parameter_groups(module, self.weight_decay)
+        own = [g for g in groups if g["name"] == "mixer" and not mixer.shared]
+        shared = [g for g in groups if g["name"] != "mixer" or mixer.shared]
+        for group in shared:
+            group["lr"] = lr * (mixer.lr if group["name"] == "mixer" else 1.0)
+        warmup = min(round(self.warmup_epochs * steps_per_epoch), total_steps // 10)
+        try:
+            parts = [self.optimizer(shared, lr=lr)] if shared else []  # or the encoder is frozen
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the optimizer refuses its settings: {error}") from error
+        schedules = [cosine(total_steps, self.final, warmup) for _ in shared]
+        if own:
+            parts.append(mixer.build(own))
+            schedules += [cosine(total_steps, FINAL) for _ in own]
+        optimizer = parts[0] if len(parts) == 1 else JointOptimizer(parts)
+        schedule = LambdaLR(optimizer, schedules)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
+        }
+
+
+def cosine(total_steps: int, final: float, warmup: int = 0) -> Callable[[int], float]:
+    """Return the factor on a learning rate as a function of the step.
+
+    A function, not lightly's scheduler object: that one restores the length of the interrupted run
+    from a checkpoint, so that a run could not be prolonged.
+
+    Args:
+        total_steps: Where the cosine ends.
+        final: The factor there.
+        warmup: Steps of linear warm-up from 0.
+    """
+
+    def factor(step: int) -> float:
+        return cosine_warmup_schedule(
+            step=min(step, total_steps),
+            max_steps=total_steps,
+            start_value=1.0,
+            end_value=final,
+            warmup_steps=warmup,
+            warmup_start_value=0.0,
+        )
+
+    return factor

@@ -1,0 +1,155 @@
+"""What a training step costs in processor time, several configurations by turns.
+
+``python -m ssl_samix.reporting.study_measure <asked.json> <answer.json>``: short fits by Lightning,
+as a run makes them, with the clock of a run's own metrics.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import absolute, build, compose, quote_paths
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.errors import UserError
+from ssl_samix.files import write_atomically
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.trainer import memory_format
+from ssl_samix.training.logging import Pace
+from ssl_samix.training.recluster import Recluster
+from ssl_samix.training.run import Mode, build_mixing
+
+STEPS = (
+    8  # of a fit: a Mixer that learns in every 2nd, 4th or 8th step does so as often as it would
+)
+ROUNDS = 5  # that count, after one that does not
+WHOLE, NOWHERE = (0.0, 1.0), (1.0, 1.0)  # of a run, where images are mixed
+MODES = {"pretrain": ("pretraining", "Pretraining"), "supervised": ("supervised", "Supervised")}
+
+
+class _Clustering(Recluster):
+    """Clusters as in a run, and takes its own time: a run does so once in many steps."""
+
+    cpu_seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cluster, and note what it took."""
+        begin = time.process_time()
+        super().on_train_epoch_start(trainer, pl_module)
+        self.cpu_seconds += time.process_time() - begin
+
+
+class Candidate:
+    """One configuration, ready to be trained for a few steps.
+
+    Args:
+        mode: Of training.
+        words: ``key=value`` words.
+        data: Data modules that others have made, by their configuration.
+    """
+
+    def __init__(self, mode: Mode, words: list[str], data: dict[str, DataModule]) -> None:
+        self.config, _ = compose(mode.command, quote_paths([*words, "trainer.max_epochs=1"]))
+        absolute(self.config)
+        pl.seed_everything(self.config.seed, workers=True, verbose=False)
+        self.data = _data(mode, self.config, data)
+        backbone = build(self.config.backbone, image_size=self.data.splits.image_size)
+        mixing = build_mixing(self.config, backbone, self.data)
+        nowhere = RunFolder("nowhere")  # a run that has no checkpoint
+        self.module: BaseMethod = mode.module(self.config, self.data, nowhere, backbone, mixing)
+        self.module.to(memory_format=memory_format(self.module))
+        self.window = WHOLE if mixing is None else (mixing.begin, mixing.end)
+        self.steps_per_epoch = 0
+
+    def step_cost(self) -> float:
+        """Return the CPU seconds of a step, in the mean over a run."""
+        mixing = self.module.mixing
+        if mixing is None or self.window == WHOLE:
+            return self._mean_of_few()
+        costs = []  # of both kinds of steps: so few steps cannot hold the window's share of them
+        for window in (WHOLE, NOWHERE):
+            mixing.begin, mixing.end = window
+            costs.append(self._mean_of_few())
+        share = self.window[1] - self.window[0]
+        return share * costs[0] + (1 - share) * costs[1]
+
+    def _mean_of_few(self) -> float:
+        """Train a few steps and return the CPU seconds of one."""
+        clusters = _Clustering()
+        trainer: pl.Trainer = build(
+            self.config.trainer,
+            wants_sync_batchnorm=self.module.wants_sync_batchnorm,
+            limit_train_batches=STEPS,
+            callbacks=[clusters, Pace()],
+            logger=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(self.module, self.data)
+        self.steps_per_epoch = len(self.data.train_dataloader())
+        step = float(trainer.callback_metrics["cpu_seconds"]) / int(trainer.num_training_batches)
+        every = getattr(self.module.mixing, "cluster_every", 1)
+        return step + clusters.cpu_seconds / (every * self.steps_per_epoch)
+
+
+def _data(mode: Mode, config: DictConfig, made: dict[str, DataModule]) -> DataModule:
+    """Return the data module of a configuration; policies of a study share one."""
+    views = config.get("views", config.get("augment"))
+    key = OmegaConf.to_yaml(OmegaConf.create({"data": config.data, "views": views}))
+    if key not in made:
+        made[key] = build(
+            config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
+        )
+    return made[key]
+
+
+def measured(command: str, words: list[list[str]], rounds: int = ROUNDS) -> dict[str, Any]:
+    """Measure configurations by turns.
+
+    Args:
+        command: ``pretrain`` or ``supervised``.
+        words: Of each configuration.
+        rounds: How often each is measured, after once that does not count.
+
+    Returns:
+        ``cpu_seconds_per_step`` (rounds, configurations) and ``steps_per_epoch``.
+
+    Raises:
+        UserError: As training does.
+    """
+    module, name = MODES[command]
+    mode: Mode = getattr(import_module(f"ssl_samix.{module}"), name)()
+    data: dict[str, DataModule] = {}
+    candidates = [Candidate(mode, each, data) for each in words]
+    times = [[each.step_cost() for each in candidates] for _ in range(rounds + 1)]
+    return {
+        "cpu_seconds_per_step": times[1:],
+        "steps_per_epoch": [each.steps_per_epoch for each in candidates],
+    }
+
+
+def main(asked: str, answer: str) -> None:
+    """Do what a file asks for and write the answer to another.
+
+    Args:
+        asked: JSON: ``command`` and ``words``.
+        answer: JSON: what ``measured`` returns.
+    """
+    request = json.loads(Path(asked).read_text("utf-8"))
+    try:
+        text = json.dumps(measured(request["command"], request["words"]))
+        write_atomically(Path(answer), lambda temporary: temporary.write_text(text, "utf-8"))
+    except UserError as error:
+        print(f"samix: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,1 +1,0 @@
-"""A table of runs from one file: planned, trained, measured and put together."""

@@ -1,0 +1,1 @@
+"""Training: the run, its monitors, its guards and its files."""

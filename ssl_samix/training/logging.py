@@ -1,0 +1,294 @@
+"""What a run writes and shows: metrics.csv, its pace, its progress, its summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.files import write_atomically
+from ssl_samix.training.monitors import Monitor
+
+if TYPE_CHECKING:
+    from ssl_samix.artifacts.classifier import TrainedClassifier
+    from ssl_samix.artifacts.encoder import Encoder
+
+
+BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
+AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second")
+
+
+class MetricsCSV(pl.Callback):
+    """Writes each epoch's row before its checkpoint is written.
+
+    A run that is killed between the two repeats the epoch and replaces the row; written by a logger
+    of Lightning's, after the checkpoint, the row would be lost.
+
+    Args:
+        path: The file. Cells of what an epoch did not measure stay empty.
+        monitor: Whose measurements stand in the rows of the epochs that made them.
+    """
+
+    def __init__(self, path: Path, monitor: Monitor) -> None:
+        self.path, self.monitor = path, monitor
+        self.rows: list[dict[str, Any]] | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the epoch before, of which Lightning keeps what this one does not measure."""
+        metrics = trainer.callback_metrics
+        for name in [n for n in metrics if not n.startswith(self.monitor.columns)]:
+            del metrics[name]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the row."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        stale = self.monitor.columns
+        row = {k: v for k, v in metrics.items() if not k.startswith(stale)} | self.monitor.fresh
+        if trainer.is_global_zero:
+            self.write(trainer.current_epoch, trainer.global_step, row)
+
+    def write(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Append the row of an epoch; rows of this and later epochs are dropped first."""
+        if self.rows is None:
+            self.rows = list(read_metrics(self.path))
+        self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
+        values = {name: f"{value:.10g}" for name, value in metrics.items()}
+        self.rows.append({"epoch": epoch, "step": step, **values})
+        write_rows(self.path, self.rows, (*BEFORE, *self.monitor.first, *AFTER))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], first: Sequence[str]) -> None:
+    """Write rows with the columns of all of them, these first."""
+    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    text = "".join(",".join(line) + "\n" for line in lines)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+class Pace(pl.Callback):
+    """Logs learning rate, seconds of training and images per second of each epoch.
+
+    It stands before the monitor in the list of callbacks, so that the clocks stop first. Seconds of
+    processor time are those of this process with all its threads: on a busy machine they say more
+    of what a run costs than the clock on the wall.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._begin_cpu = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clocks."""
+        self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clocks and log."""
+        seconds = time.perf_counter() - self._begin
+        cpu_seconds = time.process_time() - self._begin_cpu
+        images = trainer.datamodule.batch_size * int(trainer.num_training_batches)  # type: ignore[attr-defined]
+        values = {
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "images_per_second": images / seconds,
+        }
+        pl_module.log_dict(values, on_step=False, on_epoch=True)
+
+
+MOST_LINES = 12  # of a run whose output is no terminal, more or less
+
+
+class RunProgress(pl.Callback):
+    """One bar over the whole run with loss, quality and the time that is left.
+
+    Without a terminal it prints at most a dozen lines instead, evenly over the run.
+
+    Args:
+        monitor: Whose measurements are the quality; None if nothing is measured.
+    """
+
+    def __init__(self, monitor: Monitor | None = None) -> None:
+        super().__init__()
+        self._shown = {} if monitor is None else monitor.shown
+        self._bar: tqdm[Any] | None = None
+        self._above = ExitStack()  # while it is open, warnings are printed above the bar
+        self._begin, self._first_step, self._line = 0.0, 0, 0
+        self._quality: dict[str, float] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so, if no epoch is left to do; Lightning refuses fewer than are done."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        done, wanted = progress["current"]["processed"], trainer.max_epochs or 0
+        if done < wanted:
+            return
+        trainer.fit_loop.max_epochs = done
+        if trainer.is_global_zero:
+            print(
+                f"nothing is left to do: {done} epochs are done and trainer.max_epochs={wanted}; "
+                "a larger one goes on",
+                flush=True,
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and the bar."""
+        self._begin, self._first_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero and sys.stderr.isatty():
+            steps = int(trainer.estimated_stepping_batches)
+            self._bar = tqdm(total=steps, initial=trainer.global_step, unit="step", leave=False)
+            self._above.enter_context(logging_redirect_tqdm())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how it goes."""
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.set_description(describe(trainer, self._shown))
+            return
+        quality = {name: float(trainer.callback_metrics.get(name, -1)) for name in self._shown}
+        fresh = quality != self._quality
+        self._quality = quality
+        epochs, done = trainer.max_epochs or 1, trainer.current_epoch + 1
+        since = (done - self._line) * MOST_LINES / epochs
+        if done in (1, epochs) or (fresh and since > 0.8) or since > 2:
+            self._line = done
+            text = describe(trainer, self._shown if fresh else {})
+            print(f"{text}  {self._left(trainer)} left", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the bar away."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Take the bar away."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._above.close()
+            self._bar.close()
+            self._bar = None
+
+    def _left(self, trainer: pl.Trainer) -> str:
+        done = trainer.global_step - self._first_step
+        todo = int(trainer.estimated_stepping_batches) - trainer.global_step
+        seconds = (time.monotonic() - self._begin) / max(1, done) * todo
+        return clock(seconds)
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
+    """Return the epoch, its loss and these measures in a line."""
+    metrics = trainer.callback_metrics
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+    names = {"loss": "loss {:.3f}", **quality}
+    parts += [text.format(float(metrics[n])) for n, text in names.items() if n in metrics]
+    return "  ".join(parts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        out: Its folder.
+        metrics: The newest value of each column of ``metrics.csv``.
+    """
+
+    out: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The trained encoder, in eval mode."""
+        from ssl_samix.artifacts.encoder import load_encoder
+
+        return load_encoder(self.out)
+
+    @property
+    def classifier(self) -> TrainedClassifier:
+        """The trained classifier, in eval mode; of a run of ``train_supervised``."""
+        from ssl_samix.artifacts.classifier import load_classifier
+
+        return load_classifier(self.out)
+
+
+def announce(
+    trainer: pl.Trainer,
+    config: DictConfig,
+    choices: dict[str, str],
+    folder: RunFolder,
+    module: Any,
+    data: DataModule,
+    lines: dict[str, str],
+) -> None:
+    """Say, in a few lines, what is about to happen, and what was chosen for the user."""
+    if not trainer.is_global_zero:
+        return
+    splits, backbone = data.splits, module.backbone.settings
+    classes = len(splits.classes)
+    batch = data.batch_size * trainer.accumulate_grad_batches
+    weights = sum(p.numel() for p in module.backbone.parameters())
+    device = trainer.strategy.root_device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    rows = {
+        "data": f"{choices['data']}: {len(splits.train)} images at {splits.image_size} px, "
+        + (f"{classes} classes, {lines['labels']}" if classes else "no labels"),
+        "encoder": f"{backbone['name']}, width {backbone['width']}, {backbone['stem']} stem, "
+        f"{weights / 1e6:.1f} M weights",
+        "method": f"{lines['method']}, mixup {choices['mixup']}, {config.trainer.max_epochs} "
+        f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
+        "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
+        "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),
+    }
+    said = [*rows.items(), *(("note", note) for note in splits.notes)]
+    print("\n".join(f"{name:<10}{text}" for name, text in said), flush=True)
+
+
+def finish(trainer: pl.Trainer, folder: RunFolder, monitor: Monitor) -> Run:
+    """Print the run's table and return the run."""
+    rows = read_metrics(folder.metrics)
+    newest = {k: float(v) for row in rows for k, v in row.items() if v}
+    if trainer.is_global_zero:
+        print(_table(rows, monitor.table(newest), folder), flush=True)
+    return Run(folder.path, newest)
+
+
+def _table(rows: list[dict[str, Any]], found: list[tuple[str, str]], folder: RunFolder) -> str:
+    timed = [r for r in rows if r.get("images_per_second") and r.get("seconds")]
+    images = sum(float(r["images_per_second"]) * float(r["seconds"]) for r in timed)
+    seconds = sum(float(r["seconds"]) for r in timed)
+    lines = [*found, ("images/s", f"{images / max(seconds, 1e-9):.0f}")]
+    lines.append(("encoder", str(folder.encoder)))
+    if folder.best.exists():
+        lines.append(("best", str(folder.best)))
+    lines.append(("curves", f"{folder.metrics}, tensorboard --logdir {folder.path}"))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)

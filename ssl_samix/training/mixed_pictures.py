@@ -1,0 +1,146 @@
+"""Pictures of what mixing makes of images.
+
+Legend: K mixtures, S image side in px.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.data.views import normalize
+from ssl_samix.errors import check_range
+from ssl_samix.models.ema import evaluating
+from ssl_samix.pictures import Channels, colours, greys, paint, write_png
+from ssl_samix.types import Mixed, MixPlan
+
+MOST_ROWS = 64  # of a picture
+PER_RUN = 5  # pictures, if the interval is chosen automatically
+
+
+def paint_mixed(
+    own: Tensor, other: Tensor, mixed: Mixed, lam: Tensor, mean: Channels, std: Channels
+) -> Image.Image:
+    """Paint a row of image, partner, mask and mixture for each of K mixtures.
+
+    Args:
+        own: (K, 3, S, S) normalised images.
+        other: (K, 3, S, S), the partner of each.
+        mixed: What mixing made of them.
+        lam: (K,) the ratios asked for; they stand above what the masks leave of the images.
+        mean: Per channel, of the normalisation.
+        std: Likewise.
+    """
+    tiles = [*(colours(i, mean, std) for i in (own, other)), greys(mixed.mask)]
+    tiles.append(colours(mixed.images, mean, std))
+    left = 1 - mixed.mask.float().cpu().mean(dim=(1, 2, 3))
+    captions = [
+        f"lam {asked:.2f}\nmask {given:.2f}"
+        for asked, given in zip(lam.tolist(), left.tolist(), strict=True)
+    ]
+    return paint(("image", "partner", "mask", "mixture"), list(zip(*tiles, strict=True)), captions)
+
+
+class MixedPictures(pl.Callback):
+    """Shows the same images, mixed by the run's policy as it is now, while the run goes on.
+
+    Un-augmented training images, always the same pairs with the same ratios from 0.1 to 0.9; in
+    ``<folder>/epoch-0010.png`` after the tenth epoch, and in TensorBoard. Nothing without mixing.
+
+    Args:
+        folder: Where the pictures go.
+        every_n_epochs: The interval; ``auto`` gives about five pictures. The last epoch has one.
+        rows: Mixtures per picture.
+
+    Raises:
+        ConfigError: For an interval below 1, or rows outside [1, 64].
+    """
+
+    def __init__(
+        self, folder: Path, every_n_epochs: int | Literal["auto"] = "auto", rows: int = 8
+    ) -> None:
+        if every_n_epochs != "auto":
+            check_range("callbacks.pictures.every_n_epochs", every_n_epochs, 1)
+        check_range("callbacks.pictures.rows", rows, 1, MOST_ROWS)
+        self.folder, self.every_n_epochs, self.rows = folder, every_n_epochs, rows
+
+    def interval(self, epochs: int) -> int:
+        """Return the epochs between two pictures of a run of so many epochs."""
+        if self.every_n_epochs != "auto":
+            return int(self.every_n_epochs)
+        return math.ceil(epochs / PER_RUN)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Paint, if it is time; one process does, and no other waits for it."""
+        if getattr(pl_module, "mixing", None) is None or not trainer.is_global_zero:
+            return
+        done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
+        if done % self.interval(epochs) and done != epochs:
+            return
+        with trainer.precision_plugin.forward_context():
+            picture = self.picture(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        write_png(self.folder / f"epoch-{done:04d}.png", picture)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image(
+                "mixing", np.asarray(picture), trainer.global_step, dataformats="HWC"
+            )
+
+    @torch.no_grad()
+    def picture(self, module: Any, data: DataModule) -> Image.Image:
+        """Paint what the module's policy makes of the fixed pairs, and disturb nothing."""
+        mean, std, device = data.splits.mean, data.splits.std, module.device
+        pixels = fixed_images(data.splits.train, 2 * self.rows).to(device)
+        channels = [torch.tensor(values, device=device) for values in (mean, std)]
+        own, other = paired(normalize(pixels, *channels), self.rows)
+        every = torch.arange(len(own), device=device)
+        plan = MixPlan(torch.linspace(0.1, 0.9, len(own), device=device), every, every)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            evaluating(module.mixing),
+        ):
+            torch.manual_seed(0)  # a policy that draws its masks draws the same ones each time
+            maps = module.mixing.maps(module, own, other)
+            mixed = module.mixing.policy(own, other, plan, maps)
+        return paint_mixed(own, other, mixed, plan.lam, mean, std)
+
+
+def fixed_images(images: ImageSet, most: int, seed: int = 0) -> Tensor:
+    """Load un-augmented images of all classes, in a drawn order.
+
+    Args:
+        images: The data set.
+        most: How many at most.
+        seed: Fixes the choice and the order.
+
+    Returns:
+        (N, 3, S, S) uint8.
+    """
+    picks = stratified(images.labels, most, seed)
+    order = torch.randperm(len(picks), generator=torch.Generator().manual_seed(seed))
+    return images.load(picks[order])
+
+
+def paired(images: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Give each of the first images a partner: one that is in no other row, if there are enough.
+
+    Args:
+        images: (N, 3, S, S), at least two.
+        rows: How many pairs are wanted.
+
+    Returns:
+        Images and partners, (min(rows, N), 3, S, S) each.
+    """
+    own = torch.arange(min(rows, len(images)))
+    other = (own + min(rows, len(images) // 2)) % len(images)
+    return images[own], images[other]

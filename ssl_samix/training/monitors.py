@@ -1,0 +1,312 @@
+"""Monitors: kNN and RankMe of an encoder, or accuracy of a classifier, during training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.subsets import stratified
+from ssl_samix.errors import ConfigError, check_range
+from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.knn import knn_accuracy
+from ssl_samix.evaluation.measures import alignment, embed_two_views, rankme, uniformity
+
+SHARE = 0.05  # of the training cost; the automatic interval keeps a monitor below it
+
+
+class Monitor(pl.Callback, ABC):
+    """Every n epochs, and after the first and the last: a measurement, logged.
+
+    ``fresh`` holds what this epoch has measured, nothing if it was not this epoch's turn.
+
+    Args:
+        every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
+            most 5% of the training, counted in passes of the network.
+
+    Raises:
+        ConfigError: For an interval below 1.
+    """
+
+    name: ClassVar[str]  # of its group of measurements, and of its key under ``callbacks``
+    columns: ClassVar[tuple[str, ...]]  # what the names of its measurements begin with
+    first: ClassVar[tuple[str, ...]]  # what of them stands in the first columns of metrics.csv
+    shown: ClassVar[dict[str, str]]  # what of them the progress shows, and how
+    step_cost: ClassVar[int]  # passes of the network per image and epoch of the cheapest training
+
+    def __init__(self, every_n_epochs: int | Literal["auto"] = "auto") -> None:
+        if every_n_epochs != "auto":
+            check_range(f"callbacks.{self.name}.every_n_epochs", every_n_epochs, 1)
+        self.every_n_epochs = every_n_epochs
+        self.best: float | None = None
+        self.fresh: dict[str, float] = {}
+
+    @property
+    def quality(self) -> str:
+        """The measurement of which the best checkpoint is kept."""
+        return f"{self.columns[0]}top1"
+
+    @abstractmethod
+    def passes(self, data: DataModule) -> int:
+        """Return the images that one measurement sends through a network."""
+
+    @abstractmethod
+    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+        """Measure what is being trained."""
+
+    @abstractmethod
+    def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
+        """Return the lines about quality of a finished run's table."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best over a resume."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best back."""
+        self.best = state_dict["best"]
+
+    def interval(self, data: DataModule) -> int:
+        """Return the epochs between two measurements."""
+        if self.every_n_epochs != "auto":
+            return int(self.every_n_epochs)
+        cost = SHARE * self.step_cost * len(data.splits.train)
+        return max(1, math.ceil(self.passes(data) / cost))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure, if it is time, and log."""
+        self.fresh = {}
+        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
+        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if epoch % self.interval(data) and epoch != last:
+            return
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            measured = self.look(module, data)
+        group = self.columns[0]
+        if self.quality in measured:
+            self.best = max(self.best or 0.0, measured[self.quality])
+            measured[f"{group}best_top1"] = self.best
+        measured[f"{group}seconds"] = time.perf_counter() - start
+        self.fresh = measured
+        module.log_dict(measured, on_step=False, on_epoch=True)
+
+
+class AccuracyMonitor(Monitor):
+    """Every n epochs: top-1 and top-5 of the classifier and of its moving average (EMA), and loss.
+
+    On un-augmented validation images; nothing where there are none. Where mixtures have a head of
+    their own it is measured in the same passes, but the plain images' head is the one whose best
+    epoch is kept.
+
+    Args:
+        every_n_epochs: The interval, see ``Monitor``.
+    """
+
+    name = "accuracy"
+    columns = ("val/",)
+    first = ("val/top1", "val/ema_top1")
+    shown: ClassVar = {"val/top1": "top-1 {:.1f}%", "val/ema_top1": "EMA {:.1f}%"}
+    step_cost = 3
+
+    def passes(self, data: DataModule) -> int:
+        """Count the validation images, for both networks."""
+        return 0 if data.splits.val is None else 2 * len(data.splits.val)
+
+    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+        """Measure the classifier and its average.
+
+        Returns:
+            ``val/top1``, ``val/top5`` in percent and ``val/loss``, the plain cross-entropy; of the
+            average ``val/ema_top1`` and so on; of the mixtures' heads, where there are some,
+            ``val/mix_top1``, ``val/ema_mix_top1`` and so on.
+        """
+        val, splits = data.splits.val, data.splits
+        found: dict[str, float] = {}
+        if val is None:
+            return {}
+        for network_name, network in module.measured().items():
+            both = extract(
+                network,
+                val,
+                range(len(val)),
+                splits.mean,
+                splits.std,
+                device=module.device,
+                workers=data.worker_count(),
+            )
+            heads = both.split(module.classes, dim=1)
+            for head_name, logits in zip(("", "mix_"), heads, strict=False):
+                prefix = f"val/{network_name}{head_name}"
+                top1, top5 = top1_top5(logits, val.labels)
+                loss = F.cross_entropy(logits, val.labels).item()
+                found |= {f"{prefix}top1": top1, f"{prefix}top5": top5, f"{prefix}loss": loss}
+        return found
+
+    def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
+        """Return the accuracy of both networks, of each head where there are two."""
+        if "val/top1" not in newest:
+            return []
+        now, best, ema = (newest[f"val/{n}"] for n in ("top1", "best_top1", "ema_top1"))
+        lines = [("top-1", f"{now:.2f}% final, {best:.2f}% best; EMA {ema:.2f}% final")]
+        if "val/mix_top1" in newest:
+            mix, average = newest["val/mix_top1"], newest["val/ema_mix_top1"]
+            text = f"top-1 of their head {mix:.2f}% final; EMA {average:.2f}% final"
+            lines.append(("mixtures", text))
+        return lines
+
+
+RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
+VIEW_SAMPLE = 250  # images for alignment, embedded twice
+_log = logging.getLogger(__name__)
+
+
+class KNNMonitor(Monitor):
+    """Every n epochs: weighted kNN on un-augmented images, RankMe, alignment and uniformity.
+
+    Args:
+        every_n_epochs: The interval, see ``Monitor``.
+        k: Neighbours to vote; the first gives ``knn/top1``, the others ``knn/top1_k<k>``.
+        temperature: Of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
+        bank_limit: At most this many images in the memory bank (None: all).
+        val_limit: At most this many validation images (None: all).
+
+    Raises:
+        ConfigError: For a setting below its smallest value.
+    """
+
+    name = "knn"
+    columns = ("knn/", "rankme", "alignment", "uniformity")
+    first = ("knn/top1", "rankme")
+    shown: ClassVar = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
+    step_cost = 4  # of MoCo: 3 of the query encoder, 1 of the key encoder
+
+    def __init__(
+        self,
+        every_n_epochs: int | Literal["auto"] = "auto",
+        k: int | Sequence[int] = (20, 200),
+        temperature: float = 0.07,
+        bank_limit: int | None = None,
+        val_limit: int | None = None,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        self.k = [k] if isinstance(k, int) else list(k)
+        if not self.k:
+            raise ConfigError("callbacks.knn.k needs at least one number of neighbours")
+        for neighbours in self.k:
+            check_range("callbacks.knn.k", neighbours, 1)
+        check_range("callbacks.knn.temperature", temperature, 1e-3)
+        for name, limit in (("bank_limit", bank_limit), ("val_limit", val_limit)):
+            if limit is not None:
+                check_range(f"callbacks.knn.{name}", limit, 1)
+        self.temperature = temperature
+        self.bank_limit, self.val_limit = bank_limit, val_limit
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so, if there are fewer images than neighbours that shall vote."""
+        bank = trainer.datamodule.splits.bank  # type: ignore[attr-defined]
+        images = 0 if bank is None else self._count(bank, self.bank_limit)
+        beyond = [k for k in self.k if k > images]
+        if trainer.is_global_zero and images and beyond:
+            _log.warning(
+                "callbacks.knn.k=%s: the bank has %d images, so %s",
+                beyond[0] if len(beyond) == 1 else beyond, images,
+                "all of them vote" if len(beyond) == len(self.k) else "this is left out",
+            )  # fmt: skip
+
+    def passes(self, data: DataModule) -> int:
+        """Count the images that are embedded; those of two views twice."""
+        splits = data.splits
+        passes = 2 * min(VIEW_SAMPLE, len(splits.train))
+        if splits.bank is not None and splits.val is not None:
+            passes += self._count(splits.bank, self.bank_limit)
+            passes += self._count(splits.val, self.val_limit)
+        if splits.bank is not splits.train:
+            passes += min(RANK_SAMPLE, len(splits.train))
+        return passes
+
+    @staticmethod
+    def _count(images: ImageSet, limit: int | None) -> int:
+        return min(len(images), limit or len(images))
+
+    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+        """Measure the backbone."""
+        return self.measure(module.backbone, data, module.device)
+
+    def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
+        """Return kNN, where there are labels, and RankMe."""
+        lines = [("RankMe", f"{newest['rankme']:.1f}")] if "rankme" in newest else []
+        if {"knn/top1", "knn/best_top1"} <= newest.keys():
+            now, best = newest["knn/top1"], newest["knn/best_top1"]
+            lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
+        return lines
+
+    def measure(
+        self, encoder: torch.nn.Module, data: DataModule, device: torch.device
+    ) -> dict[str, float]:
+        """Measure an encoder on a data set.
+
+        Returns:
+            ``rankme``, ``alignment``, ``uniformity`` and, with labels, ``knn/top1``, ``knn/top5``
+            (first k) and ``knn/top1_k<k>``, ``knn/top5_k<k>``, in percent.
+        """
+        splits = data.splits
+        result: dict[str, float] = {}
+        bank: Tensor | None = None
+        if splits.bank is not None and splits.val is not None:
+            bank, bank_labels = self._embed(encoder, data, splits.bank, self.bank_limit, device)
+            val, val_labels = self._embed(encoder, data, splits.val, self.val_limit, device)
+            accuracy = knn_accuracy(
+                bank, bank_labels, val, val_labels, len(splits.classes), self.k, self.temperature
+            )
+            for position, (k, (top1, top5)) in enumerate(accuracy.items()):
+                suffix = f"_k{k}" if position else ""
+                result |= {f"knn/top1{suffix}": top1, f"knn/top5{suffix}": top5}
+        if bank is None or splits.bank is not splits.train:
+            bank, _ = self._embed(encoder, data, splits.train, RANK_SAMPLE, device)
+        rows = torch.linspace(0, len(bank) - 1, min(len(bank), RANK_SAMPLE)).long()
+        sample = bank[rows]  # evenly over the set, which may be sorted by class
+        first, second = self._two_views(encoder, data, device)
+        return result | {
+            "rankme": rankme(sample),
+            "alignment": alignment(first, second),
+            "uniformity": uniformity(sample),
+        }
+
+    def _embed(
+        self,
+        encoder: torch.nn.Module,
+        data: DataModule,
+        images: ImageSet,
+        limit: int | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        picks = stratified(images.labels, self._count(images, limit), seed=0)
+        features = extract(
+            encoder,
+            images,
+            picks.tolist(),
+            data.splits.mean,
+            data.splits.std,
+            device=device,
+            workers=data.worker_count(),
+        )
+        return features, images.labels[picks]
+
+    def _two_views(
+        self, encoder: torch.nn.Module, data: DataModule, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        images = data.splits.train
+        picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
+        return embed_two_views(encoder, images, picks.tolist(), data.views, device)

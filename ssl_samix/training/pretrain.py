@@ -1,0 +1,93 @@
+"""Pretraining: an encoder from images without labels.
+
+(The module is not called ``pretrain`` because that is the function that the package offers.)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import build
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.recipes import Recipes
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.training.logging import Run
+from ssl_samix.training.monitors import Monitor
+from ssl_samix.training.run import Mode, build_optimizer, configured, train, words
+
+
+def pretrain(
+    data: str | os.PathLike[str] | None = None,
+    method: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Pretrain an encoder: ``samix pretrain`` as a function.
+
+    Args:
+        data: A data set's name (``digits`` if None), or the path of a folder of images;
+            a ``Path`` is never a name.
+        method: ``moco`` (if None), ``simclr`` or ``byol``.
+        out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
+            interrupted run goes on.
+        **overrides: Choices (``backbone="resnet50"``) and keys, as nested dicts
+            (``trainer={"max_epochs": 10}``) or dotted (``**{"trainer.max_epochs": 10}``); or
+            ``resume=<run folder>``.
+
+    Returns:
+        The run: its folder, its last metrics, its encoder.
+
+    Raises:
+        UserError: For whatever the command line would refuse, with the same sentence.
+    """
+    return job(words(data, overrides, method=method, out=out))
+
+
+def job(arguments: list[str]) -> Run:
+    """Do what ``key=value`` words say."""
+    return train(Pretraining(), *configured(Pretraining.command, arguments))
+
+
+class Pretraining(Mode):
+    """Views of the same image are alike, and labels are for the monitor only."""
+
+    command = "pretrain"
+
+    def views(self, config: DictConfig) -> Recipes:
+        """Give the two views of the method."""
+        views: Recipes = build(config.views)
+        return views
+
+    def module(
+        self,
+        config: DictConfig,
+        data: DataModule,
+        folder: RunFolder,
+        backbone: Backbone,
+        mixing: MixObjective | None,
+    ) -> BaseMethod:
+        """Build the method."""
+        optimizer = build_optimizer(config)
+        method: BaseMethod = build(
+            config.method, backbone=backbone, optimizer=optimizer, mixing=mixing
+        )
+        return method
+
+    def monitor(self, config: DictConfig) -> Monitor:
+        """Build the kNN monitor."""
+        monitor: Monitor = build(config.callbacks.knn)
+        return monitor
+
+    def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
+        """Name the method."""
+        return {"method": choices["method"]}
+
+    def lines(self, choices: dict[str, str]) -> dict[str, str]:
+        """Say that labels teach nothing."""
+        return {"labels": "for the monitor only", "method": choices["method"]}

@@ -1,0 +1,263 @@
+"""What both modes of training share: from words to a configuration, a trainer, a finished run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ssl_samix.artifacts.checkpoints import AtomicCheckpointIO
+from ssl_samix.artifacts.encoder import save_encoder
+from ssl_samix.artifacts.mixer import save_mixer
+from ssl_samix.artifacts.run_folder import RunFolder, default_out, mend_metrics, resumed_config
+from ssl_samix.config.compose import (
+    absolute,
+    build,
+    compose,
+    dotted,
+    groups,
+    in_hydras_grammar,
+    parse,
+    quoted,
+)
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.recipes import Recipes
+from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.optim import OptimizerRecipe
+from ssl_samix.trainer import compile_if_wanted, memory_format, record_start
+from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint
+from ssl_samix.training.launch import (
+    given_folder,
+    imported_by_a_worker,
+    is_main_process,
+    launched_outside,
+    relaunched_as,
+)
+from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
+from ssl_samix.training.monitors import Monitor
+from ssl_samix.training.recluster import Recluster
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's files; their folder is made again if it is removed while a run goes on."""
+
+    @property
+    def experiment(self) -> Any:
+        """Return the writer, whose thread dies of a missing folder."""
+        os.makedirs(self.log_dir, exist_ok=True)
+        return super().experiment
+
+
+class Mode(ABC):
+    """What one mode of training, and no other, does."""
+
+    command: str  # of ``samix``, and the name of its configuration
+    labelled = False  # whether it learns from labelled images alone
+
+    @abstractmethod
+    def views(self, config: DictConfig) -> Recipes:
+        """Say of which views a batch consists."""
+
+    @abstractmethod
+    def module(
+        self,
+        config: DictConfig,
+        data: DataModule,
+        folder: RunFolder,
+        backbone: Backbone,
+        mixing: MixObjective | None,
+    ) -> BaseMethod:
+        """Build what is trained, if the data are such as it can learn from."""
+
+    @abstractmethod
+    def monitor(self, config: DictConfig) -> Monitor:
+        """Build what watches the training."""
+
+    @abstractmethod
+    def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
+        """Describe the run in its files, beside what both modes say."""
+
+    @abstractmethod
+    def lines(self, choices: dict[str, str]) -> dict[str, str]:
+        """Say, for the screen, what the ``labels`` are for and what the ``method`` is."""
+
+    def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
+        """Write what others use: the encoder, and the Mixer if there is one."""
+        save_encoder(folder.encoder, module.backbone, meta)
+        if module.mixing is not None and module.mixing.learns:
+            save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
+
+
+def words(
+    data: str | os.PathLike[str] | None, overrides: dict[str, Any], **choices: Any
+) -> list[str]:
+    """Write the arguments of a Python call as the words of the command line.
+
+    Args:
+        data: A data set's name, or the path of a folder of images; a ``Path`` is never a name.
+        overrides: Choices and keys, as nested dicts or dotted.
+        **choices: Further ones; None is left out.
+    """
+    given = {**choices, **dotted(overrides)}
+    if isinstance(data, str) and data in groups()["data"]:
+        given["data"] = data
+    elif data is not None:
+        given |= {"data": "folder", "data.root": data}
+    return [f"{key}={in_hydras_grammar(v)}" for key, v in given.items() if v is not None]
+
+
+def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str], RunFolder]:
+    """Return configuration, choices and folder of a new or a resumed run."""
+    if imported_by_a_worker():
+        raise UserError(
+            "this script trains when it is imported, as data workers do: put what calls the "
+            "training under if __name__ == '__main__':"
+        )
+    resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
+    if resume and resume[-1] is not None:
+        config, choices = resumed_config(command, resume[-1], arguments)
+        return config, choices, RunFolder(resume[-1])
+    config, choices = compose(command, arguments)
+    absolute(config)
+    out = config.out or given_folder()
+    if out is None and launched_outside():
+        raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
+    folder = RunFolder(out or default_out(choices, config.seed))
+    if is_main_process():
+        folder.check_mine(config)
+    return config, choices, folder
+
+
+def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
+    """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
+    # Its folder first: what has been built for a folder that somebody else has would be lost.
+    with folder.claimed() if is_main_process() else nullcontext():
+        return _trained(mode, config, choices, folder)
+
+
+def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
+    check_range("seed", config.seed, 0)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data: DataModule = build(
+        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
+    )
+    backbone = build(config.backbone, image_size=data.splits.image_size)
+    mixing = build_mixing(config, backbone, data)
+    module = mode.module(config, data, folder, backbone, mixing)
+    module.to(memory_format=memory_format(module))
+    meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
+    monitor = mode.monitor(config)
+    trainer = _trainer(config, folder, module, data, monitor, meta)
+    compiling = config.trainer.get("compile", False)  # a run from before it existed has none
+    compile_if_wanted(module, compiling, trainer.strategy.root_device)
+    if is_main_process():
+        folder.create(config, choices)
+        mend_metrics(folder.metrics)
+        record_start(folder.environment, trainer.precision)
+    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+    _fit(mode.command, trainer, module, data, folder)
+    if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
+        trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
+    if trainer.is_global_zero:
+        mode.save(folder, module, meta)
+    return finish(trainer, folder, monitor)
+
+
+def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> MixObjective | None:
+    """Build the mixing objective for images as the data set normalises them, if there is one."""
+    if not config.mixup:
+        return None
+    mixing: MixObjective = build(config.mixup, backbone=backbone)
+    mixing.normalised_by(data.splits.mean, data.splits.std)
+    return mixing
+
+
+def build_optimizer(config: DictConfig) -> OptimizerRecipe:
+    """Build the optimizer; where gradients are clipped, one that is not fused.
+
+    Lightning clips no gradient of a fused optimizer in mixed precision.
+    """
+    settings = config.optimizer.copy()
+    if config.trainer.get("gradient_clip_val") is not None and "fused" in settings.optimizer:
+        settings.optimizer.fused = False
+    recipe: OptimizerRecipe = build(settings)
+    return recipe
+
+
+def _fit(
+    command: str, trainer: pl.Trainer, module: BaseMethod, data: DataModule, folder: RunFolder
+) -> None:
+    # Processes that Lightning starts for further devices find the run by its folder.
+    with relaunched_as(folder.path, command, f"resume={quoted(str(folder.path))}"):
+        try:
+            trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
+        except SystemExit as stop:  # Lightning's way to end a fit that was interrupted
+            resume = shlex.quote(f"resume={folder.path}")
+            raise Interrupted(f"interrupted: samix {command} {resume} goes on") from stop
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker ended without a word to this process ({error}): what it printed is "
+                "above, else memory may be short; data.workers=0 does without"
+            ) from error
+        except MisconfigurationException as error:
+            raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def _meta(
+    choices: dict[str, str], backbone: Backbone, data: DataModule, mixing: MixObjective | None
+) -> dict[str, Any]:
+    learned = {} if mixing is None or not mixing.learns else {"mixer": mixing.description}
+    return {
+        **learned,
+        "mixup": choices["mixup"],
+        "data": choices["data"],
+        "backbone": backbone.settings,
+        "feature_dim": backbone.feature_dim,
+        "image_size": data.splits.image_size,
+        "train_images": len(data.splits.train),
+        "mean": list(data.splits.mean),
+        "std": list(data.splits.std),
+    }
+
+
+def _trainer(
+    config: DictConfig,
+    folder: RunFolder,
+    module: BaseMethod,
+    data: DataModule,
+    monitor: Monitor,
+    meta: dict[str, Any],
+) -> pl.Trainer:
+    # The best checkpoint is written first, so that the last one knows of it.
+    checkpoints = [RunCheckpoint(folder.path, "best", monitor=monitor.quality, mode="max")]
+    if data.splits.val is None:
+        checkpoints.clear()
+    checkpoints.append(
+        RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
+    )
+    watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
+    watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
+    pictures = config.callbacks.get("pictures")  # a run from before they existed has no such key
+    if pictures is not None:
+        watchers.append(build(pictures, folder=folder.pictures))
+    trainer: pl.Trainer = build(
+        config.trainer,
+        wants_sync_batchnorm=module.wants_sync_batchnorm,
+        callbacks=[*watchers, *checkpoints],
+        logger=RunLogger(folder.path, name="", version="tensorboard"),
+        plugins=[AtomicCheckpointIO(meta)],
+        default_root_dir=folder.path,
+    )
+    return trainer

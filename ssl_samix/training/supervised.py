@@ -1,0 +1,154 @@
+"""Supervised training: a classifier from labelled images."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ssl_samix.artifacts.checkpoints import describe
+from ssl_samix.artifacts.classifier import save_classifier
+from ssl_samix.artifacts.encoder import load_encoder
+from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.config.compose import build
+from ssl_samix.data.datamodule import DataModule
+from ssl_samix.data.folder import empty_classes, listed
+from ssl_samix.data.recipes import OneView, Recipes
+from ssl_samix.errors import ConfigError, DataError
+from ssl_samix.methods.base import BaseMethod
+from ssl_samix.methods.classifier import Classifier
+from ssl_samix.mixup.objective import MixObjective
+from ssl_samix.models.backbone import Backbone
+from ssl_samix.training.logging import Run
+from ssl_samix.training.monitors import Monitor
+from ssl_samix.training.run import Mode, build_optimizer, configured, train, words
+
+
+def train_supervised(
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train a classifier: ``samix supervised`` as a function.
+
+    Args:
+        data: A data set's name (``digits`` if None), or the path of a folder with a folder of
+            images per class; a ``Path`` is never a name.
+        out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
+            interrupted run goes on.
+        **overrides: Choices (``mixup="cutmix"``) and keys, as ``pretrain`` takes them.
+
+    Returns:
+        The run: its folder, its last metrics, its encoder.
+
+    Raises:
+        UserError: For whatever the command line would refuse, with the same sentence.
+    """
+    return job(words(data, overrides, out=out))
+
+
+def job(arguments: list[str]) -> Run:
+    """Do what ``key=value`` words say."""
+    return train(Supervised(), *configured(Supervised.command, arguments))
+
+
+class Supervised(Mode):
+    """Labels teach, and validation images tell what was learned."""
+
+    command = "supervised"
+    labelled = True
+
+    def views(self, config: DictConfig) -> Recipes:
+        """Give the one view of the augmentation."""
+        return OneView(**config.augment)
+
+    def module(
+        self,
+        config: DictConfig,
+        data: DataModule,
+        folder: RunFolder,
+        backbone: Backbone,
+        mixing: MixObjective | None,
+    ) -> BaseMethod:
+        """Build the classifier, on an encoder that has learned before if one is named."""
+        _check_labels(config, data)
+        if config.init is not None and not folder.last.exists():
+            _start_from(config.init, backbone)
+        classifier: Classifier = build(
+            config.classifier,
+            backbone=backbone,
+            classes=len(data.splits.classes),
+            optimizer=build_optimizer(config),
+            mixing=mixing,
+        )
+        return classifier
+
+    def monitor(self, config: DictConfig) -> Monitor:
+        """Build what measures accuracy."""
+        monitor: Monitor = build(config.callbacks.accuracy)
+        return monitor
+
+    def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
+        """Name the classes."""
+        return {"method": "supervised", "classes": list(data.splits.classes)}
+
+    def lines(self, choices: dict[str, str]) -> dict[str, str]:
+        """Say that labels teach."""
+        return {"labels": "which teach", "method": "supervised"}
+
+    def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
+        """Write both classifiers too."""
+        super().save(folder, module, meta)
+        networks: dict[str, nn.Module] = {"online": module.embedder, "ema": module.teacher}
+        save_classifier(folder.classifier, networks, meta)
+
+
+def _check_labels(config: DictConfig, data: DataModule) -> None:
+    """Refuse labels that teach nothing.
+
+    Raises:
+        DataError: Without labels, with a label that no class has, with a class that no image
+            has.
+    """
+    classes, labels = data.splits.classes, data.splits.train.labels
+    bare = empty_classes(config.data.root) if config.data.name == "folder" else []
+    if not classes:
+        hint = f" (no image is in {listed(bare)})" if bare else ""
+        raise DataError(
+            f"supervised training needs labels{hint}: give a folder of images per class, or use "
+            "samix pretrain, which needs none"
+        )
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside):
+        raise DataError(
+            f"{len(outside)} training images have labels outside the {len(classes)} classes, "
+            f"such as {int(outside[0])}"
+        )
+    counts = torch.bincount(labels, minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    if empty + bare:
+        raise DataError(f"no training image of {listed(empty + bare)}: add some, or drop the class")
+
+
+def _start_from(init: str, backbone: Backbone) -> None:
+    """Copy the weights of a pretrained encoder.
+
+    Raises:
+        UserError: If there is none, or it is another network.
+    """
+    encoder = load_encoder(init)
+    theirs, ours = encoder.backbone.settings, backbone.settings
+    if theirs != ours:
+        raise ConfigError(
+            f"init={init} is {describe(theirs)}, this run has {describe(ours)}: choose the same "
+            "backbone"
+        )
+    try:
+        backbone.load_state_dict(encoder.backbone.state_dict(), strict=True)
+    except RuntimeError as error:  # a transformer's position table
+        raise ConfigError(
+            f"init={init} takes images of {encoder.image_size} px only, not {backbone.image_size}"
+        ) from error
