@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ssl_samix.data.folder import Files, class_folders, require_same_classes, scan
 from ssl_samix.data.layout import DATASETS
-from ssl_samix.data.shards import ShardSource, index, numbered
+from ssl_samix.data.shard_index import index, numbered
+from ssl_samix.data.shard_source import ShardSource
 from ssl_samix.data.sources import ArraySource, PathSource, Source
 from ssl_samix.errors import DataError
 
@@ -163,7 +164,7 @@ def read_folder(request: Request) -> Parts:
 
 
 def read_webdataset(request: Request) -> Parts:
-    """Read tar shards, see ``ssl_samix.data.shards``; the .cls members name the classes."""
+    """Read tar shards, see ``ssl_samix.data.shard_index``; the .cls members name the classes."""
     indexed = index(request.given)
     found = [label for _, members in indexed for label in members.labels]
     labels, classes = numbered(found, request.labels)

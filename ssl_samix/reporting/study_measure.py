@@ -32,7 +32,7 @@ STEPS = (
 )
 ROUNDS = 5  # that count, after one that does not
 WHOLE, NOWHERE = (0.0, 1.0), (1.0, 1.0)  # of a run, where images are mixed
-MODES = {"pretrain": ("pretraining", "Pretraining"), "supervised": ("supervised", "Supervised")}
+MODES = {"pretrain": "Pretraining", "supervised": "Supervised"}
 
 
 class _Clustering(Recluster):
@@ -124,8 +124,7 @@ def measured(command: str, words: list[list[str]], rounds: int = ROUNDS) -> dict
     Raises:
         UserError: As training does.
     """
-    module, name = MODES[command]
-    mode: Mode = getattr(import_module(f"ssl_samix.{module}"), name)()
+    mode: Mode = getattr(import_module(f"ssl_samix.training.{command}"), MODES[command])()
     data: dict[str, DataModule] = {}
     candidates = [Candidate(mode, each, data) for each in words]
     times = [[each.step_cost() for each in candidates] for _ in range(rounds + 1)]

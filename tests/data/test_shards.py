@@ -20,12 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_samix.data import shards as shard_index
+from ssl_samix.data import shard_index
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
 from ssl_samix.data.layout import check_layout
 from ssl_samix.data.loader import StepLoader, StepReader, StepSampler
-from ssl_samix.data.shards import ShardSource, expand_braces, find, index, windowed
+from ssl_samix.data.shard_index import index
+from ssl_samix.data.shard_source import ShardSource, windowed
+from ssl_samix.data.shards import expand_braces, find
 from ssl_samix.errors import DataError, UserError
 
 
