@@ -19,11 +19,11 @@ from ssl_samix.artifacts.checkpoints import (
     read_checkpoint,
     read_safetensors,
 )
-from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.data.images import fit, to_rgb
 from ssl_samix.data.views import normalize
 from ssl_samix.errors import CheckpointError
-from ssl_samix.files import expanded, write_atomically
+from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import Backbone
 
 Channels = tuple[float, float, float]
@@ -82,12 +82,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     Raises:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
-    path = expanded(run_or_checkpoint)
-    if path.is_dir():
-        run = RunFolder(path)
-        path = run.encoder if run.encoder.exists() else run.last
-        if not path.exists():
-            raise CheckpointError(f"{run.path} holds no encoder.safetensors and no last.ckpt")
+    path = weights_file(run_or_checkpoint, "encoder.safetensors")
     meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
     if not any(name.startswith("trunk.") for name in weights):
         raise CheckpointError(

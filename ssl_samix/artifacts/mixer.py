@@ -19,9 +19,9 @@ from ssl_samix.artifacts.checkpoints import (
     read_checkpoint,
     read_safetensors,
 )
-from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.files import expanded, write_atomically
+from ssl_samix.files import write_atomically
 from ssl_samix.mixup.mixer import SAMix
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.mixup.plan import draw_plan
@@ -197,12 +197,7 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
     Raises:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
-    path = expanded(run_or_file)
-    if path.is_dir():
-        run = RunFolder(path)
-        path = run.mixer if run.mixer.exists() else run.last
-        if not path.exists():
-            raise CheckpointError(f"{run.path} holds no mixer.safetensors and no last.ckpt")
+    path = weights_file(run_or_file, "mixer.safetensors")
     meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
     if "mixer" not in meta:
         raise CheckpointError(

@@ -260,6 +260,21 @@ def _is_number(cell: str) -> bool:
     return True
 
 
+def weights_file(given: str | os.PathLike[str], name: str) -> Path:
+    """Return the file that a path means: itself, or of a run folder ``name``, else ``last.ckpt``.
+
+    Raises:
+        CheckpointError: If the run folder has neither.
+    """
+    path = expanded(given)
+    if not path.is_dir():
+        return path
+    found = next((f for f in (path / name, RunFolder(path).last) if f.exists()), None)
+    if found is None:
+        raise CheckpointError(f"{path} holds no {name} and no last.ckpt")
+    return found
+
+
 def resumed_config(
     command: str, run: str, arguments: list[str]
 ) -> tuple[DictConfig, dict[str, str]]:
