@@ -15,7 +15,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_samix.config.compose import check_values, compose, groups, keys_set, parse, plain
+from ssl_samix.config.compose import (
+    check_values,
+    compose,
+    groups,
+    keys_set,
+    parse,
+    plain,
+    set_key,
+)
 from ssl_samix.config.saved import laid_over, read_plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
 from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
@@ -302,7 +310,7 @@ def resumed_config(
             own += keys_set(config, key, value, choices)
         if key in choices or key == "out" or not key.startswith(FREE_KEYS):
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
-        OmegaConf.update(config, key, value)
+        set_key(config, key, value)
     check_values(config, before, own)
     return config, choices
 

@@ -79,6 +79,18 @@ def _help() -> str:
 
 
 def _run(name: str, command: Subcommand, words: list[str]) -> None:
+    from ssl_samix.training.launch import COMMAND
+
+    os.environ[COMMAND] = str(os.getpid())
+    words, launcher, sweep = _checked(name, command, words)
+    if any(word.startswith(("-", "hydra")) for word in words):  # help, sweeps, launchers
+        _run_by_hydra(command, words, launcher, sweep)
+    else:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        command.job(words)
+
+
+def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: str) -> None:
     import hydra
     from omegaconf import OmegaConf
 
@@ -86,7 +98,6 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
     from ssl_samix.config.compose import CONFIG_DIR, describe_groups
     from ssl_samix.training.launch import COMMAND
 
-    words, launcher, sweep = _checked(name, command, words)
     # Hydra knows no data set until the run says which, and would refuse its keys: what has been
     # checked is forced on it.
     words = [f"{FORCED}{word}" if word.startswith(command.late_keys) else word for word in words]
@@ -103,7 +114,6 @@ def _run(name: str, command: Subcommand, words: list[str]) -> None:
 
     OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
     before = sys.argv
-    os.environ[COMMAND] = str(os.getpid())
     sys.argv = [before[0], *words]
     try:
         with jobs_reported(launcher, sweep):

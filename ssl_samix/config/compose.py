@@ -188,25 +188,35 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
     names = {o.key_or_group: o.value() for o in chosen}
     words = spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
-    base, _ = _compose(config_name, words)
-    own: list[str] = []
+    unresolved, choices = _composed(config_name, tuple(words))
+    base = _resolved(unresolved, config_name, words)
+    whole, own = unresolved.copy(), []
     for override in overrides:
-        key = override.key_or_group
+        key, value = override.key_or_group, override.value()
         group = key.partition(".")[0]
         if group in groups() and group not in known and group not in base:
             command, keys = config_name.replace("_", "-"), ", ".join(sorted(map(str, base)))
             raise ConfigError(f"{command} takes no {key}: choose from {keys}")
         if override not in chosen:
-            own += keys_set(base, key, override.value(), known)
-    words += [_forced(str(o.input_line)) for o in overrides if o not in chosen]
-    whole, choices = _compose(config_name, words)
+            own += keys_set(base, key, value, known)
+            words.append(str(override.input_line))
+            set_key(whole, key, value)
+    whole = _resolved(whole, config_name, words)
     check_values(whole, base, own)
     return whole, {**choices, **names}
 
 
-def _forced(word: str) -> str:
-    """Mark the word of an open dict, whose keys are not known, as one that may add some."""
-    return f"++{word}" if word.startswith(OPEN_KEYS) else word
+def set_key(config: DictConfig, key: str, value: Any) -> None:
+    """Set a key that the configuration has to what a user gives it.
+
+    Raises:
+        ConfigError: For a value whose own keys are not names.
+    """
+    try:
+        # Options of a backbone are those of a library's function: any key may be new.
+        OmegaConf.update(config, key, value, force_add=key.startswith(OPEN_KEYS))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
 def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> list[str]:
@@ -294,7 +304,13 @@ def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
             yield from keys_of(node, f"{prefix}{key}.")
 
 
-def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+@cache
+def _composed(config_name: str, words: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """Let Hydra compose; a command asks for the same configuration several times.
+
+    Returns:
+        The configuration, with its interpolations, which nobody may change; and its choices.
+    """
     # Inside a Hydra app the global state is taken; it is put back afterwards.
     taken = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -304,16 +320,25 @@ def _compose(config_name: str, words: Sequence[str]) -> tuple[DictConfig, dict[s
             choices = {k: v for k, v in whole.hydra.runtime.choices.items() if "/" not in k}
             with open_dict(whole):
                 del whole["hydra"]
-            OmegaConf.resolve(whole)
-    except InterpolationKeyError as error:  # a choice that reads a key of another command's
-        key = str(error).partition("'")[2].partition("'")[0]
-        command, given = config_name.replace("_", "-"), ", ".join(words)
-        raise ConfigError(f"samix {command} has no {key}, which {given} reads") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
     finally:
         GlobalHydra.instance().hydra = taken
     return whole, choices
+
+
+def _resolved(config: DictConfig, config_name: str, words: Sequence[str]) -> DictConfig:
+    """Return a copy without interpolations."""
+    config = config.copy()
+    try:
+        OmegaConf.resolve(config)
+    except InterpolationKeyError as error:  # a choice that reads a key of another command's
+        key = str(error).partition("'")[2].partition("'")[0]
+        command, given = config_name.replace("_", "-"), ", ".join(words)
+        raise ConfigError(f"samix {command} has no {key}, which {given} reads") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    return config
 
 
 def absolute(config: DictConfig) -> DictConfig:
