@@ -335,8 +335,10 @@ class Launcher:
         return result
 
     def _remove_files(self, started: Started) -> None:
-        for path in self.folder.glob(f"{started.job_id}_*"):
-            path.unlink()
+        links = self.folder.glob(".submission_file_*")  # submitit's, to files of the job
+        for path in [*self.folder.glob(f"{started.job_id}_*"), *links]:
+            if not path.is_symlink() or path.resolve().name.startswith(f"{started.job_id}_"):
+                path.unlink()
 
 
 class Schedule:
@@ -362,20 +364,20 @@ class Schedule:
         Raises:
             UserError: If the table cannot be read or written, or no job can be started.
         """
-        told, next_look = False, 0.0
-        while (waiting := self._waiting()) or self.jobs:
-            if waiting and len(self.jobs) < self.study.workers and time.monotonic() > next_look:
-                self._fill(waiting)
-                next_look = time.monotonic() + BUSY_SECONDS
-            if not (self.jobs or told) and (waiting := self._waiting()):
-                more = f" and {len(waiting) - NAMES_SHOWN} more" * (len(waiting) > NAMES_SHOWN)
-                names = ", ".join(run.name for run in waiting[:NAMES_SHOWN])
-                _tell(f"waiting for other processes: {names}{more}")
-                told = True
+        waiting, next_look, told = self._waiting(), 0.0, False
+        while waiting or self.jobs:
+            if len(self.jobs) < self.study.workers and time.monotonic() >= next_look:
+                self._fill(self._waiting())
+                waiting, next_look = self._waiting(), time.monotonic() + BUSY_SECONDS
+                if waiting and not (self.jobs or told):
+                    names = [run.name for run in waiting[:NAMES_SHOWN]]
+                    names += ["..."] * (len(waiting) > NAMES_SHOWN)
+                    _tell(f"waiting for other processes: {', '.join(names)}")
+                    told = True
             time.sleep(POLL_SECONDS)
             for started in [started for started in self.jobs if started.done()]:
                 self._ended(self.jobs.pop(started), self.launcher.outcome(started))
-                next_look = 0.0
+                waiting, next_look = self._waiting(), 0.0
         return list(self.failures.values())
 
     def _waiting(self) -> list[Run]:

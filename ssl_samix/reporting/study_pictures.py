@@ -154,6 +154,7 @@ def differences(rows: Sequence[Sequence[Gaps]], x_label: str) -> Figure:
             unused.remove()
         for j, gaps in enumerate(row):
             axes = _axes(grid[i, j], gaps.title)
+            axes.tick_params(labelbottom=True)
             axes.axvline(0, color=GREY)
             for place, (_, gap) in enumerate(gaps.lines):
                 axes.errorbar(
