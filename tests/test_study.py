@@ -711,6 +711,19 @@ def test_what_was_lost_is_made_up_from_the_epochs(study, here):
     assert again.row()["seconds"] == "13.0"
 
 
+def test_notes_of_earlier_versions_and_damaged_ones(study, here):
+    plan = study()
+    plan.logs.mkdir(parents=True)
+    job = RunJob(plan, plan.runs()[0], 2)
+    assert job.work() is None
+    job.notes_path.write_text('{"epochs": 2, "trained": true, "parts": [{"before": 0}]}')
+    assert job.next_words(job.notes()) is None
+    assert job.row()["cpu_seconds"] == "3.0"
+    job.notes_path.write_text('{"epochs": 2')
+    with pytest.raises(UserError, match=r"json is damaged: remove it and the run's folder"):
+        job.notes()
+
+
 def test_the_excerpt_of_a_log(tmp_path):
     log = tmp_path / "log"
     assert log_excerpt(log) == "it printed nothing"
