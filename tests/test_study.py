@@ -1,4 +1,4 @@
-"""``samix study``: the plan, the statistics, the table, and a study that is killed and goes on."""
+"""``samix study``: the plan, the statistics, the table, and a study that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from functools import cache, reduce
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -24,10 +26,11 @@ from ssl_samix.config.compose import compose, keys_set, parse, plain, quote_path
 from ssl_samix.config.key_types import fitted
 from ssl_samix.errors import ConfigError, Interrupted, UserError
 from ssl_samix.reporting import study as command
-from ssl_samix.reporting.study import configured, main
+from ssl_samix.reporting import study_jobs, study_pictures
+from ssl_samix.reporting.study import Launcher, listed, main, parse_study, seconds_left
 from ssl_samix.reporting.study_costs import COLUMNS as COSTS
 from ssl_samix.reporting.study_costs import Costs
-from ssl_samix.reporting.study_jobs import Job, Runner, last_words, processor, seconds_left
+from ssl_samix.reporting.study_jobs import Job, RunJob, locked, log_excerpt, processor
 from ssl_samix.reporting.study_measure import Candidate, _Clustering, measured
 from ssl_samix.reporting.study_pictures import (
     COLOURS,
@@ -41,14 +44,14 @@ from ssl_samix.reporting.study_pictures import (
     write_figure,
 )
 from ssl_samix.reporting.study_plan import KEYS, read_study
-from ssl_samix.reporting.study_processes import Process, RunLock, Usage
-from ssl_samix.reporting.study_report import report, write_report
 from ssl_samix.reporting.study_table import (
     COLUMNS,
     add_row,
     paired,
     read_table,
+    report,
     spread,
+    write_report,
     write_table,
 )
 from tests.conftest import samix_here
@@ -97,7 +100,10 @@ def study(tmp_path, monkeypatch):
         ({"policies": {"a-b": []}}, "a name is of letters"),
         ({"reference": "nine"}, "did you mean 'none'"),
         ({"evaluate": ["lineal"]}, "did you mean 'linear'"),
-        ({"workers": 0}, "workers must be a number at least 1"),
+        ({"workers": 0}, "workers needs auto or whole numbers from 1, got 0"),
+        ({"launcher": "slum"}, "did you mean 'slurm'"),
+        ({"slurm": {"partion": "gpu"}}, "did you mean 'partition'"),
+        ({"slurm": {"timeout_min": "1 h"}}, "slurm.timeout_min needs whole numbers from 0"),
         ({"command": "pretrian"}, "did you mean 'pretrain'"),
     ],
 )
@@ -108,11 +114,11 @@ def test_a_mistake_in_the_file_is_one_sentence(changed, sentence, study):
     assert str(caught.value).startswith("study.yaml: ")
 
 
-def test_what_is_no_study_file(tmp_path):
+def test_what_is_not_a_study_file(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the study nowhere\.yaml"):
         read_study(Path("nowhere.yaml"))
     texts = {
-        "a: [": "is no YAML",
+        "a: [": "is not YAML",
         "- a": "needs keys",
         "seeds: [0]\nlength: {epochs: 1}\nmethods: {a: []}\npolicies: {off: []}": "got False",
     }
@@ -172,10 +178,13 @@ def test_the_plan(study):
 
 
 def test_words_of_the_command_line_come_last(study):
-    study()
-    request = configured(["study.yaml", "data.limit=8", "workers=3", "out=o", "list=true"])
+    study(slurm={"timeout_min": 60, "partition": "cpu"})
+    words = ["data.limit=8", "workers=3", "out=o", "launcher=slurm", "slurm.partition=gpu"]
+    request = parse_study(["study.yaml", *words, "list=true"])
     assert request.study.base[-1] == "data.limit=8"
     assert (request.study.workers, str(request.study.out)) == (3, "o")
+    assert request.study.launcher == "slurm"
+    assert request.study.slurm == {"timeout_min": 60, "partition": "gpu"}
     assert request.listing
 
 
@@ -222,7 +231,7 @@ def test_statistics_agree_with_scipy():
     ours, theirs = {"0": 45.1, "1": 46.0, "2": 44.8}, {"0": 44.0, "1": 45.5, "2": 44.4, "3": 40.0}
     gap = paired(ours, theirs)
     expected = stats.ttest_rel([45.1, 46.0, 44.8], [44.0, 45.5, 44.4]).confidence_interval(0.95)
-    assert gap.count == 3
+    assert gap.seeds == 3
     assert (gap.mean - gap.half_width, gap.mean + gap.half_width) == pytest.approx(expected)
     assert spread([1, 2, 4]).deviation == pytest.approx(1.5275, abs=1e-4)
     assert spread([1]).deviation is None
@@ -367,18 +376,20 @@ def test_processors_of_one_name_are_told_apart(tmp_path):
     assert processor(tmp_path / "missing") == (platform.processor() or platform.machine())
 
 
-class Stub:
-    """A child that does at once what a command would leave behind."""
+class Samix:
+    """Stands in for a command's process: leaves at once what the command would leave."""
 
     fails = ""  # runs whose name holds it
+    started: ClassVar[list[str]] = []  # the words of all
 
-    def __init__(self, arguments, log, lock):
+    def __init__(self, arguments, stdout, pass_fds, **_):
+        [self.lock] = pass_fds
         self.words = dict(word.partition("=")[::2] for word in arguments[3:])
-        self.status = 1 if self.fails and self.fails in log.name else 0
-        log.write_text("samix: the loss is nan\n" if self.status else "fine\n")
-        self.asked = False
-        if not self.status:
-            {"pretrain": self.train}.get(arguments[2], self.measure)()
+        self.returncode = 1 if self.fails and self.fails in stdout.name else 0
+        stdout.write(b"samix: loss became NaN\n" if self.returncode else b"fine\n")
+        self.started.append(" ".join(arguments[2:]))
+        if not self.returncode:
+            (self.measure if "run" in self.words else self.train)()
 
     def train(self):
         out = Path(self.words["out"])
@@ -402,23 +413,58 @@ class Stub:
         results = [found] if out.name == "study-linear" else [chosen, k200]
         (out / "results.json").write_text(json.dumps({"results": results}))
 
+    def wait(self):
+        return self.returncode
+
     def poll(self):
-        return Usage(self.status, 5.0, 4.0, 100.0)
-
-    def stop(self):
-        self.asked = True
+        return self.returncode
 
 
-def go(plan, launch=Stub):
-    plan.logs.mkdir(parents=True, exist_ok=True)
-    told = []
-    runner = Runner(plan, lambda run: 2, lambda *_: None, told.append, launch)
-    return runner.run(), told, runner
+class Here:
+    """Stands in for submitit: what is started is done in this process when it is looked at."""
+
+    def __init__(self, study):
+        self.ended = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        Here.ended = True
+
+    def start(self, job):
+        return Here.Started(job)
+
+    def outcome(self, started):
+        return started.result
+
+    do = Launcher.do
+
+    class Started:
+        def __init__(self, job):
+            self.job = job
+
+        def done(self):
+            self.result = self.job.work()
+            return True
 
 
-def test_every_run_gets_a_row(study):
+@pytest.fixture
+def here(monkeypatch):
+    """Run a study's jobs in this process, each command being 4 CPU seconds of a stand-in."""
+    clock = count(0, 4)
+    monkeypatch.setattr(study_jobs, "_cpu_seconds", lambda: next(clock))
+    monkeypatch.setattr(study_jobs.subprocess, "Popen", Samix)
+    monkeypatch.setattr(Samix, "started", [])
+    monkeypatch.setattr(command, "Launcher", Here)
+    monkeypatch.setattr(command, "POLL_SECONDS", 0.0)
+    # Figures are made, and not encoded, which takes most of the time.
+    monkeypatch.setattr(study_pictures, "write_figure", lambda path, figure: path.touch())
+
+
+def test_every_run_gets_a_row(study, here):
     plan = study(workers=3)
-    assert go(plan)[0] == []
+    assert main(["study.yaml"]) == "runs/study.md"
     rows = read_table(plan)
     assert list(rows) == [run.key for run in plan.runs()]
     first = rows[plan.runs()[0].key]
@@ -427,127 +473,264 @@ def test_every_run_gets_a_row(study):
     }  # fmt: skip
     assert (first["knn_top1"], first["knn_k200_top1"], first["linear_top1"]) == ("45", "44", "50")
     assert (first["cpu_ms_per_step"], first["step_ratio"]) == ("375.00", "1.000")
-    assert (first["mask_std"], first["peak_mib"]) == ("0.1", "100")
+    assert (first["mask_std"], first["processor"]) == ("0.1", processor())
     assert first["precision"] == "bf16-mixed", "of the last start"
-    before = plan.csv.read_bytes()
-    go(plan, launch=None)  # nothing is left to be started
+    before, commands = plan.csv.read_bytes(), len(Samix.started)
+    assert commands == 3 * len(rows)
+    main(["study.yaml"])
+    assert len(Samix.started) == commands, "nothing was left to be started"
     assert plan.csv.read_bytes() == before
-    assert seconds_left(rows, [(plan.runs()[0], 4)]) == 10.0
+    assert listed(plan).endswith("4 of 4 done")
+    paces = {key: {**row, "seconds": "5.0"} for key, row in rows.items()}
+    assert seconds_left(paces, [(plan.runs()[0], 4)]) == 10.0
 
 
-def test_rows_count_without_folders(study):
-    """A committed table goes on on another machine."""
+def test_rows_count_without_folders(study, here):
+    """A committed table is resumed on another machine."""
     plan = study()
     plan.csv.parent.mkdir()
     write_table(plan.csv, COLUMNS, [row(run) for run in plan.runs()[1:]])
-    go(plan)
+    main(["study.yaml"])
     assert [path.name for path in plan.out.glob("*-s0")] == ["moco-none-e2-s0"]
     assert len(read_table(plan)) == 4
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(study, monkeypatch, capsys):
+def test_a_failed_run_is_named_and_the_others_go_on(study, here, monkeypatch, capsys):
     plan = study()
-    monkeypatch.setattr(Stub, "fails", "moco-samix")
-    monkeypatch.setattr(command, "Runner", lambda *given: Runner(*given, Stub))
+    monkeypatch.setattr(Samix, "fails", "moco-samix")
     with pytest.raises(SystemExit) as caught:
         main(["study.yaml"])
     assert caught.value.code == 1
     shown = capsys.readouterr()
-    sentence = "moco-samix-e2-s0 failed (exit status 1): the loss is nan; its log is runs/logs/"
+    sentence = "moco-samix-e2-s0 failed: loss became NaN (exit status 1); its log is runs/logs/"
     assert sentence in shown.err
     assert "[3/4] simclr-samix-e2-s0: kNN 45.00%, linear 50.00%, 2 epochs, 4 CPU s; 1 left" in (
         shown.out
     )
     assert len(read_table(plan)) == 3
-    monkeypatch.setattr(Stub, "fails", "")
+    monkeypatch.setattr(Samix, "fails", "")
     assert main(["study.yaml"]) == "runs/study.md"
     assert len(read_table(plan)) == 4
     assert "![](study-time.png)" in Path("runs/study.md").read_text()
 
 
-def test_an_interrupted_study_stops_its_children(study, monkeypatch):
+def test_an_interrupted_study_says_how_to_resume(study, here, monkeypatch):
     study()
-    asked = []
 
-    class Stopped(Stub):
-        def poll(self):
-            if not self.asked:
-                raise KeyboardInterrupt
-            asked.append(self.words["out"])
-            return Usage(130, 1.0, 1.0, 1.0)
+    def interrupted(started):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "Runner", lambda *given: Runner(*given, Stopped))
-    with pytest.raises(Interrupted, match=r"0 of 4 runs done: samix study study\.yaml goes"):
+    monkeypatch.setattr(Here.Started, "done", interrupted)
+    with pytest.raises(Interrupted, match=r"0 of 4 runs done; .* repeat: samix study study\.yaml"):
         main(["study.yaml"])
-    assert asked == ["runs/moco-none-e2-s0"]
-    lock = RunLock(Path("runs/logs/moco-none-e2-s0.lock"))
-    assert lock.take()
+    assert Here.ended, "the launcher has stopped its jobs"
 
 
-def test_a_run_that_another_process_has_is_waited_for(study, monkeypatch):
+def test_a_run_that_another_process_has_is_waited_for(study, here, monkeypatch, capsys):
     plan = study(methods={"moco": []})
     plan.logs.mkdir(parents=True)
-    first = plan.runs()[0]
-    lock = RunLock(plan.logs / f"{first.name}.lock")
-    assert lock.take()
-    assert not RunLock(lock.path).take()
-    naps = []
+    first, second = plan.runs()
+    monkeypatch.setattr(command, "BUSY_SECONDS", 0.0)
+    lock = locked(plan.logs / f"{first.name}.lock")
+    assert lock.__enter__() is not None
+    assert RunJob(plan, first, 2).work() == "another process works on it"
 
-    def sleep(seconds):
-        naps.append(seconds)
-        if list(read_table(plan)) == [plan.runs()[1].key] and lock.descriptor >= 0:
+    def sleep(_):
+        if list(read_table(plan)) == [second.key]:
             add_row(plan, row(first))  # the other process has done it
-            lock.give_back()
+            lock.__exit__(None, None, None)
 
-    monkeypatch.setattr("ssl_samix.reporting.study_jobs.time.sleep", sleep)
-    monkeypatch.setattr("ssl_samix.reporting.study_jobs.LOOK_AGAIN", 0.01)
-    failures, told, _ = go(plan)
-    assert failures == []
-    assert told == ["waiting for what other processes do: moco-none-e2-s0"]
-    assert naps
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    main(["study.yaml"])
+    told = capsys.readouterr().out
+    assert told.count("waiting for other processes: moco-none-e2-s0\n") == 1
     assert len(read_table(plan)) == 2
     assert not plan.folder(first).exists()
 
 
-def test_a_lock_is_held_by_the_process_that_works_on_the_run(tmp_path):
-    lock = RunLock(tmp_path / "lock")
-    assert lock.take()
-    child = Process(["-c", "import time; time.sleep(60)"], tmp_path / "log", lock)
-    lock.give_back()  # as when the study is killed
-    assert not RunLock(tmp_path / "lock").take()
+def test_a_lock_is_held_until_the_last_process_that_has_it_ends(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path) as descriptor:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+    with locked(path) as descriptor:
+        assert descriptor is None
     child.kill()
-    while (usage := child.poll()) is None:
-        time.sleep(0.05)
-    assert usage.status == -signal.SIGKILL
-    assert RunLock(tmp_path / "lock").take()
+    child.wait()
+    with locked(path) as descriptor:
+        assert descriptor is not None
 
 
-def test_what_was_lost_is_made_up_from_the_epochs(study):
-    """Of a process whose end nobody saw, the epochs that it wrote count."""
+def wait_for(path):
+    end = time.monotonic() + 60
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def sleeper(plan):
+    # A class of a function is pickled with its code: the job need not import this file.
+    class Sleeper(Job):
+        def work(self):
+            Path("begun").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+            try:
+                time.sleep(60)
+            finally:
+                Path("stopped").touch()
+
+    return Sleeper(plan)
+
+
+@pytest.mark.parametrize("gpus", ["3", None])
+def test_jobs_of_this_machine_stop_with_their_study(gpus, study, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    with Launcher(study()) as launcher:
+        started = launcher.start(sleeper(launcher.study))
+        assert wait_for(Path("begun")) == (gpus or "all")
+        os.kill(int(started.job_id), signal.SIGINT)  # Ctrl-C is for the study
+        time.sleep(0.1)
+        assert not started.done()
+    assert started.done()
+    assert Path("stopped").exists()
+    assert not list(Path("runs/logs/jobs").iterdir())
+
+
+def test_a_job_that_ends_by_itself_is_told_with_the_end_of_its_log(study):
+    class Broken(Job):
+        def work(self):
+            raise RuntimeError("no such luck")
+
+    with Launcher(study()) as launcher:
+        outcome = launcher.do(Broken(launcher.study))
+    assert outcome.startswith("RuntimeError: no such luck; its log is ")
+    assert "Traceback" in Path(outcome.rpartition(" ")[2]).read_text()
+
+
+STAND_INS = {
+    "sbatch": """#!/bin/sh
+cp "$1" {here}/submitted
+export SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_PROCID=0
+sh "$1" > {here}/printed 2>&1 &
+echo Submitted batch job $$
+""",
+    "srun": """#!/bin/sh
+while true; do
+    case "$1" in
+        --output|--error) shift 2 ;;
+        --*) shift ;;
+        *) break ;;
+    esac
+done
+exec "$@"
+""",
+    "sacct": "#!/bin/sh\nprintf 'JobID|State|NodeList\\n1|RUNNING|localhost\\n'\n",
+    "scancel": '#!/bin/sh\necho "$@" > {here}/cancelled\n',
+    "scontrol": '#!/bin/sh\necho "$@" > {here}/requeued\n',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands: a job is a process of this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(text.replace("{here}", str(tmp_path)))
+        (folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_job_of_a_cluster(study, slurm):
+    class Where(Job):
+        def work(self):
+            from ssl_samix.reporting.study_jobs import command_environment
+
+            return os.environ.keys() - command_environment().keys()
+
+    resources = {"timeout_min": 7, "gpus_per_node": 1, "mem_gb": 2, "partition": "gpu"}
+    with Launcher(study(launcher="slurm", slurm=resources)) as launcher:
+        assert launcher.do(Where(launcher.study)) == {
+            "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID"
+        }  # fmt: skip
+        submitted = Path("submitted").read_text().splitlines()
+        for option in ("time=7", "gpus-per-node=1", "mem=2GB", "partition=gpu"):
+            assert f"#SBATCH --{option}" in submitted
+        left = launcher.start(sleeper(launcher.study))
+        wait_for(Path("begun"))
+    assert wait_for(Path("cancelled")).split() == [left.job_id]
+    (Path(os.environ["PATH"].split(os.pathsep)[0]) / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    with (
+        Launcher(study(launcher="slurm")) as launcher,
+        pytest.raises(UserError, match="sbatch failed: "),
+    ):
+        launcher.start(sleeper(launcher.study))
+
+
+def test_a_run_is_queued_again_when_its_time_is_up(study, slurm):
+    class Slow(RunJob):
+        def work(self):
+            self._process = subprocess.Popen(["sleep", "60"])
+            Path("begun").write_text(str(os.getpid()))
+            self._process.wait()
+            Path("ended").touch()
+
+    plan = study(launcher="slurm")
+    plan.logs.mkdir(parents=True)
+    with Launcher(plan) as launcher:
+        started = launcher.start(Slow(plan, plan.runs()[0], 2))
+        os.kill(int(wait_for(Path("begun"))), signal.SIGUSR2)
+        assert wait_for(Path("requeued")).split() == ["requeue", started.job_id]
+        again = started.submission().function
+        assert (type(again), again.run, again.epochs) == (RunJob, plan.runs()[0], 2)
+
+
+def test_a_machine_without_slurm(study, fails, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    study()
+    assert "launcher=slurm needs SLURM's sbatch and srun" in fails(
+        "study", "study.yaml", "launcher=slurm"
+    )
+
+
+def test_what_was_lost_is_made_up_from_the_epochs(study, here):
+    """Killed starts are charged for the epochs that they logged."""
     plan = study()
     plan.logs.mkdir(parents=True)
-    job = Job(plan, plan.runs()[0], 3)
-    Stub(["-m", "ssl_samix", *job.next_words()], job.log, None)
-    job.notes.parts = [{"before": 0}, {"before": 2, **vars(Usage(0, 9.0, 7.0, 50.0))}]
-    job.notes.trained, job.notes.epochs = True, 3
-    job.notes.write()
-    again = Job(plan, plan.runs()[0], 99)
-    assert again.epochs == 3, "a run that has begun keeps its length"
-    assert again.next_words()[0] == "knn"
-    for protocol in plan.evaluate:
-        Stub(["-m", "ssl_samix", *plan.measuring(again.run, protocol)], again.log, None)
-    assert again.next_words() is None
+    job = RunJob(plan, plan.runs()[0], 3)
+    assert job.work() is None
+    notes = job.notes()
+    assert (notes.trained, notes.epochs, len(notes.parts)) == (True, 3, 1)
+    notes.parts = [{"before": 0}, {"before": 2, "seconds": 9.0, "cpu_seconds": 7.0}]
+    job._write(notes)
+    again = RunJob(plan, plan.runs()[0], 99)
+    assert again.notes().epochs == 3, "a run that has begun keeps its length"
+    assert again.next_words(again.notes()) is None
     assert again.row()["cpu_seconds"] == "10.0"  # epochs of 1 and 2 seconds, and 7
     assert again.row()["seconds"] == "13.0"
 
 
-def test_the_last_words_of_a_log(tmp_path):
+def test_notes_of_earlier_versions_and_damaged_ones(study, here):
+    plan = study()
+    plan.logs.mkdir(parents=True)
+    job = RunJob(plan, plan.runs()[0], 2)
+    assert job.work() is None
+    job.notes_path.write_text('{"epochs": 2, "trained": true, "parts": [{"before": 0}]}')
+    assert job.next_words(job.notes()) is None
+    assert job.row()["cpu_seconds"] == "3.0"
+    job.notes_path.write_text('{"epochs": 2')
+    with pytest.raises(UserError, match=r"json is damaged: remove it and the run's folder"):
+        job.notes()
+
+
+def test_the_excerpt_of_a_log(tmp_path):
     log = tmp_path / "log"
-    assert last_words(log) == "it said nothing"
+    assert log_excerpt(log) == "it printed nothing"
     log.write_text("samix: old\n")
     log.write_text(log.read_text() + "Traceback\nRuntimeError: no\n")
-    assert last_words(log) == "old"
-    assert last_words(log, len("samix: old\n")) == "RuntimeError: no"
+    assert log_excerpt(log) == "old"
+    assert log_excerpt(log, len("samix: old\n")) == "RuntimeError: no"
 
 
 def test_epochs_that_fit_a_budget(study):
@@ -565,7 +748,7 @@ def test_epochs_that_fit_a_budget(study):
     epochs = {run.name: costs.epochs(run) for run in plan.runs()}
     assert epochs["moco-none-t1-s0"] == 1
     assert epochs["moco-none-t240-s0"] == 6  # 39 seconds each
-    costs.measure(pytest.fail)
+    costs.measure(pytest.fail, pytest.fail)
     changed = study(length={"cpu_seconds": [240]}, methods={"moco": ["method.queue_size=128"]})
     assert Costs(changed).epochs(changed.runs()[0]) is None, "it was measured with other words"
 
@@ -581,7 +764,7 @@ def test_costs_are_measured_by_turns():
     assert supervised["steps_per_epoch"] == [32]
 
 
-def test_a_killed_study_goes_on(study):
+def test_a_killed_study_is_resumed(study):
     """Processes that are really killed: what they left behind ends, and all is done."""
     changed = {"methods": {"simclr": ["method=simclr"]}, "workers": 2, "length": {"epochs": 1}}
     study(**changed, evaluate=[])
@@ -597,7 +780,7 @@ def test_a_killed_study_goes_on(study):
     assert not Path("runs/study.csv").exists()
     again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "2 of 2 runs left, 2 workers" in again.stdout
+    assert "2 of 2 runs left, 2 at a time" in again.stdout
     assert re.search(r"\[2/2\] simclr-\w+-e1-s0: 1 epoch, \d+ CPU s", again.stdout)
     with Path("runs/study.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -615,52 +798,40 @@ def test_a_killed_study_goes_on(study):
     }
     # Measured as the study does it, but in this process, which has its imports.
     plan = study(**changed, evaluate=["knn"])
-    job = Job(plan, plan.runs()[0], 1)
-    samix_here(*job.next_words(), cwd=".")
-    assert job.next_words() is None
+    job = RunJob(plan, plan.runs()[0], 1)
+    samix_here(*job.next_words(job.notes()), cwd=".")
+    assert job.next_words(job.notes()) is None
     found = job.row()
     assert float(found["knn_top1"]) > 10
     assert float(found["knn_k200_top1"]) > 10
     assert int(found["knn_k"]) in (10, 20, 100, 200)
 
 
-def test_a_run_is_not_measured_under_words_it_was_not_trained_with(study):
+def test_a_run_is_not_measured_under_words_it_was_not_trained_with(study, here, monkeypatch):
     """Training is done, the study stops before the row, and then the file is changed."""
     only = {"methods": {"moco": []}}
 
-    class Stopped(Stub):
-        def measure(self):
-            pass
+    def interrupted(_):
+        raise KeyboardInterrupt
 
-        def poll(self):
-            if "run" in self.words and not self.asked:
-                raise KeyboardInterrupt
-            return Usage(130 if self.asked else 0, 1.0, 1.0, 1.0)
-
-    with pytest.raises(KeyboardInterrupt):
-        go(study(**only, policies={"none": ["mixup=none"]}), Stopped)
+    study(**only, policies={"none": ["mixup=none"]})
+    measure = Samix.measure
+    monkeypatch.setattr(Samix, "measure", interrupted)
+    with pytest.raises(Interrupted):
+        main(["study.yaml"])
+    monkeypatch.setattr(Samix, "measure", measure)
     changed = study(**only, policies={"none": ["mixup=none", "data.limit=128"]})
-    [failure] = go(changed)[0]
-    assert failure == (
-        "runs/moco-none-e2-s0 was trained with other words (data.limit=128 data.limit=256): "
-        "rename what was changed, or remove the folder"
-    )
+    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as told:
+        main(["study.yaml"])
+    assert (
+        "moco-none-e2-s0 failed: runs/moco-none-e2-s0 was trained with other words "
+        "(data.limit=128 data.limit=256): rename what was changed, or remove the folder"
+    ) in told.getvalue()
     assert read_table(changed) == {}
     same = study(**only, policies={"none": ["mixup=none"]})
-    assert go(same)[0] == []
+    main(["study.yaml"])
     assert len(read_table(same)) == 1
-
-
-def test_a_child_that_has_ended_unseen_can_be_stopped(tmp_path):
-    lock = RunLock(tmp_path / "lock")
-    assert lock.take()
-    child = Process(["-c", "raise SystemExit(3)"], tmp_path / "log", lock)
-    os.waitid(os.P_PID, child._popen.pid, os.WEXITED | os.WNOWAIT)
-    child.stop()
-    child.kill()
-    usage = child.poll()
-    assert usage.status == 3
-    child.kill()  # it is gone, and its number may be somebody else's
+    assert sum("pretrain" in words for words in Samix.started) == 1
 
 
 def test_a_window_of_mixing_costs_its_share(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import samix
 
-pytest.importorskip("submitit", reason="the extra [slurm] is not installed")
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="no extra [slurm]")
 
 TINY = [
     "--multirun", "data.limit=96", "data.batch_size=32", "backbone.width=8",

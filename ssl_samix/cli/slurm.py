@@ -29,12 +29,18 @@ def check_launcher(name: str, sweeping: bool) -> None:
         raise ConfigError(f"{GROUP}={name} starts jobs with --multirun only")
     if name not in _SUBMITIT:
         return
-    if importlib.util.find_spec("submitit") is None:
+    if not _installed():
         raise ConfigError(f"{GROUP}={name} needs its package: pip install 'ssl_samix[slurm]'")
     if name in _SLURM and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ConfigError(
             f"{GROUP}={name} needs SLURM's sbatch and srun, which are not on this machine"
         )
+
+
+def _installed() -> bool:
+    """Say whether Hydra's plugin is there; submitit itself always is."""
+    names = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the parent first
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 @contextmanager

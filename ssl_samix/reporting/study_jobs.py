@@ -1,257 +1,289 @@
-"""Runs of a study, several at a time, beside other processes that do the same."""
+"""What one job of a study does, on this machine or on a node of a cluster. Imports no torch.
+
+A job is what submitit runs in a process of its own. It starts the ``samix`` commands of one run as
+further processes, so that each is measured by itself.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
-import shlex
+import os
+import platform
+import resource
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
 from ssl_samix.errors import CheckpointError, UserError
 from ssl_samix.files import write_atomically
-from ssl_samix.reporting.study_costs import Costs
-from ssl_samix.reporting.study_plan import Run, Study, differing_words
-from ssl_samix.reporting.study_processes import (
-    Child,
-    Process,
-    RunLock,
-    Usage,
-    last_words,
-    processor,
-)
-from ssl_samix.reporting.study_table import MIXER, Row, add_row, done_of, lock_of, read_table
+from ssl_samix.reporting.study_plan import COMMANDS, Run, Study, differing_words
+from ssl_samix.reporting.study_table import KEY, MIXER, Row
 
-
-def listed(study: Study) -> str:
-    """Return a line per run: whether it is done, and its commands."""
-    done, costs, lines = read_table(study), Costs(study), []
-    for run in study.runs():
-        if run.key in done:
-            lines.append(f"done  {run.name}")
-            continue
-        epochs = costs.epochs(run)
-        training = study.training(run, epochs or 1)
-        if epochs is None:  # the costs are measured first
-            training[training.index("trainer.max_epochs=1")] = "trainer.max_epochs=<measured>"
-        commands = [training, *(study.measuring(run, name) for name in study.evaluate)]
-        folder = "begun" if study.folder(run).exists() else "     "
-        lines.append(f"{folder} {run.name}")
-        lines += [f"      samix {shlex.join(command)}" for command in commands]
-    return "\n".join([*lines, f"{len(done_of(done, study.runs()))} of {len(study.runs())} done"])
-
-
-def seconds_left(rows: Rows, waiting: Sequence[tuple[Run, int]]) -> float:
-    """Estimate the seconds of runs, one after the other, from those that are done.
-
-    A run's epoch takes as long as those of the same method and policy; failing that, as those of
-    the same policy, or of all.
-
-    Args:
-        rows: At least one.
-        waiting: Runs and their epochs.
-    """
-    pace: dict[tuple[str, ...], list[float]] = {}
-    for row in rows.values():
-        seconds = float(row["seconds"]) / int(row["epochs"])
-        for place in ((row["method"], row["policy"]), (row["policy"],), ()):
-            pace.setdefault(place, []).append(seconds)
-    total = 0.0
-    for run, epochs in waiting:
-        places: Sequence[tuple[str, ...]] = ((run.method, run.policy), (run.policy,), ())
-        total += epochs * fmean(next(pace[place] for place in places if place in pace))
-    return total
-
-
-def result(row: Mapping[str, str]) -> str:
-    """Say what a run has reached, for the screen."""
-    named = {"knn_top1": "kNN", "linear_top1": "linear", "top1": "top-1"}
-    found = [f"{text} {float(row[name]):.2f}%" for name, text in named.items() if row.get(name)]
-    epochs = "1 epoch" if row["epochs"] == "1" else f"{row['epochs']} epochs"
-    return ", ".join([*found, f"{epochs}, {float(row['cpu_seconds']):.0f} CPU s"])
-
-
-def shown(seconds: float) -> str:
-    """Say how long something takes."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
-
-
-class Notes:
-    """What a study remembers of a run between two starts, in a JSON file.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.epochs: int | None = None
-        self.trained = False
-        self.settings: str | None = None  # what was trained; notes of an earlier version do not say
-        # One of each start: epochs that were done before, and what was used, if the end was seen.
-        self.parts: list[dict[str, float]] = []
-        if path.exists():
-            try:
-                held = json.loads(path.read_text("utf-8"))
-                self.epochs, self.trained = held["epochs"], held["trained"]
-                self.parts, self.settings = held["parts"], held.get("settings")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} is damaged: remove it and the run's folder") from error
-
-    def write(self) -> None:
-        """Write the file."""
-        held = {
-            "epochs": self.epochs,
-            "trained": self.trained,
-            "settings": self.settings,
-            "parts": self.parts,
-        }
-        write_atomically(self.path, lambda temporary: temporary.write_text(json.dumps(held)))
+BUSY = "another process works on it"
+LOG_EXCERPT_CHARS = 300
+PATIENCE = 120.0  # seconds that a command has to end, once asked
+ALIVE_SECONDS = 0.5  # between checks whether the study's process lives
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 class Job:
-    """A run at work: training, then each protocol, each a process of its own.
+    """What submitit runs: ``work``, in a process that ends with the study's on this machine."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.alive: Path | None = None  # locked by the study's process; None on a cluster
+        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit's local executor sets it
+
+    def work(self) -> Any:
+        """Return what came out, or a sentence if it failed."""
+        raise NotImplementedError
+
+    def __call__(self) -> Any:
+        """Return what ``work`` does; a sentence, too, after SIGTERM or a ``UserError``."""
+        signal.signal(signal.SIGTERM, _interrupt)
+        if self.alive is not None:
+            signal.signal(signal.SIGALRM, self._check_alive)
+            signal.setitimer(signal.ITIMER_REAL, ALIVE_SECONDS, ALIVE_SECONDS)
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if self.gpus is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
+        try:
+            return self.work()
+        except KeyboardInterrupt:
+            return "interrupted"
+        except UserError as error:
+            return str(error)
+
+    def _check_alive(self, *_: object) -> None:
+        assert self.alive is not None
+        with locked(self.alive) as descriptor:
+            if descriptor is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise KeyboardInterrupt
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int | None]:
+    """Lock a file; yield its descriptor, or None if another process holds it.
+
+    The lock ends with the last process that has the descriptor, however that ends.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file.fileno()
+
+
+@dataclass
+class Notes:
+    """What is remembered of a run between two starts, in a JSON file."""
+
+    epochs: int | None = None  # that it began with
+    trained: bool = False
+    settings: str | None = None  # that it was trained with; notes of earlier versions have none
+    # One of each start: epochs that were there ("before"), and what it used, if its end was noted.
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunJob(Job):
+    """Trains and measures one run.
 
     Args:
         study: The study.
         run: Its run.
         epochs: How many, if it has not begun yet; one that has keeps its own.
-
-    Raises:
-        UserError: If it has begun with other words, or its notes are damaged.
     """
 
     def __init__(self, study: Study, run: Run, epochs: int) -> None:
-        self.study, self.run = study, run
+        super().__init__(study)
+        self.run, self.epochs = run, epochs
         self.folder = RunFolder(study.folder(run))
-        self.log = study.logs / f"{run.name}.log"
-        self.notes = Notes(study.logs / f"{run.name}.json")
-        if not self.folder.last.exists():  # as a new one, whatever the notes say
-            self.notes.trained, self.notes.epochs = False, epochs
-            self.notes.settings = None
-        if self.notes.settings not in (None, run.settings):
-            changed = differing_words(run.settings, self.notes.settings)
+        files = (study.logs / f"{run.name}.{ending}" for ending in ("log", "json", "lock"))
+        self.log, self.notes_path, self.lock = files
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def work(self) -> str | None:
+        """Do what is left of the run; return why it failed, ``BUSY``, or None if it is done."""
+        with locked(self.lock) as descriptor:
+            if descriptor is None:
+                return BUSY
+            notes = self.notes()
+            while (words := self.next_words(notes)) is not None:
+                heard = self.log.stat().st_size if self.log.exists() else 0
+                status = self._command(words, notes, descriptor)
+                if status:
+                    how = f"exit status {status}" if status > 0 else f"signal {-status}"
+                    return f"{log_excerpt(self.log, heard)} ({how}); its log is {self.log}"
+        return None
+
+    def checkpoint(self) -> Any:
+        """Stop when a cluster takes the node back; submitit queues the returned job again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            # Popen.wait, in which this signal has come, holds a lock of Popen.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(RunJob(self.study, self.run, self.epochs))
+
+    def notes(self) -> Notes:
+        """Read what is remembered of the run.
+
+        Raises:
+            UserError: If that is damaged, or the run was trained with other words.
+        """
+        notes = Notes()
+        if self.notes_path.exists():
+            try:
+                notes = Notes(**json.loads(self.notes_path.read_text("utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"{self.notes_path} is damaged: remove it and the run's folder"
+                ) from error
+        if not self.folder.last.exists():  # it starts as a new one
+            notes = replace(notes, trained=False, epochs=None, settings=None)
+        if notes.settings not in (None, self.run.settings):
+            changed = differing_words(self.run.settings, notes.settings)
             raise UserError(
                 f"{self.folder.path} was trained with other words ({changed}): rename what was "
                 "changed, or remove the folder"
             )
-        self.epochs = self.notes.epochs or epochs
-        self.training = False
-        self._heard = 0  # bytes of the log that are of earlier processes
+        return notes
 
-    def next_words(self) -> list[str] | None:
-        """Return the words after ``samix`` of what is to be done next, or None."""
-        self.training = not self.notes.trained
-        if self.training:
-            return self.study.training(self.run, self.epochs)
+    def next_words(self, notes: Notes) -> list[str] | None:
+        """Return the words after ``samix`` of the next command; None if nothing is left."""
+        if not notes.trained:
+            return self.study.training(self.run, notes.epochs or self.epochs)
         for protocol in self.study.evaluate:
             if not self.study.results(self.run, protocol).exists():
                 return self.study.measuring(self.run, protocol)
         return None
 
-    def begun(self) -> None:
-        """Note that a process is about to start."""
-        self._heard = self.log.stat().st_size if self.log.exists() else 0
-        if self.training:
-            self.notes.epochs, self.notes.settings = self.epochs, self.run.settings
-            self.notes.parts.append({"before": len(read_metrics(self.folder.metrics))})
-            self.notes.write()
+    def _command(self, words: list[str], notes: Notes, lock: int) -> int:
+        """Run a command, note what training has used, and return the exit status."""
+        training = words[0] in COMMANDS
+        if training:
+            notes.epochs = notes.epochs or self.epochs
+            notes.settings = self.run.settings
+            notes.parts.append({"before": len(read_metrics(self.folder.metrics))})
+            self._write(notes)
+        begin, before = time.monotonic(), _cpu_seconds()
+        with self.log.open("ab") as file:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "ssl_samix", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=command_environment(),
+                pass_fds=[lock],
+                start_new_session=True,  # signals to a cluster's task are for this process
+                # This process has one thread, so that nothing can hold a lock over the fork.
+                preexec_fn=_end_with_parent  # noqa: PLW1509
+                if sys.platform == "linux"
+                else None,
+            )
+        try:
+            return process.wait()
+        finally:
+            _end(process)
+            if training:
+                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+                notes.parts[-1] |= {
+                    "seconds": time.monotonic() - begin,
+                    "cpu_seconds": _cpu_seconds() - before,
+                    "peak_mib": peak / MAXRSS_PER_MIB,
+                    "processor": processor(),
+                }
+                notes.trained = process.returncode == 0
+                self._write(notes)
 
-    def ended(self, usage: Usage) -> str | None:
-        """Note what a process has used.
-
-        Returns:
-            Why it failed, in a sentence, if it did.
-        """
-        if self.training:
-            self.notes.parts[-1] |= asdict(usage)
-            self.notes.trained = usage.status == 0
-            self.notes.write()
-        if usage.status == 0:
-            return None
-        how = f"exit status {usage.status}" if usage.status > 0 else f"signal {-usage.status}"
-        said = last_words(self.log, self._heard)
-        return f"{self.run.name} failed ({how}): {said}; its log is {self.log}"
+    def _write(self, notes: Notes) -> None:
+        text = json.dumps(asdict(notes))
+        write_atomically(self.notes_path, lambda temporary: temporary.write_text(text))
 
     def row(self) -> Row:
         """Return the row of a run that is done.
 
         Raises:
-            CheckpointError: If its folder holds no epochs.
+            UserError: If its folder holds no epochs, or a damaged file.
         """
-        epochs = read_metrics(self.folder.metrics)
+        notes, epochs = self.notes(), read_metrics(self.folder.metrics)
         if not epochs:
             raise CheckpointError(f"{self.folder.metrics} has no epochs: remove {self.folder.path}")
-        method, policy, length, seed = self.run.key
-        row: Row = {
-            "method": method,
-            "policy": policy,
-            "length": length,
-            "seed": seed,
+        images = sum(float(e["images_per_second"]) * float(e["seconds"]) for e in epochs)
+        steps = [0, *(int(epoch["step"]) for epoch in epochs)]
+        costs = [
+            1000 * float(epoch["cpu_seconds"]) / max(1, end - begin)
+            for epoch, (begin, end) in zip(epochs, pairwise(steps), strict=True)
+        ]
+        row = {
+            **dict(zip(KEY, self.run.key, strict=True)),
             "epochs": str(int(epochs[-1]["epoch"]) + 1),
             "steps": epochs[-1]["step"],
-            "images": f"{sum(map(_images, epochs)):.0f}",
-            "peak_mib": f"{max(part.get('peak_mib', 0) for part in self.notes.parts):.0f}",
-            "processor": processor(),
+            "images": f"{images:.0f}",
+            "seconds": f"{_spent(notes, epochs, 'seconds'):.1f}",
+            "cpu_seconds": f"{_spent(notes, epochs, 'cpu_seconds'):.1f}",
+            "peak_mib": f"{max(part.get('peak_mib', 0) for part in notes.parts):.0f}",
+            "cpu_ms_per_step": f"{median(costs):.2f}",
+            "processor": notes.parts[-1].get("processor", processor()),
             "precision": self._precision(),
             "settings": self.run.settings,
         }
-        for name in ("seconds", "cpu_seconds"):
-            row[name] = f"{self._spent(epochs, name):.1f}"
-        row["cpu_ms_per_step"] = f"{1000 * median(_steps_cost(epochs)):.2f}"
-        for name, column in MIXER.items():
-            row[name] = _shortened(_newest(epochs, column))
-        if self.study.command == "supervised":
-            row["top1"] = _shortened(_newest(epochs, "val/top1"))
+        newest = {**MIXER, **({"top1": "val/top1"} if self.study.command == "supervised" else {})}
+        for name, column in newest.items():
+            values = [epoch[column] for epoch in epochs if epoch.get(column)]
+            row[name] = f"{float(values[-1]):.5g}" if values else ""
         for protocol in self.study.evaluate:
             row |= _accuracies(self.study.results(self.run, protocol))
         return row
 
     def _precision(self) -> str:
-        """Return the precision of the last start."""
+        """Return the precision of the last start; nothing for a run of an earlier version."""
         try:
             starts = json.loads(self.folder.environment.read_text("utf-8"))
             return str(starts[-1]["precision"])
         except (OSError, ValueError, LookupError, TypeError):
-            return ""  # a run of an earlier version does not tell
-
-    def _spent(self, epochs: list[dict[str, str]], name: str) -> float:
-        """Sum over the starts; one whose end nobody saw counts with the epochs that it wrote."""
-        parts, total = self.notes.parts, 0.0
-        ends = [*(int(part["before"]) for part in parts[1:]), len(epochs)]
-        for part, end in zip(parts, ends, strict=True):
-            own = epochs[int(part["before"]) : end]
-            total += part[name] if name in part else sum(float(epoch[name]) for epoch in own)
-        return total
+            return ""
 
 
-def _images(epoch: dict[str, str]) -> float:
-    return float(epoch["images_per_second"]) * float(epoch["seconds"])
+def command_environment() -> dict[str, str]:
+    """Return the environment of commands, which Lightning would take for tasks of SLURM's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 
 
-def _steps_cost(epochs: list[dict[str, str]]) -> list[float]:
-    """Return each epoch's CPU seconds per step."""
-    before = [0, *(int(epoch["step"]) for epoch in epochs)]
-    return [
-        float(epoch["cpu_seconds"]) / max(1, int(epoch["step"]) - begin)
-        for epoch, begin in zip(epochs, before, strict=False)
-    ]
+def _cpu_seconds() -> float:
+    """Return the processor time of commands that have ended, user and system."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def _newest(epochs: list[dict[str, str]], column: str) -> str:
-    values = [epoch[column] for epoch in epochs if epoch.get(column)]
-    return values[-1] if values else ""
-
-
-def _shortened(number: str) -> str:
-    return f"{float(number):.5g}" if number else ""
+def _spent(notes: Notes, epochs: list[dict[str, str]], name: str) -> float:
+    """Sum over the starts; killed ones are charged for the epochs that they logged."""
+    parts, total = notes.parts, 0.0
+    ends = [*(int(part["before"]) for part in parts[1:]), len(epochs)]
+    for part, end in zip(parts, ends, strict=True):
+        own = epochs[int(part["before"]) : end]
+        total += part[name] if name in part else sum(float(epoch[name]) for epoch in own)
+    return total
 
 
 def _accuracies(path: Path) -> Row:
@@ -264,180 +296,60 @@ def _accuracies(path: Path) -> Row:
         results: dict[str, Any] = {
             found["variant"]: found for found in json.loads(path.read_text("utf-8"))["results"]
         }
+        top1 = {name: f"{found['numbers']['top1']:.6g}" for name, found in results.items()}
+        if "heads" in top1:
+            return {"linear_top1": top1["heads"]}
+        setting = results["chosen"]["settings"]
+        return {
+            "knn_top1": top1["chosen"],
+            "knn_k200_top1": top1.get("k200-T0.1", ""),
+            "knn_k": str(setting["k"]),
+            "knn_temperature": str(setting["temperature"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: remove its folder") from error
-    top1 = {name: f"{found['numbers']['top1']:.6g}" for name, found in results.items()}
-    if "heads" in top1:
-        return {"linear_top1": top1["heads"]}
-    setting = results["chosen"]["settings"]
-    return {
-        "knn_top1": top1["chosen"],
-        "knn_k200_top1": top1.get("k200-T0.1", ""),
-        "knn_k": str(setting["k"]),
-        "knn_temperature": str(setting["temperature"]),
-    }
 
 
-LOOK = 0.2  # seconds between looks at the children
-LOOK_AGAIN = 2.0  # seconds between looks at runs that others have
-NAMED = 3  # runs, at most, in a sentence
-PATIENCE = 120.0  # seconds that a child has to end, once asked
-Launch = Callable[[Sequence[str], Path, RunLock], Child]
-Rows = dict[tuple[str, ...], Row]
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end if it has not, and wait for it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-@dataclass
-class _Active:
-    job: Job
-    lock: RunLock
-    child: Child
+def _end_with_parent() -> None:
+    """Have Linux ask this process to end when its parent is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class Runner:
-    """Does runs until none is left that could be done.
+def log_excerpt(log: Path, heard: int = 0) -> str:
+    """Return the sentence of a log that says what went wrong: the command's own, or the last.
 
     Args:
-        study: What is to be done.
-        epochs: Says how many epochs a run has.
-        finished: Called with the lock of the table: a run, its row, and all rows.
-        tell: Says a sentence on the screen.
-        launch: Starts ``python <arguments>`` with a log and a lock.
+        log: The file; it may not exist.
+        heard: Bytes at its beginning that do not count.
     """
-
-    def __init__(
-        self,
-        study: Study,
-        epochs: Callable[[Run], int],
-        finished: Callable[[Run, Row, Rows], None],
-        tell: Callable[[str], None],
-        launch: Launch = Process,
-    ) -> None:
-        self.study, self.epochs = study, epochs
-        self.finished, self.tell, self.launch = finished, tell, launch
-        self.active: list[_Active] = []
-        self.failures: list[str] = []
-
-    def run(self) -> list[str]:
-        """Do all runs that have no row.
-
-        Returns:
-            A sentence for each that failed.
-
-        Raises:
-            UserError: If the table cannot be read or written; the children have been stopped then.
-        """
-        waiting = self._left(self.study.runs())
-        told, looked = False, -LOOK_AGAIN
-        try:
-            while waiting or self.active:
-                if len(self.active) < self.study.workers and time.monotonic() > looked:
-                    waiting = self._fill(waiting)
-                    if waiting and len(self.active) < self.study.workers:  # others have them all
-                        looked = time.monotonic() + LOOK_AGAIN
-                if waiting and not self.active and not told:
-                    self.tell(f"waiting for what other processes do: {_names(waiting)}")
-                    told = True
-                if any([self._looked_after(active) for active in list(self.active)]):
-                    looked = -LOOK_AGAIN
-                else:
-                    time.sleep(LOOK)
-        finally:
-            self._stop()
-        return self.failures
-
-    def _left(self, runs: list[Run]) -> list[Run]:
-        done = read_table(self.study)
-        return [run for run in runs if run.key not in done]
-
-    def _fill(self, waiting: list[Run]) -> list[Run]:
-        """Begin runs while there is room, and return those that are left."""
-        left = self._left(waiting)
-        for run in list(left):
-            if len(self.active) == self.study.workers:
-                break
-            lock = RunLock(self.study.logs / f"{run.name}.lock")
-            if not lock.take():
-                continue
-            left.remove(run)
-            if not self._left([run]):  # done by another process since the table was read
-                lock.give_back()
-                continue
-            try:
-                job = Job(self.study, run, self.epochs(run))
-                self._next(job, lock)
-            except UserError as error:
-                self._failed(str(error), lock)
-        return left
-
-    def _next(self, job: Job, lock: RunLock) -> None:
-        """Start what is next for a run, or write its row."""
-        words = job.next_words()
-        if words is not None:
-            job.begun()
-            child = self.launch(["-m", "ssl_samix", *words], job.log, lock)
-            self.active.append(_Active(job, lock, child))
-            return
-        row = job.row()
-        with lock_of(self.study):
-            self.finished(job.run, row, add_row(self.study, row))
-        lock.give_back()
-
-    def _looked_after(self, active: _Active) -> bool:
-        """Say whether a child has ended, and go on with its run if so."""
-        usage = active.child.poll()
-        if usage is None:
-            return False
-        self.active.remove(active)
-        failure = active.job.ended(usage)
-        if failure is not None:
-            self._failed(failure, active.lock)
-            return True
-        try:
-            self._next(active.job, active.lock)
-        except UserError as error:
-            self._failed(f"{active.job.run.name} failed: {error}", active.lock)
-        return True
-
-    def _failed(self, sentence: str, lock: RunLock) -> None:
-        self.failures.append(sentence)
-        self.tell(sentence)
-        lock.give_back()
-
-    def _stop(self) -> None:
-        """Ask the children to end, wait for them, and note what they have used."""
-        for active in self.active:
-            active.child.stop()
-        end = time.monotonic() + PATIENCE
-        while self.active:
-            try:
-                for active in list(self.active):
-                    usage = active.child.poll()
-                    if usage is not None:
-                        self.active.remove(active)
-                        active.job.ended(usage)
-                        active.lock.give_back()
-                time.sleep(LOOK if self.active else 0)
-            except KeyboardInterrupt:  # asked twice
-                end = 0.0
-            if time.monotonic() > end:
-                for active in self.active:
-                    active.child.kill()
+    text = log.read_bytes()[heard:] if log.exists() else b""
+    lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("samix: ") for line in lines if line.startswith("samix: ")]
+    return ((own or lines)[-1:] or ["it printed nothing"])[0][:LOG_EXCERPT_CHARS]
 
 
-def _names(runs: Sequence[Run]) -> str:
-    more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
-    return ", ".join(run.name for run in runs[:NAMED]) + more
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor, as far as the system tells; times of different ones do not compare.
 
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C."""
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Args:
+        told: Where Linux tells. Virtual machines often hide all but the maker and the numbers of
+            family and model, which are therefore part of the name.
+    """
+    found: dict[str, str] = {}
+    if told.exists():  # Linux
+        lines = [line.partition(":") for line in told.read_text("utf-8").splitlines()]
+        found = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = {"model name", "cpu family", "model"} <= found.keys()
+    return f"{name} ({found['cpu family']}.{found['model']})" if numbers else name

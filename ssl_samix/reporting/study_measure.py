@@ -1,16 +1,12 @@
 """What a training step costs in processor time, several configurations by turns.
 
-``python -m ssl_samix.reporting.study_measure <asked.json> <answer.json>``: short fits by Lightning,
-as a run makes them, with the clock of a run's own metrics.csv.
+Short fits by Lightning, as a run makes them, with the clock of a run's own metrics.csv.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,29 +15,28 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import absolute, build, compose, quote_paths
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.errors import UserError
-from ssl_samix.files import write_atomically
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
 from ssl_samix.training.logging import Pace
+from ssl_samix.training.pretrain import Pretraining
 from ssl_samix.training.recluster import Recluster
 from ssl_samix.training.run import Mode, build_mixing
+from ssl_samix.training.supervised import Supervised
 
-STEPS = (
-    8  # of a fit: a Mixer that learns in every 2nd, 4th or 8th step does so as often as it would
-)
+# Of a fit: a Mixer that learns in every 2nd, 4th or 8th step does so as often as in a run.
+STEPS = 8
 ROUNDS = 5  # that count, after one that does not
-WHOLE, NOWHERE = (0.0, 1.0), (1.0, 1.0)  # of a run, where images are mixed
-MODES = {"pretrain": "Pretraining", "supervised": "Supervised"}
+ALWAYS, NEVER = (0.0, 1.0), (1.0, 1.0)  # parts of a run in which images are mixed
+MODES: dict[str, type[Mode]] = {"pretrain": Pretraining, "supervised": Supervised}
 
 
 class _Clustering(Recluster):
-    """Clusters as in a run, and takes its own time: a run does so once in many steps."""
+    """Clusters as in a run, and times itself: a run does so once in many steps."""
 
     cpu_seconds = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cluster, and note what it took."""
+        """Cluster, and note the processor time."""
         begin = time.process_time()
         super().on_train_epoch_start(trainer, pl_module)
         self.cpu_seconds += time.process_time() - begin
@@ -53,10 +48,10 @@ class Candidate:
     Args:
         mode: Of training.
         words: ``key=value`` words.
-        data: Data modules that others have made, by their configuration.
+        data: Data modules of other candidates, by their configuration.
     """
 
-    def __init__(self, mode: Mode, words: list[str], data: dict[str, DataModule]) -> None:
+    def __init__(self, mode: Mode, words: Sequence[str], data: dict[str, DataModule]) -> None:
         self.config, _ = compose(mode.command, quote_paths([*words, "trainer.max_epochs=1"]))
         absolute(self.config)
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
@@ -66,16 +61,16 @@ class Candidate:
         nowhere = RunFolder("nowhere")  # a run that has no checkpoint
         self.module: BaseMethod = mode.module(self.config, self.data, nowhere, backbone, mixing)
         self.module.to(memory_format=memory_format(self.module))
-        self.window = WHOLE if mixing is None else (mixing.begin, mixing.end)
+        self.window = ALWAYS if mixing is None else (mixing.begin, mixing.end)
         self.steps_per_epoch = 0
 
     def step_cost(self) -> float:
         """Return the CPU seconds of a step, in the mean over a run."""
         mixing = self.module.mixing
-        if mixing is None or self.window == WHOLE:
+        if mixing is None or self.window == ALWAYS:
             return self._mean_of_few()
         costs = []  # of both kinds of steps: so few steps cannot hold the window's share of them
-        for window in (WHOLE, NOWHERE):
+        for window in (ALWAYS, NEVER):
             mixing.begin, mixing.end = window
             costs.append(self._mean_of_few())
         share = self.window[1] - self.window[0]
@@ -110,7 +105,7 @@ def _data(mode: Mode, config: DictConfig, made: dict[str, DataModule]) -> DataMo
     return made[key]
 
 
-def measured(command: str, words: list[list[str]], rounds: int = ROUNDS) -> dict[str, Any]:
+def measured(command: str, words: Sequence[Sequence[str]], rounds: int = ROUNDS) -> dict[str, Any]:
     """Measure configurations by turns.
 
     Args:
@@ -124,7 +119,7 @@ def measured(command: str, words: list[list[str]], rounds: int = ROUNDS) -> dict
     Raises:
         UserError: As training does.
     """
-    mode: Mode = getattr(import_module(f"ssl_samix.training.{command}"), MODES[command])()
+    mode = MODES[command]()
     data: dict[str, DataModule] = {}
     candidates = [Candidate(mode, each, data) for each in words]
     times = [[each.step_cost() for each in candidates] for _ in range(rounds + 1)]
@@ -132,23 +127,3 @@ def measured(command: str, words: list[list[str]], rounds: int = ROUNDS) -> dict
         "cpu_seconds_per_step": times[1:],
         "steps_per_epoch": [each.steps_per_epoch for each in candidates],
     }
-
-
-def main(asked: str, answer: str) -> None:
-    """Do what a file asks for and write the answer to another.
-
-    Args:
-        asked: JSON: ``command`` and ``words``.
-        answer: JSON: what ``measured`` returns.
-    """
-    request = json.loads(Path(asked).read_text("utf-8"))
-    try:
-        text = json.dumps(measured(request["command"], request["words"]))
-        write_atomically(Path(answer), lambda temporary: temporary.write_text(text, "utf-8"))
-    except UserError as error:
-        print(f"samix: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -15,71 +15,58 @@ from matplotlib.figure import Figure
 
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
 from ssl_samix.files import write_atomically
-from ssl_samix.reporting.study_plan import Study
+from ssl_samix.reporting.study_plan import Length, RunKey, Study
 from ssl_samix.reporting.study_table import (
     ACCURACIES,
     Difference,
     Row,
     by_seed,
     clock_of,
+    holds,
+    key_of,
     paired,
     spread,
 )
 
-WIDTH, HEIGHT, ROW = 4.4, 3.4, 0.22  # inches: a panel, a line of text
+WIDTH, HEIGHT, LINE = 4.4, 3.4, 0.22  # inches: a panel, a line of text
 DPI = 110
 PER_ROW = 3  # panels
-LETTER, HANDLE = 0.08, 0.6  # inches of the legend: a letter, what stands before a name
+LETTER, HANDLE = 0.08, 0.6  # inches of the legend: a letter, a sample
 GREY = "0.6"
 # Okabe and Ito's, which colour-blind eyes tell apart too; black last
 COLOURS = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c564b", "#000000",
 )  # fmt: skip
 MARKS = "os^D"
+MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
+LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
+Points = Sequence[tuple[float, float]]
+Curve = dict[int, tuple[float, float]]  # epochs done -> CPU seconds of training, accuracy
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name; the same name has the same look in all panels.
-
-    Attributes:
-        name: For the legend.
-        points: (x, y).
-        errors: Half the length of each point's error bar in units of y; none if empty.
-        joined: Whether a line goes through them.
-    """
+    """Points of one name; the same name has the same look in all panels."""
 
     name: str
-    points: Sequence[tuple[float, float]]
-    errors: Sequence[float] = ()
-    joined: bool = True
+    points: Points  # (x, y)
+    errors: Sequence[float] = ()  # half of each point's error bar, in units of y; none if empty
+    joined: bool = True  # by a line
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: Above it.
-        series: What is in it.
-        front: Points that a broken line joins; none if empty.
-        least: What the y axis spans at least, so that small differences look small.
-    """
+    """One pair of axes."""
 
     title: str
     series: Sequence[Series]
-    front: Sequence[tuple[float, float]] = field(default=())
-    least: float = 0.0
+    front: Points = ()  # joined by a broken line; none if empty
+    least: float = 0.0  # what the y axis spans at least, so that small differences look small
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Differences to one reference, a line each.
-
-    Attributes:
-        title: Above them.
-        lines: (name, difference), from top to bottom.
-    """
+    """Differences to one reference, a line each, from top to bottom."""
 
     title: str
     lines: Sequence[tuple[str, Difference]]
@@ -97,21 +84,18 @@ def chart(panels: Sequence[Panel], x_label: str, y_label: str) -> Figure:
     rows = math.ceil(len(panels) / columns)
     names = list(dict.fromkeys(s.name for panel in panels for s in panel.series))
     beside = max(1, int(columns * WIDTH / (LETTER * max(map(len, names)) + HANDLE)))
-    legend = math.ceil(len(names) / beside)
-    figure = Figure((columns * WIDTH, rows * HEIGHT + legend * ROW), DPI, layout="constrained")
+    height = rows * HEIGHT + math.ceil(len(names) / beside) * LINE
+    figure = Figure((columns * WIDTH, height), DPI, layout="constrained")
     for place, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, place + 1)
+        axes = _axes(figure.add_subplot(rows, columns, place + 1), panel.title)
         _draw(axes, panel, names)
         axes.set_xlabel(x_label)
         if place % columns == 0:
             axes.set_ylabel(y_label)
-    shown = {
-        name: handle
-        for axes in figure.axes
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    labelled = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    samples = {name: sample for each in labelled for sample, name in each}
     figure.legend(
-        [shown[name] for name in names],
+        [samples[name] for name in names],
         names,
         loc="outside lower center",
         ncols=beside,
@@ -121,18 +105,23 @@ def chart(panels: Sequence[Panel], x_label: str, y_label: str) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
-    axes.set_title(panel.title)
+def _axes(axes: Axes, title: str) -> Axes:
+    axes.set_title(title)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
+    return axes
+
+
+def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
     if panel.front:
         x, y = zip(*panel.front, strict=True)
         axes.plot(x, y, color=GREY, linestyle="--")
     for series in panel.series:
         look = names.index(series.name)
+        x, y = zip(*series.points, strict=True)
         axes.errorbar(
-            [x for x, _ in series.points],
-            [y for _, y in series.points],
+            x,
+            y,
             yerr=series.errors or None,
             label=series.name,
             color=COLOURS[look % len(COLOURS)],
@@ -153,19 +142,19 @@ def differences(rows: Sequence[Sequence[Gaps]], x_label: str) -> Figure:
         rows: Rows of panels, at least one; a row whose panels have the same names shows them once.
         x_label: Below the last row.
     """
-    columns = max(len(row) for row in rows)
-    names = sum(ROW * max(len(gaps.lines) for gaps in row) + 0.7 for row in rows)
-    figure = Figure((columns * WIDTH, names + 0.5), DPI, layout="constrained")
-    heights = [max(len(gaps.lines) for gaps in row) + 1 for row in rows]
-    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
-    tops: dict[int, Axes] = {}
+    columns = max(map(len, rows))
+    lines = [max(len(gaps.lines) for gaps in row) for row in rows]
+    height = sum(LINE * count + 0.7 for count in lines) + 0.5
+    figure = Figure((columns * WIDTH, height), DPI, layout="constrained")
+    grid = figure.subplots(
+        len(rows), columns, sharex="col", squeeze=False, height_ratios=[n + 1 for n in lines]
+    )
     for i, row in enumerate(rows):
+        for unused in grid[i, len(row) :]:
+            unused.remove()
         for j, gaps in enumerate(row):
-            axes = figure.add_subplot(grid[i, j], sharex=tops.get(j))
-            tops.setdefault(j, axes)
-            axes.set_title(gaps.title)
-            axes.grid(color="0.9")
-            axes.set_axisbelow(True)
+            axes = _axes(grid[i, j], gaps.title)
+            axes.tick_params(labelbottom=True)
             axes.axvline(0, color=GREY)
             for place, (_, gap) in enumerate(gaps.lines):
                 axes.errorbar(
@@ -174,12 +163,12 @@ def differences(rows: Sequence[Sequence[Gaps]], x_label: str) -> Figure:
                     xerr=gap.half_width,
                     color=COLOURS[0],
                     marker="o",
-                    fillstyle="full" if gap.count > 1 else "none",
+                    fillstyle="full" if gap.seeds > 1 else "none",
                     capsize=3,
                 )
             own, first = ([name for name, _ in shown.lines] for shown in (gaps, row[0]))
             axes.set_yticks(range(len(own)), own if j == 0 or own != first else [])
-            axes.set_ylim(len(gaps.lines) - 0.5, -0.5)
+            axes.set_ylim(len(own) - 0.5, -0.5)
             if i == len(rows) - 1:
                 axes.set_xlabel(x_label)
     return figure
@@ -194,39 +183,28 @@ def write_figure(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
-LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
-Curve = dict[int, tuple[float, float]]  # epochs done -> CPU seconds of training, accuracy
-
-
-def paint_study(study: Study, rows: Sequence[Row]) -> list[Path]:
-    """Write what can be painted of the rows beside the table, and return the files."""
-    written = []
-    stem = study.csv.with_suffix("")
-    curves = {(r["method"], r["policy"], r["length"], r["seed"]): _curve(study, r) for r in rows}
-    for name, x_label, column in (
-        ("epochs", "epochs", None),
-        ("time", "CPU seconds of training", 0),
-    ):
-        panels = _curve_panels(study, curves, column)
-        if panels:
-            written.append(stem.with_name(f"{stem.name}-{name}.png"))
-            write_figure(written[-1], chart(panels, x_label, MONITOR[study.command][1]))
+def draw_study(study: Study, rows: Sequence[Row]) -> list[Path]:
+    """Write what can be drawn of the rows beside the table, and return the files."""
+    figures: dict[str, Figure] = {}
+    monitor = MONITOR[study.command][1]
+    done = {key_of(row) for row in rows}
+    curves = {r.key: _curve(study, study.folder(r)) for r in study.runs() if r.key in done}
+    for ending, label in (("epochs", "epochs"), ("time", "CPU seconds of training")):
+        if panels := _curve_panels(study, curves, timed=ending == "time"):
+            figures[ending] = chart(panels, label, monitor)
     accuracy = next((a for a in ACCURACIES if any(row.get(a) for row in rows)), None)
     if accuracy is not None:
         timed = study.lengths[0].kind == "cpu_seconds"
         cost = "cpu_seconds" if timed else "step_ratio"
-        panels = _cost_panels(study, rows, accuracy, cost)
-        if panels:
-            label = "CPU seconds of the run" if timed else f"step time, {study.reference} = 1"
-            written.append(stem.with_name(f"{stem.name}-front.png"))
-            write_figure(written[-1], chart(panels, label, ACCURACIES[accuracy]))
-    gaps = _gaps(study, [row for row in rows if row["length"] == str(study.lengths[-1])])
-    if gaps:
-        written.append(stem.with_name(f"{stem.name}-differences.png"))
-        label = f"points of top-1 above {study.reference}"
-        write_figure(written[-1], differences(gaps, label))
-    return written
+        label = "CPU seconds of the run" if timed else f"step time, {study.reference} = 1"
+        if panels := _cost_panels(study, rows, accuracy, cost):
+            figures["front"] = chart(panels, label, ACCURACIES[accuracy])
+    if gaps := _gaps(study, [row for row in rows if row["length"] == str(study.lengths[-1])]):
+        figures["differences"] = differences(gaps, f"points of top-1 above {study.reference}")
+    paths = {end: study.csv.with_name(f"{study.csv.stem}-{end}.png") for end in figures}
+    for ending, figure in figures.items():
+        write_figure(paths[ending], figure)
+    return list(paths.values())
 
 
 def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
@@ -234,27 +212,24 @@ def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
     found = []
     for method in study.methods:
         panels = []
-        for accuracy, name in ACCURACIES.items():
-            numbers = {
-                policy: by_seed(
-                    [r for r in rows if (r["method"], r["policy"]) == (method, policy)], accuracy
-                )
+        for accuracy, title in ACCURACIES.items():
+            plain = by_seed(rows, accuracy, method=method, policy=study.reference)
+            gaps = {
+                policy: paired(by_seed(rows, accuracy, method=method, policy=policy), plain)
                 for policy in study.policies
+                if policy != study.reference
             }
-            plain = numbers.pop(study.reference)
-            gaps = {policy: paired(own, plain) for policy, own in numbers.items()}
             lines = [(policy, gap) for policy, gap in gaps.items() if gap is not None]
             if lines and accuracy != "knn_k200_top1":
-                panels.append(Gaps(f"{method}, {name.removesuffix(' %')}", lines))
+                panels.append(Gaps(f"{method}, {title.removesuffix(' %')}", lines))
         if panels:
             found.append(panels)
     return found
 
 
-def _curve(study: Study, row: Row) -> Curve:
-    """Read what the monitor saw of a run; nothing if its folder is elsewhere."""
-    name = "-".join([row["method"], row["policy"], row["length"], f"s{row['seed']}"])
-    epochs = read_metrics(RunFolder(study.out / name).metrics)
+def _curve(study: Study, folder: Path) -> Curve:
+    """Read what the monitor measured of a run; nothing if its folder is elsewhere."""
+    epochs = read_metrics(RunFolder(folder).metrics)
     if not epochs or "cpu_seconds" not in epochs[0]:
         return {}
     column, _ = MONITOR[study.command]
@@ -266,37 +241,31 @@ def _curve(study: Study, row: Row) -> Curve:
     }
 
 
-def _curve_panels(
-    study: Study, curves: dict[tuple[str, str, str, str], Curve], column: int | None
-) -> list[Panel]:
-    """Return a panel per method, of the longest runs; over epochs if no column is named."""
+def _curve_panels(study: Study, curves: dict[RunKey, Curve], timed: bool) -> list[Panel]:
+    """Return a panel per method: the mean over seeds of each policy's longest runs."""
+
+    def mean(method: str, policy: str, length: Length) -> Points:
+        cell = (method, policy, str(length))
+        seeds = [curve for key, curve in curves.items() if key[:3] == cell and curve]
+        common = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        return [
+            (
+                fmean(curve[epoch][0] for curve in seeds) if timed else epoch,
+                fmean(curve[epoch][1] for curve in seeds),
+            )
+            for epoch in common
+        ]
+
     panels = []
     for method in study.methods:
         series = []
         for policy in study.policies:
-            of_lengths = (
-                [curve for k, curve in curves.items() if k[:3] == (method, policy, str(length))]
-                for length in reversed(study.lengths)
-            )
-            seeds = next(([c for c in found if c] for found in of_lengths if any(found)), [])
-            if seeds:
-                series.append(Series(policy, _mean_curve(seeds, column)))
-        series = [s for s in series if s.points]
+            found = (mean(method, policy, length) for length in reversed(study.lengths))
+            if points := next(filter(None, found), None):
+                series.append(Series(policy, points))
         if series:
             panels.append(Panel(method, series, least=LEAST))
     return panels
-
-
-def _mean_curve(seeds: Sequence[Curve], column: int | None) -> list[tuple[float, float]]:
-    """Average over seeds where all of them were looked at."""
-    common = sorted(set.intersection(*(set(curve) for curve in seeds)))
-    return [
-        (
-            epoch if column is None else fmean(curve[epoch][column] for curve in seeds),
-            fmean(curve[epoch][1] for curve in seeds),
-        )
-        for epoch in common
-    ]
 
 
 def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) -> list[Panel]:
@@ -307,29 +276,19 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
     """
     panels, timed = [], cost == "cpu_seconds"
     for method in study.methods:
-        clocks = Counter(clock_of(row) for row in rows if row["method"] == method)
+        # Seconds of different processors do not compare: those of most rows count.
+        clocks = Counter(clock_of(row) for row in rows if row["method"] == method).most_common(1)
         series: list[Series] = []
         for policy in study.policies:
             points, errors = [], []
             for length in study.lengths:
-                own = [
-                    row
-                    for row in rows
-                    if (row["method"], row["policy"], row["length"])
-                    == (method, policy, str(length))
-                    and row.get(accuracy)
-                    and row.get(cost)
-                ]
-                # Seconds of different processors do not compare: those of most rows count.
-                costs = [
-                    float(row[cost])
-                    for row in own
-                    if not timed or clock_of(row) == clocks.most_common(1)[0][0]
-                ]
+                of = {"method": method, "policy": policy, "length": str(length)}
+                own = [r for r in rows if holds(r, **of) and r.get(accuracy) and r.get(cost)]
+                costs = [float(r[cost]) for r in own if not timed or clock_of(r) == clocks[0][0]]
                 if costs:
-                    found = spread([float(row[accuracy]) for row in own])
-                    points.append((fmean(costs), found.mean))
-                    errors.append(found.deviation or 0.0)
+                    mean, deviation = spread([float(row[accuracy]) for row in own])
+                    points.append((fmean(costs), mean))
+                    errors.append(deviation or 0.0)
             if points:
                 series.append(Series(policy, points, errors, joined=timed))
         best = [] if timed else front([p for s in series for p in s.points])
@@ -338,7 +297,7 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
     return panels
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def front(points: Points) -> list[tuple[float, float]]:
     """Return the points (cost, accuracy) that no cheaper one reaches, the cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):

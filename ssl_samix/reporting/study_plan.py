@@ -8,29 +8,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
+from ssl_samix.errors import ConfigError, check_choice, nearest
 from ssl_samix.files import expanded
 
-LENGTHS = {"epochs": "e", "cpu_seconds": "t"}  # key -> how a run's name says it
-# What a run may have otherwise on another machine, and is the same run all the same.
-ELSEWHERE = ("data.root=", "data.workers=", "data.memory_gb=", "data.download=", "callbacks.")
+KEYS = (
+    "command", "base", "methods", "policies", "seeds", "length", "evaluate", "workers",
+    "launcher", "slurm", "reference", "out", "csv",
+)  # fmt: skip
+COMMANDS = ("pretrain", "supervised")
+PROTOCOLS = ("knn", "linear")
+LAUNCHERS = ("local", "slurm")
+# What a job gets on a cluster: submitit's names.
+RESOURCE_NUMBERS = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
+RESOURCES = (*RESOURCE_NUMBERS, "partition", "account", "qos", "constraint")
+LENGTHS = {"epochs": "e", "cpu_seconds": "t"}  # kind -> its letter in a run's name
+OWN_WORDS = ("seed", "out", "resume", "trainer.max_epochs")  # given to every run by the study
+# Words that may differ between machines: the run is the same.
+MACHINE_WORDS = ("data.root=", "data.workers=", "data.memory_gb=", "data.download=", "callbacks.")
+RunKey = tuple[str, str, str, str]
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long runs are.
+class Length(NamedTuple):
+    """How long runs are: epochs, or CPU seconds of training without start and monitor."""
 
-    Attributes:
-        kind: ``epochs`` or ``cpu_seconds``.
-        amount: How many; seconds are processor time of training, start and monitor left out.
-    """
-
-    kind: str
+    kind: str  # epochs | cpu_seconds
     amount: int
 
     def __str__(self) -> str:
@@ -39,18 +46,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study.
+    """One run of a study; its words are those without seed, folder and number of epochs."""
 
-    Attributes:
-        method: Its name in the study file.
-        policy: Likewise.
-        length: How long it is.
-        seed: Of weights, order and views.
-        words: ``key=value`` words, without seed, folder and number of epochs.
-    """
-
-    method: str
-    policy: str
+    method: str  # its name in the study file
+    policy: str  # likewise
     length: Length
     seed: int
     words: tuple[str, ...]
@@ -61,19 +60,19 @@ class Run:
         return f"{self.method}-{self.policy}-{self.length}-s{self.seed}"
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What its row of the table is found by."""
+    def key(self) -> RunKey:
+        """Method, policy, length and seed, which identify its row of the table."""
         return self.method, self.policy, str(self.length), str(self.seed)
 
     @property
     def settings(self) -> str:
-        """The words that make it what it is, wherever it runs."""
+        """The words that define it, the same on every machine."""
         return settings_of(self.words)
 
 
 def settings_of(words: Sequence[str]) -> str:
-    """Write words, but for those that may differ between machines, in one order."""
-    return " ".join(sorted(word for word in words if not word.startswith(ELSEWHERE)))
+    """Join words in one order, without those that may differ between machines."""
+    return " ".join(sorted(word for word in words if not word.startswith(MACHINE_WORDS)))
 
 
 def differing_words(ours: str, theirs: str) -> str:
@@ -83,38 +82,25 @@ def differing_words(ours: str, theirs: str) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file.
-
-    Attributes:
-        path: The file.
-        command: ``pretrain`` or ``supervised``.
-        base: Words of all runs.
-        methods: Words by name.
-        policies: Words by name.
-        seeds: By policy.
-        lengths: The shortest first.
-        evaluate: Protocols that measure every run.
-        workers: Runs at the same time.
-        reference: The policy that others are compared with.
-        out: Folder of the runs.
-        csv: The table.
-    """
+    """A study file, read; words are ``key=value`` words of ``command``."""
 
     path: Path
-    command: str
-    base: tuple[str, ...]
-    methods: dict[str, tuple[str, ...]]
-    policies: dict[str, tuple[str, ...]]
-    seeds: dict[str, tuple[int, ...]]
-    lengths: tuple[Length, ...]
-    evaluate: tuple[str, ...]
-    workers: int
-    reference: str
-    out: Path
-    csv: Path
+    command: str  # pretrain | supervised
+    base: tuple[str, ...]  # words of all runs
+    methods: dict[str, tuple[str, ...]]  # name -> words
+    policies: dict[str, tuple[str, ...]]  # likewise
+    seeds: dict[str, tuple[int, ...]]  # by policy
+    lengths: tuple[Length, ...]  # of one kind, the shortest first
+    evaluate: tuple[str, ...]  # protocols that measure every run
+    workers: int  # runs at the same time
+    launcher: str  # local | slurm
+    slurm: dict[str, Any]  # what a job gets on a cluster, by the names of RESOURCES
+    reference: str  # the policy that others are compared with
+    out: Path  # folder of the runs
+    csv: Path  # the table
 
     def words(self, method: str, policy: str) -> tuple[str, ...]:
-        """Return the words of a cell of the table; of those for one key the last wins."""
+        """Return the words of a cell of the table; the last of those for one key wins."""
         last: dict[str, str] = {}
         for word in (*self.base, *self.methods[method], *self.policies[policy]):
             key = word.partition("=")[0].lstrip("+")
@@ -124,12 +110,11 @@ class Study:
 
     def runs(self) -> list[Run]:
         """Return all runs: the shortest first, and the first seed of all before the second."""
-        every = sorted({seed for seeds in self.seeds.values() for seed in seeds})
+        seeds = sorted({seed for own in self.seeds.values() for seed in own})
+        cells = product(self.lengths, seeds, self.methods, self.policies)
         return [
             Run(method, policy, length, seed, self.words(method, policy))
-            for length, seed, method, policy in product(
-                self.lengths, every, self.methods, self.policies
-            )
+            for length, seed, method, policy in cells
             if seed in self.seeds[policy]
         ]
 
@@ -139,31 +124,21 @@ class Study:
 
     @property
     def logs(self) -> Path:
-        """Folder of what the runs say, and of what the study notes of them."""
+        """Folder of the runs' logs, notes and locks."""
         return self.out / "logs"
 
-    def training(self, run: Run, epochs: int) -> list[str]:
+    def training(self, run: Run, epochs: int | str) -> list[str]:
         """Return the words after ``samix`` that train a run, from its last checkpoint on."""
-        given = [f"trainer.max_epochs={epochs}", f"seed={run.seed}", f"out={self.folder(run)}"]
-        return [self.command, *run.words, *given]
+        own = [f"trainer.max_epochs={epochs}", f"seed={run.seed}", f"out={self.folder(run)}"]
+        return [self.command, *run.words, *own]
 
     def measuring(self, run: Run, protocol: str) -> list[str]:
         """Return the words after ``samix`` that measure a run."""
-        out = self.results(run, protocol).parent
-        return [protocol, f"run={self.folder(run)}", f"out={out}"]
+        return [protocol, f"run={self.folder(run)}", f"out={self.results(run, protocol).parent}"]
 
     def results(self, run: Run, protocol: str) -> Path:
-        """Return the file that is there when a run has been measured."""
+        """Return the file that a protocol writes when it has measured a run."""
         return self.folder(run) / "results" / f"study-{protocol}" / "results.json"
-
-
-KEYS = (
-    "command", "base", "methods", "policies", "seeds", "length", "evaluate", "workers",
-    "reference", "out", "csv",
-)  # fmt: skip
-COMMANDS = ("pretrain", "supervised")
-PROTOCOLS = ("knn", "linear")
-OWN_WORDS = ("seed", "out", "resume", "trainer.max_epochs")  # which the study gives every run
 
 
 def read_study(path: Path, words: Sequence[str] = (), **changed: Any) -> Study:
@@ -172,65 +147,78 @@ def read_study(path: Path, words: Sequence[str] = (), **changed: Any) -> Study:
     Args:
         path: The file.
         words: Further words of all runs, after those of ``base``.
-        **changed: Keys of the file with other values; None is left out.
+        **changed: Keys of the file with other values; ``slurm`` is laid over the file's.
 
     Raises:
         ConfigError: For the first mistake.
     """
     try:
-        read = OmegaConf.to_container(OmegaConf.load(path))
+        held = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError(f"cannot read the study {path}: {error.strerror or error}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from error
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
-    except Exception as error:  # yaml.YAMLError has no base that says more
-        if not type(error).__module__.startswith("yaml"):
-            raise
-        raise ConfigError(f"{path} is no YAML: {_first_line(error)}") from error
-    if not isinstance(read, dict):
+    if not isinstance(held, dict):
         raise ConfigError(f"{path} needs keys: {', '.join(KEYS)}")
-    given = {**read, **{k: v for k, v in changed.items() if v is not None}}
     try:
-        return _study(path, given, tuple(words))
+        slurm = {**_mapping("slurm", held.get("slurm") or {}), **changed.pop("slurm", {})}
+        return _study(path, {**held, **changed, "slurm": slurm}, words)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _study(path: Path, given: dict[Any, Any], words: tuple[str, ...]) -> Study:
+def _study(path: Path, given: Mapping[Any, Any], words: Sequence[str]) -> Study:
     for key in given:
         if key not in KEYS:
             raise ConfigError(nearest(str(key), KEYS, "key"))
     for key in ("methods", "policies", "seeds", "length"):
         if not given.get(key):
             raise ConfigError(f"it lacks {key}")
-    command = given.get("command", "pretrain")
+    command, launcher = given.get("command", "pretrain"), given.get("launcher", "local")
     check_choice("command", command, COMMANDS)
+    check_choice("launcher", launcher, LAUNCHERS)
     policies = _named("policies", given["policies"])
     reference = given.get("reference", "none" if "none" in policies else next(iter(policies)))
     check_choice("reference", reference, policies)
-    evaluate = given.get("evaluate", PROTOCOLS if command == "pretrain" else ())
-    for protocol in _list("evaluate", evaluate):
+    evaluate = _list("evaluate", given.get("evaluate", PROTOCOLS if command == "pretrain" else ()))
+    for protocol in evaluate:
         check_choice("evaluate", protocol, PROTOCOLS)
     out = expanded(str(given.get("out", f"runs/studies/{path.stem}")))
     return Study(
-        path,
-        command,
-        (*_words("base", given.get("base", [])), *_words("the command line", list(words))),
-        _named("methods", given["methods"]),
-        policies,
-        _seeds(given["seeds"], policies),
-        _lengths(given["length"]),
-        tuple(evaluate),
-        _workers(given.get("workers", "auto")),
-        reference,
-        out,
-        expanded(str(given.get("csv", out / f"{path.stem}.csv"))),
+        path=path,
+        command=command,
+        base=(*_words("base", given.get("base", [])), *_words("the command line", words)),
+        methods=_named("methods", given["methods"]),
+        policies=policies,
+        seeds=_seeds(given["seeds"], policies),
+        lengths=_lengths(given["length"]),
+        evaluate=tuple(evaluate),
+        workers=_workers(given.get("workers", "auto"), launcher),
+        launcher=launcher,
+        slurm=_resources(given["slurm"]),
+        reference=reference,
+        out=out,
+        csv=expanded(str(given.get("csv", out / f"{path.stem}.csv"))),
     )
 
 
 def _list(key: str, value: object) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{key} must be a list, got {value!r}")
+    return value
+
+
+def _mapping(key: str, value: object) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key} must be names with values, got {value!r}")
+    return value
+
+
+def _whole(key: str, value: object, least: int, others: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} needs {others}whole numbers from {least}, got {value!r}")
     return value
 
 
@@ -245,24 +233,20 @@ def _words(key: str, value: object) -> tuple[str, ...]:
 
 
 def _named(key: str, value: object) -> dict[str, tuple[str, ...]]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} must be names with lists of words, got {value!r}")
-    for name in value:
+    for name in _mapping(key, value):
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.]+", name):
             raise ConfigError(f"{key}: a name is of letters, digits, _ and ., got {name!r}")
-    return {name: _words(f"{key}.{name}", words or []) for name, words in value.items()}
+    return {k: _words(f"{key}.{k}", words or []) for k, words in _mapping(key, value).items()}
 
 
 def _seeds(value: object, policies: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    by_name: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"default": value}
-    found = {}
+    by_name = value if isinstance(value, Mapping) else {"default": value}
+    found: dict[str, tuple[int, ...]] = {}
     for name, seeds in by_name.items():
         check_choice("seeds", name, ["default", *policies])
-        for seed in _list(f"seeds.{name}", seeds):
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ConfigError(f"seeds.{name} needs whole numbers from 0, got {seed!r}")
-        found[name] = tuple(dict.fromkeys(seeds))
-    lacking = [name for name in policies if name not in found and "default" not in found]
+        own = [_whole(f"seeds.{name}", seed, 0) for seed in _list(f"seeds.{name}", seeds)]
+        found[name] = tuple(dict.fromkeys(own))
+    lacking = [name for name in policies if not {name, "default"} & found.keys()]
     if lacking:
         raise ConfigError(f"seeds says nothing of {lacking[0]}: add it, or default")
     return {name: found.get(name, found.get("default", ())) for name in policies}
@@ -274,20 +258,26 @@ def _lengths(value: object) -> tuple[Length, ...]:
     [(kind, amounts)] = value.items()
     check_choice("length", kind, LENGTHS)
     amounts = amounts if isinstance(amounts, list) else [amounts]
-    for amount in amounts:
-        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
-            raise ConfigError(f"length.{kind} needs whole numbers from 1, got {amount!r}")
-    return tuple(Length(str(kind), amount) for amount in sorted(set(amounts)))
+    whole = {_whole(f"length.{kind}", amount, 1) for amount in amounts}
+    return tuple(Length(str(kind), amount) for amount in sorted(whole))
 
 
-def _workers(value: object) -> int:
+def _workers(value: object, launcher: str) -> int:
+    if value == "auto" and launcher == "slurm":
+        return 2**31  # the cluster's queue decides
     if value == "auto":
         affinity = getattr(os, "sched_getaffinity", None)  # Linux's
         return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if not isinstance(value, int):
-        raise ConfigError(f"workers must be auto or a whole number, got {value!r}")
-    check_range("workers", value, 1)
-    return value
+    return _whole("workers", value, 1, "auto or ")
+
+
+def _resources(given: Mapping[Any, Any]) -> dict[str, Any]:
+    for key, value in given.items():
+        if key not in RESOURCES:
+            raise ConfigError(nearest(str(key), RESOURCES, "key of slurm"))
+        if key in RESOURCE_NUMBERS:
+            _whole(f"slurm.{key}", value, 0)
+    return dict(given)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,58 +1,68 @@
-"""The table of a study, and its statistics over seeds. Imports no torch."""
+"""The table of a study, its statistics over seeds, and its report in Markdown. Imports no torch."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from filelock import FileLock
-from scipy.special import stdtrit
 
 from ssl_samix.artifacts.results import read_rows
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
-from ssl_samix.reporting.study_plan import Run, Study, differing_words
+from ssl_samix.reporting.study_plan import RunKey, Study, differing_words
+from ssl_samix.reporting.tables import MISSING, Table, markdown
 
 CONFIDENCE = 0.95
+Row = dict[str, str]
+KEY = ("method", "policy", "length", "seed")
+ACCURACIES = {  # column -> its title
+    "knn_top1": "kNN top-1 %",
+    "knn_k200_top1": "kNN top-1 %, k = 200, T = 0.1",
+    "linear_top1": "linear top-1 %",
+    "top1": "top-1 %",
+}
+MIXER = {  # column -> that of metrics.csv
+    "mask_std": "mixer/mask_std",
+    "one_sided": "mixer/one_sided",
+    "gamma": "mixer/gamma",
+    "mask_mean_error": "mixer/mask_mean_error",
+}
+COLUMNS = (
+    *KEY, "epochs", "steps", "images", "seconds", "cpu_seconds", "peak_mib", "cpu_ms_per_step",
+    "step_ratio", *ACCURACIES, "knn_k", "knn_temperature", *MIXER, "processor", "precision",
+    "settings",
+)  # fmt: skip
+SIZES = {"epochs": 0, "step_ratio": 2, "cpu_seconds": 0, "peak_mib": 0}  # column -> decimals
+NOTE = (
+    "Mean ± standard deviation over n seeds. Difference to {reference} of the same method, paired "
+    "by seed, with its 95% confidence interval (Student's t); {missing} for less than two. "
+    "Step: processor time per training step in units of {reference}'s."
+)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A mean over runs.
-
-    Attributes:
-        mean: Over the runs.
-        deviation: Standard deviation of the sample (n - 1); None of one run.
-        count: Runs.
-    """
+class Spread(NamedTuple):
+    """A mean over runs."""
 
     mean: float
-    deviation: float | None
-    count: int
+    deviation: float | None  # standard deviation of the sample (n - 1); None of one run
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the mean of at least one value, and how they scatter."""
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    """Return the mean and the standard deviation of at least one value."""
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean difference of runs with the same seeds.
-
-    Attributes:
-        mean: Over the seeds that both have.
-        half_width: Of its confidence interval; None of one seed.
-        count: Seeds.
-    """
+class Difference(NamedTuple):
+    """A mean difference of runs with the same seeds."""
 
     mean: float
-    half_width: float | None
-    count: int
+    half_width: float | None  # of its confidence interval; None of one seed
+    seeds: int  # that both have
 
 
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference | None:
@@ -65,47 +75,37 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference
     Returns:
         None if no seed is in both.
     """
+    from scipy.special import stdtrit
+
     gaps = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
-    if not gaps:
-        return None
-    if len(gaps) == 1:
-        return Difference(gaps[0], None, 1)
+    if len(gaps) < 2:
+        return Difference(gaps[0], None, 1) if gaps else None
     quantile = float(stdtrit(len(gaps) - 1, (1 + CONFIDENCE) / 2))
     return Difference(fmean(gaps), quantile * stdev(gaps) / math.sqrt(len(gaps)), len(gaps))
 
 
-Row = dict[str, str]
-KEY = ("method", "policy", "length", "seed")
-ACCURACIES = {  # column -> what it is called
-    "knn_top1": "kNN top-1 %",
-    "knn_k200_top1": "kNN top-1 %, k = 200, T = 0.1",
-    "linear_top1": "linear top-1 %",
-    "top1": "top-1 %",
-}
-MIXER = {
-    "mask_std": "mixer/mask_std",
-    "one_sided": "mixer/one_sided",
-    "gamma": "mixer/gamma",
-    "mask_mean_error": "mixer/mask_mean_error",
-}  # column -> that of metrics.csv
-COLUMNS = (
-    *KEY, "epochs", "steps", "images", "seconds", "cpu_seconds", "peak_mib", "cpu_ms_per_step",
-    "step_ratio", *ACCURACIES, "knn_k", "knn_temperature", *MIXER, "processor", "precision",
-    "settings",
-)  # fmt: skip
+def by_seed(rows: Sequence[Row], name: str, **of: str) -> dict[str, float]:
+    """Return the values of a column by seed, without those that are missing.
+
+    Args:
+        rows: Of a table.
+        name: The column.
+        **of: What other columns must hold.
+    """
+    return {row["seed"]: float(row[name]) for row in rows if row.get(name) and holds(row, **of)}
 
 
-def by_seed(rows: Sequence[Row], name: str) -> dict[str, float]:
-    """Return the values of a column by seed; those that are missing are left out."""
-    return {row["seed"]: float(row[name]) for row in rows if row.get(name)}
+def holds(row: Row, **of: str) -> bool:
+    """Say whether columns hold these values."""
+    return all(row[name] == value for name, value in of.items())
 
 
-def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what a row is found by."""
-    return tuple(row[name] for name in KEY)
+def key_of(row: Mapping[str, str]) -> RunKey:
+    """Return method, policy, length and seed of a row."""
+    return row["method"], row["policy"], row["length"], row["seed"]
 
 
-def read_table(study: Study) -> dict[tuple[str, ...], Row]:
+def read_table(study: Study) -> dict[RunKey, Row]:
     """Read the rows of a study's table.
 
     Raises:
@@ -113,7 +113,7 @@ def read_table(study: Study) -> dict[tuple[str, ...], Row]:
     """
     rows = read_rows(study.csv)
     if any(row.get(name) is None for row in rows for name in (*KEY, "settings")):
-        raise UserError(f"{study.csv} is damaged or no table of a study")
+        raise UserError(f"{study.csv} is damaged or not the table of a study")
     found = {key_of(row): row for row in rows}
     for run in study.runs():
         row = found.get(run.key)
@@ -139,19 +139,19 @@ def lock_of(study: Study) -> FileLock:
     return FileLock(study.csv.with_name(f".{study.csv.name}.lock"))
 
 
-def add_row(study: Study, row: Row) -> dict[tuple[str, ...], Row]:
+def add_row(study: Study, row: Row) -> dict[RunKey, Row]:
     """Add the row of a finished run, or replace it; call it with the lock.
 
     Returns:
-        All rows, by key.
+        All rows, by key, in the study's order.
 
     Raises:
         UserError: If the table cannot be read or written.
     """
     rows = {**read_table(study), key_of(row): row}
-    order: dict[tuple[str, ...], int] = {run.key: place for place, run in enumerate(study.runs())}
+    order = {run.key: place for place, run in enumerate(study.runs())}
     ranked = sorted(rows.values(), key=lambda row: order.get(key_of(row), len(order)))
-    ranked = with_ratios(ranked, study.reference)
+    ranked = _with_ratios(ranked, study.reference)
     write_table(study.csv, COLUMNS, ranked)
     return {key_of(row): row for row in ranked}
 
@@ -173,26 +173,95 @@ def write_table(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, st
     write_atomically(path, write)
 
 
-def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
-    """Write each row's time per step in units of the reference's, where times compare."""
-    plain: dict[tuple[str, ...], list[float]] = {}
+def _with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
+    """Set each row's time per step in units of the reference's, where times compare."""
+    units: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["policy"] == reference and row.get("cpu_ms_per_step"):
-            plain.setdefault(clock_of(row), []).append(float(row["cpu_ms_per_step"]))
+            units.setdefault(clock_of(row), []).append(float(row["cpu_ms_per_step"]))
     filled = []
     for row in rows:
-        unit = plain.get(clock_of(row))
-        known = unit and row.get("cpu_ms_per_step")
-        ratio = f"{float(row['cpu_ms_per_step']) / fmean(unit):.3f}" if unit and known else ""
+        unit, cost = units.get(clock_of(row)), row.get("cpu_ms_per_step")
+        ratio = f"{float(cost) / fmean(unit):.3f}" if unit and cost else ""
         filled.append({**row, "step_ratio": ratio})
     return filled
 
 
 def clock_of(row: Row) -> tuple[str, ...]:
-    """Return what rows have in common whose times compare."""
+    """Return method, processor and precision: times compare between rows that share them."""
     return tuple(row.get(name, "") for name in ("method", "processor", "precision"))
 
 
-def done_of(rows: Mapping[tuple[str, ...], Row], runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that have a row."""
-    return [run for run in runs if run.key in rows]
+def write_report(study: Study, rows: Sequence[Row]) -> None:
+    """Write the tables beside the study's own as Markdown, and pictures as PNG.
+
+    Args:
+        study: The study.
+        rows: Of its table; those that the study file does not ask for are left out.
+
+    Raises:
+        UserError: If a file cannot be written.
+    """
+    from ssl_samix.reporting.study_pictures import draw_study
+
+    wanted = {run.key for run in study.runs()}
+    rows = [row for row in rows if key_of(row) in wanted]
+    pictures = [f"![]({path.name})" for path in draw_study(study, rows)]
+    text = "\n\n".join([*report(study, rows), *pictures]) + "\n"
+    path = study.csv.with_suffix(".md")
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def report(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Return the paragraphs of the report, without pictures."""
+    parts = [f"# {study.path.stem}", f"{len(rows)} of {len(study.runs())} runs."]
+    if rows:
+        parts.append(NOTE.format(reference=study.reference, missing=MISSING))
+    names = {"epochs": "epoch{}", "cpu_seconds": "CPU second{} of training"}
+    for length in study.lengths:
+        own = [row for row in rows if row["length"] == str(length)]
+        if own:
+            unit = names[length.kind].format("" if length.amount == 1 else "s")
+            parts += [f"## {length.amount} {unit}", markdown(_summary(study, own))]
+    return parts
+
+
+def _summary(study: Study, rows: Sequence[Row]) -> Table:
+    """Return a line per method and policy."""
+    shown = [name for name in ACCURACIES if any(row.get(name) for row in rows)]
+    lines = []
+    for method in study.methods:
+        for policy in study.policies:
+            own = [row for row in rows if holds(row, method=method, policy=policy)]
+            if not own:
+                continue
+            line = [method, policy, str(len(own))]
+            for name, decimals in SIZES.items():
+                values = [*by_seed(own, name).values()]
+                line.append(f"{fmean(values):.{decimals}f}" if values else MISSING)
+            for name in shown:
+                numbers = by_seed(own, name)
+                plain = by_seed(rows, name, method=method, policy=study.reference)
+                gap = None if policy == study.reference else paired(numbers, plain)
+                line += [_mean([*numbers.values()]), _gap(gap)]
+            lines.append(line)
+    header = [["method"], ["policy"], ["n"], ["epochs"], ["step"], ["CPU s"], ["MiB"]]
+    for name in shown:
+        header += [[ACCURACIES[name]], ["difference"]]
+    return Table(header, lines, names=2)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    mean, deviation = spread(values)
+    return f"{mean:.2f} ± {MISSING if deviation is None else f'{deviation:.2f}'}"
+
+
+def _gap(found: Difference | None) -> str:
+    if found is None:
+        return MISSING
+    if found.half_width is None:
+        return f"{found.mean:+.2f} ({MISSING})"
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    return f"{found.mean:+.2f} ({low:+.2f} to {high:+.2f})"
