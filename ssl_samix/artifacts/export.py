@@ -106,8 +106,12 @@ def export(request: Request) -> Exported:
             or the file cannot be written; what was at ``out`` is then unchanged.
     """
     from ssl_samix.artifacts.encoder import load_encoder
-    from ssl_samix.artifacts.export_graph import write_onnx, write_program
-    from ssl_samix.artifacts.export_weights import write_timm, write_torchvision
+    from ssl_samix.artifacts.export_formats import (
+        write_onnx,
+        write_program,
+        write_timm,
+        write_torchvision,
+    )
 
     writers = {
         "torchvision": write_torchvision,

@@ -22,8 +22,7 @@ from ssl_samix.files import write_atomically
 from ssl_samix.training.monitors import Monitor
 
 if TYPE_CHECKING:
-    from ssl_samix.artifacts.classifier import TrainedClassifier
-    from ssl_samix.artifacts.encoder import Encoder
+    from ssl_samix.artifacts.encoder import Encoder, TrainedClassifier
 
 
 BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
@@ -235,7 +234,7 @@ class Run:
     @property
     def classifier(self) -> TrainedClassifier:
         """The trained classifier, in eval mode; of a run of ``train_supervised``."""
-        from ssl_samix.artifacts.classifier import load_classifier
+        from ssl_samix.artifacts.encoder import load_classifier
 
         return load_classifier(self.out)
 

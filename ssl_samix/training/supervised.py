@@ -10,8 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssl_samix.artifacts.checkpoints import describe
-from ssl_samix.artifacts.classifier import save_classifier
-from ssl_samix.artifacts.encoder import load_encoder
+from ssl_samix.artifacts.encoder import load_encoder, save_classifier
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from ssl_samix.artifacts import export_graph as same
+from ssl_samix.artifacts import export_formats as same
 from ssl_samix.artifacts.encoder import load_encoder, save_encoder
 from ssl_samix.artifacts.export import configured
-from ssl_samix.artifacts.export_graph import check_same
+from ssl_samix.artifacts.export_formats import check_same
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from tests.export.conftest import backbone_and_meta, exported, saved
 
