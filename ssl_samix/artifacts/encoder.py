@@ -1,4 +1,4 @@
-"""From a run, a checkpoint or an exported file back to the encoder; strict, always."""
+"""Encoders and classifiers as files, and back from a run, a checkpoint or a file; strict, always."""
 
 from __future__ import annotations
 

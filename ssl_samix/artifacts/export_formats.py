@@ -1,4 +1,4 @@
-"""The encoder as a graph that needs nothing of this package: ``torch.export`` and ONNX.
+"""The encoder in other formats: graphs (``torch.export``, ONNX), weights for torchvision and timm.
 
 TorchScript is not offered: PyTorch has deprecated it in favour of ``torch.export``.
 """

@@ -1,18 +1,22 @@
-"""From a data set to batches of views on the device."""
+"""From a data set to batches of views on the device.
+
+The order and the randomness of a step depend on its number alone.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_samix.data.datasets import Splits, load_splits
-from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.loader import StepLoader, StepReader, StepSampler, step_seed
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.images import ImageSet, MemoryImages
+from ssl_samix.data.view_spec import Recipes, ViewSpec
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
@@ -136,4 +140,180 @@ class DataModule(pl.LightningDataModule):
         # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
         # a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed(step_seed(self.seed, int(step), rank))
+        return Batch(views=self.views(pixels), label=label, index=index)
+
+
+class PerImageViews(Protocol):
+    """Draws the views of one image in a worker process."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Map uint8 (3, h, w) to uint8 (V, 3, S, S)."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix run seed, step and rank into a seed for torch (splitmix64's finaliser)."""
+    mixed = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    ) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
+class StepSampler(Sampler[tuple[int, list[int]]]):
+    """Yields (step, indices of this rank's part of that step's batch); drops the ragged end.
+
+    The shuffled order comes from seed and epoch, and a global batch is the same whatever the number
+    of ranks; no index appears twice in an epoch. Lightning calls ``set_epoch``.
+
+    Args:
+        size: N images.
+        batch_size: Images per step, over all ranks.
+        seed: Of the run.
+        rank: Of this process.
+        ranks: Number of processes.
+        order: Maps a generator to the order of an epoch, (N,) int64; a shuffle of all if None.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        order: Callable[[torch.Generator], Tensor] | None = None,
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.ranks = rank, ranks
+        self.order = order or (lambda generator: torch.randperm(size, generator=generator))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch, -1))
+        order = self.order(generator).tolist()
+        share = self.batch_size // self.ranks
+        for batch in range(len(self)):
+            first = batch * self.batch_size + self.rank * share
+            yield self.epoch * len(self) + batch, order[first : first + share]
+
+
+class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+    """Reads the batch of one step: pixels, labels, indices and the step.
+
+    Args:
+        images: Where they come from.
+        views: Draws the views per image here, in the worker, from each image's own pixels;
+            None leaves them to the device, on fitted images.
+        seed: Of the run.
+        rank: Of this process.
+    """
+
+    def __init__(self, images: ImageSet, views: PerImageViews | None, seed: int, rank: int) -> None:
+        self.images, self.views, self.seed, self.rank = images, views, seed, rank
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor, int]:
+        step, indices = item
+        index = torch.tensor(indices)
+        if self.views is None:
+            pixels = self.images.load(indices)  # (B, 3, S, S)
+        else:
+            torch.manual_seed(step_seed(self.seed, step, self.rank))
+            pixels = torch.stack([self.views(self.images.original(i)) for i in indices])
+        return pixels, self.images.labels[index], index, step
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
+    have begun to read the batches of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+# Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
+CROP_AND_FLIP = ViewSpec(
+    crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+    grayscale=0.0, blur=0.0, solarize=0.0,
+)  # fmt: skip
+
+
+class PickedSampler(Sampler[tuple[int, list[int]]]):
+    """Yields (step, indices into the data set), of the picked images only, shuffled per epoch."""
+
+    def __init__(self, picks: Sequence[int], batch_size: int, seed: int) -> None:
+        self.picks = list(picks)
+        self.steps = StepSampler(len(self.picks), batch_size, seed, rank=0, ranks=1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.steps.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for step, positions in self.steps:
+            yield step, [self.picks[i] for i in positions]
+
+
+class LabelledData(pl.LightningDataModule):
+    """Some of a data set's images, with one augmented view and the label of each.
+
+    Args:
+        images: The data set.
+        picks: Which of its images.
+        spec: The recipe of the view, already scaled to the images.
+        mean: Of the normalisation, per channel.
+        std: Likewise.
+        batch_size: Images per step; a smaller set is one batch.
+        seed: Orders and views derive from it and from the step.
+        workers: Processes that decode images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        picks: Sequence[int],
+        spec: ViewSpec,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.images, self.picks, self.seed, self.workers = images, list(picks), seed, workers
+        self.batch_size = min(batch_size, len(self.picks))
+        self.views = ViewMaker((spec,), images.image_size, mean, std)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of all steps."""
+        return DataLoader(
+            StepReader(self.images, self.views.per_image, self.seed, rank=0),
+            sampler=PickedSampler(self.picks, self.batch_size, self.seed),
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Draw the views on the device; all that is drawn in a step follows from its number."""
+        pixels, label, index, step = batch
+        torch.manual_seed(step_seed(self.seed, int(step), 0))
         return Batch(views=self.views(pixels), label=label, index=index)

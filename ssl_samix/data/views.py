@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_samix.data import transforms
-from ssl_samix.data.recipes import BLUR_SIGMA, Views, ViewSpec, scaled
+from ssl_samix.data.view_spec import BLUR_SIGMA, Views, ViewSpec, scaled
 from ssl_samix.errors import ConfigError, DataError
 
 __all__ = ["BatchedViews", "ViewParams", "ViewSpec", "Views", "apply", "draw", "scaled"]

@@ -24,7 +24,7 @@ from ssl_samix.files import write_atomically
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
 from ssl_samix.training.logging import Pace
-from ssl_samix.training.recluster import Recluster
+from ssl_samix.training.monitors import Recluster
 from ssl_samix.training.run import Mode, build_mixing
 
 STEPS = (

@@ -1,4 +1,4 @@
-"""Monitors: kNN and RankMe of an encoder, or accuracy of a classifier, during training."""
+"""What is measured of a network while it trains: kNN and RankMe, accuracy, clusters for mixing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
-from ssl_samix.evaluation.measures import alignment, embed_two_views, rankme, uniformity
+from ssl_samix.evaluation.measures import alignment, embed_two_views, kmeans, rankme, uniformity
 
 SHARE = 0.05  # of the training cost; the automatic interval keeps a monitor below it
 
@@ -310,3 +310,35 @@ class KNNMonitor(Monitor):
         images = data.splits.train
         picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
         return embed_two_views(encoder, images, picks.tolist(), data.views, device)
+
+
+class Recluster(pl.Callback):
+    """Every ``cluster_every`` epochs of a mixing objective that has it, where it mixes."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Embed all training images and hand their clusters to the objective."""
+        mixing = getattr(pl_module, "mixing", None)
+        every = getattr(mixing, "cluster_every", None)
+        if mixing is None or every is None:
+            return
+        if trainer.current_epoch % every and mixing.ids is not None:
+            return
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        steps = max(1, total // (trainer.max_epochs or 1))
+        if not mixing.mixes_in(range(step, step + steps), total):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images = data.splits.train
+        with trainer.precision_plugin.forward_context():
+            features = extract(
+                pl_module.teacher_backbone,  # type: ignore[arg-type]
+                images,
+                range(len(images)),
+                data.splits.mean,
+                data.splits.std,
+                device=pl_module.device,
+                workers=data.worker_count(),
+            )
+        found = kmeans(features, mixing.clusters, start=mixing.centroids)
+        # One process decides: sums in another order might move an image to another cluster.
+        mixing.assign(*trainer.strategy.broadcast(found))

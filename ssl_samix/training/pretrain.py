@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.view_spec import Recipes
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone

@@ -28,7 +28,7 @@ from ssl_samix.config.compose import (
     quoted,
 )
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.view_spec import Recipes
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
@@ -44,8 +44,7 @@ from ssl_samix.training.launch import (
     relaunched_as,
 )
 from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
-from ssl_samix.training.monitors import Monitor
-from ssl_samix.training.recluster import Recluster
+from ssl_samix.training.monitors import Monitor, Recluster
 
 
 class RunLogger(TensorBoardLogger):

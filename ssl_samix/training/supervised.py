@@ -15,7 +15,7 @@ from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.folder import empty_classes, listed
-from ssl_samix.data.recipes import OneView, Recipes
+from ssl_samix.data.view_spec import OneView, Recipes
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.methods.classifier import Classifier

@@ -13,8 +13,8 @@ from ssl_samix.eval_protocols import linear, semi_supervised
 
 from ssl_samix import trainer as engine
 from ssl_samix.config.compose import compose, groups
+from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.errors import ConfigError
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
