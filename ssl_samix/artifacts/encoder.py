@@ -1,29 +1,27 @@
-"""Encoders and classifiers as files, and back from a run, a checkpoint or a file; strict, always."""
+"""Encoders and classifiers as files, and back from a run, a checkpoint or a file, strictly."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.artifacts.checkpoints import (
-    META,
     described_backbone,
     load_strictly,
-    read_checkpoint,
-    read_safetensors,
+    read_ours,
+    renamed,
+    write_ours,
 )
-from ssl_samix.artifacts.run_folder import RunFolder, weights_file
+from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.data.images import fit, to_rgb
 from ssl_samix.data.views import normalize
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
-from ssl_samix.files import expanded, write_atomically
+from ssl_samix.files import expanded
 from ssl_samix.models.backbone import Backbone
 
 Channels = tuple[float, float, float]
@@ -61,10 +59,7 @@ class Encoder(nn.Module):
 
 def save_encoder(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
     """Write the backbone's weights and its description as safetensors."""
-    weights = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
-    text = {META: json.dumps(meta)}
-    content = save(weights, metadata=text)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_ours(path, backbone.state_dict(), meta)
 
 
 @torch.inference_mode(False)  # weights that are made in it could never be trained
@@ -83,7 +78,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
     path = weights_file(run_or_checkpoint, "encoder.safetensors")
-    meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
+    meta, weights = read_ours(path, {"backbone.": ""})
     if not any(name.startswith("trunk.") for name in weights):
         raise CheckpointError(
             f"{path} holds no encoder: give the run folder, file or model that it was made from"
@@ -93,21 +88,15 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     return Encoder(backbone, meta)
 
 
-def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    checkpoint = read_checkpoint(path)
-    prefix = "backbone."
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    weights = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    return checkpoint[META], weights
-
-
 # Of a supervised run the first two, of samix linear the last.
 NETWORKS = ("online", "ema", "linear")
 Network = Literal["online", "ema", "linear"]
-# Where both parts of a network are in a checkpoint of a supervised run.
+# Where both parts of a network are in a checkpoint of a supervised run -> in a file.
 IN_CHECKPOINT = {
-    "online": {"backbone.": "0.", "projector.": "1."},
-    "ema": {"twin.module.0.": "0.", "twin.module.1.": "1."},
+    "backbone.": "online.0.",
+    "projector.": "online.1.",
+    "twin.module.0.": "ema.0.",
+    "twin.module.1.": "ema.1.",
 }
 
 
@@ -134,13 +123,9 @@ class TrainedClassifier(Encoder):
 
 def save_classifier(path: Path, networks: dict[str, nn.Module], meta: dict[str, Any]) -> None:
     """Write networks of backbone and head, by their names, as safetensors."""
-    weights = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, network in networks.items()
-        for key, tensor in network.state_dict().items()
-    }
-    content = save(weights, metadata={META: json.dumps(meta)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    states = {f"{name}.": network.state_dict() for name, network in networks.items()}
+    weights = {prefix + key: t for prefix, state in states.items() for key, t in state.items()}
+    write_ours(path, weights, meta)
 
 
 def load_classifier(
@@ -164,7 +149,7 @@ def load_classifier(
         ConfigError: For an unknown network, or one that the file does not have.
     """
     check_choice("network", network or NETWORKS[0], NETWORKS)
-    path, meta, found = _read(expanded(run_or_file))
+    path, meta, found = _networks(run_or_file)
     name: str = next(iter(found)) if network is None else network
     if name not in found:
         raise ConfigError(f"{path} holds no network={name}: it has {' and '.join(found)}")
@@ -180,21 +165,23 @@ def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedCl
     Raises:
         CheckpointError: As ``load_classifier``.
     """
-    path, meta, found = _read(expanded(run_or_file))
+    path, meta, found = _networks(run_or_file)
     return {name: _built(path, meta, name, weights) for name, weights in found.items()}
 
 
-def _read(given: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]]:
+def _networks(
+    given: str | os.PathLike[str],
+) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Find the file, and read its description and the weights of each of its networks."""
-    path = given
-    if path.is_dir():
-        run = RunFolder(path)
-        path = run.classifier if run.classifier.exists() else run.last
-        if not path.exists():
-            raise _without(given)
-    meta, found = _from_file(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    try:
+        path = weights_file(given, "classifier.safetensors")
+    except CheckpointError as error:
+        raise _without(expanded(given)) from error
+    meta, weights = read_ours(path, IN_CHECKPOINT)
+    found = {name: renamed(weights, {f"{name}.": ""}) for name in NETWORKS}
+    found = {name: state for name, state in found.items() if state}
     if not meta.get("classes") or not found:
-        raise _without(given)
+        raise _without(expanded(given))
     return path, meta, found
 
 
@@ -212,31 +199,3 @@ def _built(
     head = nn.Linear(backbone.feature_dim, len(meta["classes"]))
     load_strictly(nn.Sequential(backbone, head), weights, path, "classifier")
     return TrainedClassifier(backbone, head, {**meta, "network": name})
-
-
-def _from_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    meta, weights = read_safetensors(path)
-    return meta, _by_network(weights, {name: {f"{name}.": ""} for name in NETWORKS})
-
-
-def _from_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    checkpoint = read_checkpoint(path)
-    return checkpoint[META], _by_network(checkpoint["state_dict"], IN_CHECKPOINT)
-
-
-def _by_network(
-    weights: dict[str, Tensor], names: dict[str, dict[str, str]]
-) -> dict[str, dict[str, Tensor]]:
-    """Sort weights by network, and leave out the networks that are not there."""
-    found = {name: _renamed(weights, parts) for name, parts in names.items()}
-    return {name: state for name, state in found.items() if state}
-
-
-def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """Take the weights whose names begin in one way, and let them begin in another."""
-    return {
-        new + key.removeprefix(old): tensor
-        for old, new in names.items()
-        for key, tensor in weights.items()
-        if key.startswith(old)
-    }

@@ -14,11 +14,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torchvision
 from torch import Tensor, nn
 
-from ssl_samix.artifacts.checkpoints import load_plain
+from ssl_samix.artifacts.checkpoints import load_plain, opened_safetensors
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.resnet import RESNETS, ResNetTrunk
@@ -44,13 +43,11 @@ def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, An
         raise CheckpointError(f"the weights of {name} cannot be fetched: {reason}") from error
     meta["image_size"] = image_size or meta["image_size"]
     backbone = Backbone(name, meta["image_size"], stem="standard")
-    load_strictly(backbone, weights, f"the published {name}")
+    load_backbone(backbone, weights, f"the published {name}")
     return backbone, meta
 
 
 def _torchvisions(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import torchvision
-
     if name not in torchvision.models.list_models():
         raise ConfigError(UNPUBLISHED.format(name))
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -65,8 +62,6 @@ def _torchvisions(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _timms(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import timm
-
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
         raise ConfigError(UNPUBLISHED.format(name))
     model = timm.create_model(name, pretrained=True, num_classes=0)
@@ -104,7 +99,7 @@ def from_file(path: Path, name: str | None, prefix: str | None, image_size: int)
     fit = _the_one(path, backbone, weights, prefix)
     for what in fit.resampled:
         _log.warning("%s: %s, for images of %d px", path, what, image_size)
-    load_strictly(backbone, fit.weights, str(path))
+    load_backbone(backbone, fit.weights, str(path))
     return backbone
 
 
@@ -164,10 +159,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: If it is damaged, would run code, or holds no weights.
     """
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file") from error
+        with opened_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     tensors = flatten(load_plain(path))
     if not tensors:
         raise CheckpointError(f"{path} holds no weights")
@@ -183,7 +176,7 @@ def _model(backbone: Backbone) -> nn.Module:
     return backbone.get_submodule(_inside(backbone).rstrip("."))
 
 
-def load_strictly(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
+def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
     """Load weights under the library's names; only heads may be left over.
 
     Raises:
