@@ -19,7 +19,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What is to be exported.
 
     Attributes:
@@ -46,7 +46,7 @@ class Exported:
     usage: str
 
 
-def configured(words: list[str]) -> Request:
+def parse_export(words: list[str]) -> ExportRequest:
     """Check ``key=value`` words.
 
     Raises:
@@ -71,7 +71,7 @@ def configured(words: list[str]) -> Request:
         raise ConfigError(f"out={out} is the encoder itself: give another name")
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}")
-    return Request(run, config.format, out)
+    return ExportRequest(run, config.format, out)
 
 
 def _check_format(name: object) -> None:
@@ -98,7 +98,7 @@ def _check_run(run: Path) -> None:
         raise CheckpointError(f"{run} holds no encoder.safetensors and no last.ckpt")
 
 
-def export(request: Request) -> Exported:
+def export(request: ExportRequest) -> Exported:
     """Write the encoder in another format, after seeing that it gives the same features.
 
     Raises:

@@ -123,8 +123,8 @@ class Frozen(nn.Module):
         self.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.zeros(3, 1, 1), persistent=False)
 
-    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take how the images that will come are normalised, per channel, of pixels in [0, 1]."""
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation of the input images, per channel, of pixels in [0, 1]."""
         ours, theirs = (
             [torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in pair]
             for pair in ((mean, std), (self.mixer.mean, self.mixer.std))
@@ -166,9 +166,9 @@ class PretrainedObjective(MixObjective):
             )
         super().__init__(Frozen(load_mixer(mixer)), **mixing)
 
-    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Let the Mixer read these images as it read those of its own run."""
-        self.policy.normalised_by(mean, std)
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation of the input images, which the Mixer reads by its own run's."""
+        self.policy.set_normalisation(mean, std)
 
 
 def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:

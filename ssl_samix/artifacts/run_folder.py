@@ -30,7 +30,7 @@ FREE_KEYS = (
 
 
 # Keys that came later, with what runs from before them did.
-LATER = {
+DEFAULTS_FOR_OLD_RUNS = {
     "mixup.during": [0.0, 1.0],
     "mixup.optimizer": "encoder",
     "mixup.lam": "drawn",
@@ -67,7 +67,7 @@ class RunFolder:
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
 
-    def check_mine(self, config: DictConfig) -> None:
+    def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
 
         A run that has no checkpoint yet has nothing to lose and may be begun anew.
@@ -91,7 +91,7 @@ class RunFolder:
             return
         old, _ = self.load_config()
         now = _flat(plain(config))
-        before = {**{key: LATER[key] for key in LATER.keys() & now}, **_flat(plain(old))}
+        before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | _flat(plain(old))
         for key in sorted({*before, *now}):
             same = before.get(key) == now.get(key)
             if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
@@ -101,7 +101,7 @@ class RunFolder:
                 )
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Make the folder, and keep other processes from training in it.
 
         The claim ends with the process, however that ends. Where folders cannot be locked (Windows,

@@ -30,7 +30,7 @@ SMALL = {10: CIFAR, 100: CIFAR, 200: (64, *PHOTOGRAPHS[1:])}  # 200: Tiny ImageN
 
 
 @dataclass(frozen=True)
-class Request:
+class ConvertRequest:
     """What is converted, and what is said of it beside what its file says; None: unsaid.
 
     Attributes:
@@ -72,10 +72,10 @@ def main(words: list[str]) -> str:
     """
     if {"-h", "--help"} & set(words):
         return _parser().format_help().rstrip()
-    return "\n".join(convert(configured(words)))
+    return "\n".join(convert(parse_convert(words)))
 
 
-def configured(words: list[str]) -> Request:
+def parse_convert(words: list[str]) -> ConvertRequest:
     """Read the words, and check all that can be told before the file is opened.
 
     Raises:
@@ -92,7 +92,7 @@ def configured(words: list[str]) -> Request:
         check_choice("--upsampling", given["upsampling"], UPSAMPLING)
     for key, smallest in (("mean", 0.0), ("std", 1e-6)):
         given[key] = None if given[key] is None else _channels(key, given[key], smallest)
-    request = Request(**{**given, **{k: expanded(given[k]) for k in ("path", "out")}})
+    request = ConvertRequest(**{**given, **{k: expanded(given[k]) for k in ("path", "out")}})
     _check_paths(request)
     return request
 
@@ -107,7 +107,7 @@ def _channels(key: str, text: str, smallest: float) -> Channels:
     return red, green, blue
 
 
-def _check_paths(request: Request) -> None:
+def _check_paths(request: ConvertRequest) -> None:
     if not request.path.is_file():
         raise CheckpointError(f"there is no checkpoint {request.path}")
     if request.out.exists() and not request.out.is_dir():
@@ -116,7 +116,7 @@ def _check_paths(request: Request) -> None:
         raise ConfigError(f"-o {request.out} is not empty: give a new folder")
 
 
-def convert(request: Request) -> list[str]:
+def convert(request: ConvertRequest) -> list[str]:
     """Write the encoder and, if the file has one, the Mixer.
 
     Returns:
@@ -154,7 +154,9 @@ def convert(request: Request) -> list[str]:
     return lines
 
 
-def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[str, Any]) -> str:
+def _mixer(
+    checkpoint: Checkpoint, average: str, request: ConvertRequest, meta: dict[str, Any]
+) -> str:
     """Write the Mixer, complete the description of the files, and say what was written."""
     from ssl_samix.artifacts.mixer import save_mixer
     from ssl_samix.artifacts.openmixup import mixer, network
@@ -176,7 +178,7 @@ def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[st
     )
 
 
-def _images(checkpoint: Checkpoint, name: str, request: Request) -> dict[str, Any]:
+def _images(checkpoint: Checkpoint, name: str, request: ConvertRequest) -> dict[str, Any]:
     """Say what a network was trained on: by its user, its configuration, or its shapes."""
     from ssl_samix.artifacts.openmixup import channels, side
 

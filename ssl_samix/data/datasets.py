@@ -53,7 +53,7 @@ _FASHION_CLASSES = (
 
 
 @dataclass(frozen=True)
-class Request:
+class ReadRequest:
     """What a reader is asked for."""
 
     root: Path  # as torchvision means it: the folder above the data set's own
@@ -85,7 +85,7 @@ class Parts:
     notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
 
 
-def read_digits(request: Request) -> Parts:
+def read_digits(request: ReadRequest) -> Parts:
     """Read scikit-learn's 1,797 digits, 8 x 8 gray in 0..16, scaled to 0..255."""
     from sklearn.datasets import load_digits
 
@@ -94,17 +94,17 @@ def read_digits(request: Request) -> Parts:
     return Parts(_array(pixels, digits.target, "digits"), None, tuple("0123456789"))
 
 
-def read_cifar10(request: Request) -> Parts:
+def read_cifar10(request: ReadRequest) -> Parts:
     """Read CIFAR-10: 50,000 and 10,000 images of 32 px; the test batch is the validation split."""
     return _cifar("CIFAR10", "cifar10", request)
 
 
-def read_cifar100(request: Request) -> Parts:
+def read_cifar100(request: ReadRequest) -> Parts:
     """Read CIFAR-100 with its 100 fine classes: 50,000 and 10,000 images of 32 px."""
     return _cifar("CIFAR100", "cifar100", request)
 
 
-def read_stl10(request: Request) -> Parts:
+def read_stl10(request: ReadRequest) -> Parts:
     """Read STL-10, 96 px: 100,000 unlabelled, 5,000 labelled as bank, 8,000 test images."""
     from torchvision.datasets import STL10
 
@@ -123,7 +123,7 @@ def read_stl10(request: Request) -> Parts:
     return Parts(parts[0], parts[1], tuple(_STL10_CLASSES.split()), parts[2])
 
 
-def read_fashion_mnist(request: Request) -> Parts:
+def read_fashion_mnist(request: ReadRequest) -> Parts:
     """Read Fashion-MNIST: 60,000 and 10,000 gray images of 28 px, gzipped files or plain ones."""
     if request.download:
         from torchvision.datasets import FashionMNIST
@@ -143,7 +143,7 @@ def read_fashion_mnist(request: Request) -> Parts:
     return Parts(train, test, _FASHION_CLASSES)
 
 
-def read_tiny_imagenet(request: Request) -> Parts:
+def read_tiny_imagenet(request: ReadRequest) -> Parts:
     """Read Tiny ImageNet, 64 px: ``val`` as published (one list of labels) or in class folders."""
     home = request.root / DATASETS["tiny_imagenet"].folder
     train, classes = class_folders(home / "train")
@@ -163,7 +163,7 @@ def read_tiny_imagenet(request: Request) -> Parts:
     return Parts(_files(train), _files(val), classes)
 
 
-def read_imagenet(request: Request) -> Parts:
+def read_imagenet(request: ReadRequest) -> Parts:
     """Read ``train`` and ``val``, each with one folder per class."""
     train, classes = class_folders(request.root / "train")
     val, val_classes = class_folders(request.root / "val")
@@ -171,14 +171,14 @@ def read_imagenet(request: Request) -> Parts:
     return Parts(_files(train), _files(val), classes)
 
 
-def read_folder(request: Request) -> Parts:
+def read_folder(request: ReadRequest) -> Parts:
     """Read a person's own folder, see ``ssl_samix.data.folder``."""
     index = scan(request.root, request.labels)
     val = _files(index.val) if index.val else None
     return Parts(_files(index.train), val, index.classes, notes=index.notes)
 
 
-def read_webdataset(request: Request) -> Parts:
+def read_webdataset(request: ReadRequest) -> Parts:
     """Read tar shards, see ``ssl_samix.data.shards``; the .cls members name the classes."""
     indexed = index(request.given)
     found = [label for _, members in indexed for label in members.labels]
@@ -186,7 +186,7 @@ def read_webdataset(request: Request) -> Parts:
     return Parts(Part(ShardSource.of(indexed), torch.tensor(labels)), None, classes)
 
 
-def _cifar(kind: str, title: str, request: Request) -> Parts:
+def _cifar(kind: str, title: str, request: ReadRequest) -> Parts:
     from torchvision import datasets
 
     read = getattr(datasets, kind)
@@ -224,7 +224,7 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
 
 
 @contextmanager
-def _sound(name: str, request: Request) -> Iterator[None]:
+def _sound(name: str, request: ReadRequest) -> Iterator[None]:
     """Turn whatever a damaged or unreachable data set raises into one sentence."""
     try:
         yield
@@ -252,7 +252,7 @@ def _sound(name: str, request: Request) -> Iterator[None]:
 class Spec:
     """One row of the table."""
 
-    read: Callable[[Request], Parts]
+    read: Callable[[ReadRequest], Parts]
     mean: Channels = _IMAGENET_MEAN  # per channel, of pixels in 0..1
     std: Channels = _IMAGENET_STD
     image_size: int | None = None  # px when set to auto; None: from the files
@@ -336,7 +336,7 @@ def load_splits(
     _check_settings(image_size, limit)
     spec = SPECS[name]
     home = locate(name, root)
-    parts = _with_val(spec.read(Request(home, download, labels, str(root))), spec.hold_out)
+    parts = _with_val(spec.read(ReadRequest(home, download, labels, str(root))), spec.hold_out)
     if labelled and parts.bank is not None:
         parts = replace(parts, train=parts.bank, bank=None)
     size = image_size if image_size != "auto" else _auto_size(spec, parts.train)

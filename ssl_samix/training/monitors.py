@@ -62,7 +62,7 @@ class Monitor(pl.Callback, ABC):
         """Return the images that one measurement sends through a network."""
 
     @abstractmethod
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure what is being trained."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Monitor(pl.Callback, ABC):
             return
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            measured = self.look(module, data)
+            measured = self.measure(module, data)
         group = self.columns[0]
         if self.quality in measured:
             self.best = max(self.best or 0.0, measured[self.quality])
@@ -124,7 +124,7 @@ class AccuracyMonitor(Monitor):
         """Count the validation images, for both networks."""
         return 0 if data.splits.val is None else 2 * len(data.splits.val)
 
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure the classifier and its average.
 
         Returns:
@@ -240,9 +240,9 @@ class KNNMonitor(Monitor):
     def _count(images: ImageSet, limit: int | None) -> int:
         return min(len(images), limit or len(images))
 
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure the backbone."""
-        return self.measure(module.backbone, data, module.device)
+        return self.measure_encoder(module.backbone, data, module.device)
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
         """Return kNN, where there are labels, and RankMe."""
@@ -252,7 +252,7 @@ class KNNMonitor(Monitor):
             lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
         return lines
 
-    def measure(
+    def measure_encoder(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
     ) -> dict[str, float]:
         """Measure an encoder on a data set.

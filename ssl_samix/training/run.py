@@ -97,7 +97,7 @@ class Mode(ABC):
             save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
 
 
-def words(
+def as_words(
     data: str | os.PathLike[str] | None, overrides: dict[str, Any], **choices: Any
 ) -> list[str]:
     """Write the arguments of a Python call as the words of the command line.
@@ -133,14 +133,14 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
         raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
     folder = RunFolder(out or default_out(choices, config.seed))
     if is_main_process():
-        folder.check_mine(config)
+        folder.check_same_run(config)
     return config, choices, folder
 
 
 def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
     # Its folder first: what has been built for a folder that somebody else has would be lost.
-    with folder.claimed() if is_main_process() else nullcontext():
+    with folder.lock() if is_main_process() else nullcontext():
         return _trained(mode, config, choices, folder)
 
 
@@ -177,7 +177,7 @@ def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> Mi
     if not config.mixup:
         return None
     mixing: MixObjective = build(config.mixup, backbone=backbone)
-    mixing.normalised_by(data.splits.mean, data.splits.std)
+    mixing.set_normalisation(data.splits.mean, data.splits.std)
     return mixing
 
 

@@ -23,7 +23,7 @@ from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.logging import Run
 from ssl_samix.training.monitors import Monitor
-from ssl_samix.training.run import Mode, build_optimizer, configured, train, words
+from ssl_samix.training.run import Mode, as_words, build_optimizer, configured, train
 
 
 def train_supervised(
@@ -46,10 +46,10 @@ def train_supervised(
     Raises:
         UserError: For whatever the command line would refuse, with the same sentence.
     """
-    return job(words(data, overrides, out=out))
+    return train_from_words(as_words(data, overrides, out=out))
 
 
-def job(arguments: list[str]) -> Run:
+def train_from_words(arguments: list[str]) -> Run:
     """Do what ``key=value`` words say."""
     return train(Supervised(), *configured(Supervised.command, arguments))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_samix.artifacts.encoder import save_encoder
-from ssl_samix.artifacts.export import configured, export
+from ssl_samix.artifacts.export import export, parse_export
 from ssl_samix.config.compose import quoted
 from ssl_samix.models.backbone import Backbone
 
@@ -59,7 +59,7 @@ def exported(run, name, **more):
     """Export, by the words of a command line."""
     paths = {"run": run, **more}
     words = [f"{key}={quoted(str(path))}" for key, path in paths.items()]
-    return export(configured([f"format={name}", *words]))
+    return export(parse_export([f"format={name}", *words]))
 
 
 @pytest.fixture
