@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.config.compose import compose
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
 from ssl_samix.files import expanded
@@ -93,9 +93,7 @@ def _check_run(run: Path) -> None:
         raise CheckpointError(
             f"run={run} does not exist: give a run folder, a checkpoint or encoder.safetensors"
         )
-    folder = RunFolder(run)
-    if run.is_dir() and not (folder.encoder.exists() or folder.last.exists()):
-        raise CheckpointError(f"{run} holds no encoder.safetensors and no last.ckpt")
+    weights_file(run, "encoder.safetensors")
 
 
 def export(request: ExportRequest) -> Exported:

@@ -21,7 +21,7 @@ from ssl_samix.artifacts.checkpoints import META
 from ssl_samix.artifacts.encoder import Encoder
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.files import write_atomically
-from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk
+from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk, remove_classifier
 from ssl_samix.models.resnet import ResNetTrunk
 
 TOLERANCE = 1e-5  # of the largest feature, or of 1 if that is larger
@@ -359,11 +359,8 @@ def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
 
 def _without_classifier(network: nn.Module) -> str:
     """Replace the last linear layer, as the encoder's own network did, and say how."""
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:  # SqueezeNet
-        network.classifier = nn.AdaptiveAvgPool2d(1)
+    name = remove_classifier(network)
+    if name is None:  # SqueezeNet
         return "model.classifier = torch.nn.AdaptiveAvgPool2d(1)"
-    parent, _, child = linear[-1].rpartition(".")
-    setattr(network.get_submodule(parent), child, nn.Identity())
-    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in linear[-1].split(".")]
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")]
     return f"model{''.join(parts)} = torch.nn.Identity()"

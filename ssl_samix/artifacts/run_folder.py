@@ -15,10 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_samix.config.compose import check_values, compose, groups, keys_set, parse, plain
+from ssl_samix.config.compose import check_values, compose, dotted, groups, keys_set, parse, plain
 from ssl_samix.config.saved import laid_over, read_plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
-from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
+from ssl_samix.files import PARTIAL, expanded, make_folder, new_folder, write_atomically
 
 _log = logging.getLogger(__name__)
 # What a resumed run may change: neither the network nor what it is trained with.
@@ -90,8 +90,8 @@ class RunFolder:
         if not self.last.exists():
             return
         old, _ = self.load_config()
-        now = _flat(plain(config))
-        before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | _flat(plain(old))
+        now = dotted(plain(config))
+        before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | dotted(plain(old))
         for key in sorted({*before, *now}):
             same = before.get(key) == now.get(key)
             if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
@@ -110,11 +110,7 @@ class RunFolder:
         Raises:
             UserError: If the folder cannot be made, or somebody trains in it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot make the run folder {self.path}: {reason}") from error
+        make_folder(self.path, "run folder")
         descriptor = _locked(self.path)
         try:
             yield
@@ -348,13 +344,3 @@ def _close(descriptor: int, folder: Path) -> None:
             os.close(descriptor)
     except OSError:
         return
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

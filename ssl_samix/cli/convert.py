@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ssl_samix.artifacts.run_folder import RunFolder
-from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice, check_range
-from ssl_samix.files import expanded
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.files import expanded, make_folder
 
 if TYPE_CHECKING:
     from ssl_samix.artifacts.openmixup import Checkpoint
@@ -147,7 +147,7 @@ def convert(request: ConvertRequest) -> list[str]:
     if request.encoder_only or average is None or not checkpoint.under("mix_block."):
         reason = "--encoder-only" if request.encoder_only else f"{request.path} has no mix_block"
         lines.append(f"no Mixer: {reason}")
-        _make(out.path)
+        make_folder(out.path)
     else:
         lines.append(_mixer(checkpoint, average, request, meta))
     save_encoder(out.encoder, encoder, meta)
@@ -169,7 +169,7 @@ def _mixer(
     policy.block.load_state_dict(state, strict=True)
     meta |= {"mixup": "samix", "mixer": {"stage": stage, "settings": settings}}
     path = RunFolder(request.out).mixer
-    _make(path.parent)
+    make_folder(path.parent)
     save_mixer(path, teacher, policy, meta)
     bend = -1 if settings["lam_curve"] is None else settings["lam_curve"]
     return (
@@ -196,13 +196,6 @@ def _images(checkpoint: Checkpoint, name: str, request: ConvertRequest) -> dict[
             "give --image-size, --mean and --std"
         )
     return {**known, "mean": list(known["mean"]), "std": list(known["std"])}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 def _parser() -> _Parser:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import compose
-from ssl_samix.data.folder import FolderIndex, given_images
+from ssl_samix.data.folder import FolderIndex, given_images, listed
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
 from ssl_samix.files import expanded
@@ -127,22 +127,22 @@ def _decoded(request: ShowMixingRequest, paths: list[str], size: int) -> Tensor:
     """Decode files in a drawn order until there are enough, (N, 3, S, S) uint8."""
     import torch
 
-    from ssl_samix.data.images import fit, resized_side, to_rgb
-    from ssl_samix.data.sources import UNREADABLE, PathSource, described
+    from ssl_samix.data.decode import decoded
+    from ssl_samix.data.images import fit, resized_side
+    from ssl_samix.data.sources import PathSource
 
     source, found, damaged = PathSource(paths), [], []
     generator = torch.Generator().manual_seed(request.seed)
     for i in torch.randperm(len(paths), generator=generator).tolist():
-        try:
-            image = to_rgb(source.image(i, 2 * resized_side(size)))
-        except UNREADABLE as error:
-            damaged.append(described(source.name(i), error))
+        image = decoded(source, i, 2 * resized_side(size))
+        if isinstance(image, str):
+            damaged.append(image)
             continue
         found.append(fit(image, size))
         if len(found) == 2 * request.rows:
             break
     if damaged:
-        named = ", ".join(damaged[:10]) + (" and more" if len(damaged) > 10 else "")
+        named = listed(damaged)
         if len(found) < 2:
             raise DataError(f"of {len(paths)} images {len(found)} can be read: repair {named}")
         tried = len(damaged) + len(found)

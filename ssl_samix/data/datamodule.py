@@ -22,127 +22,6 @@ from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
 
 
-class DataModule(pl.LightningDataModule):
-    """The images of one run.
-
-    Args:
-        views: Of which views a batch consists.
-        seed: Of the run: orders and views derive from it and from the step.
-        name: Data set name.
-        root: Its folder; of ``webdataset`` also a pattern or a URL.
-        image_size: Side of the views in px, or ``auto``.
-        limit: Train on a class-balanced subset of at most this many images.
-        batch_size: Images per step, over all devices.
-        flip: Whether a mirrored image still shows the same thing.
-        crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
-        labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
-            of shards, are classes.
-        download: Let torchvision download what is missing.
-        workers: Processes that decode images, or ``auto``; none when all is in memory.
-        memory_gb: Hold data sets up to this many GiB in memory.
-        labelled: Train on labelled images alone.
-
-    Raises:
-        DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
-    """
-
-    def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
-        self,
-        *,
-        views: Recipes,
-        seed: int,
-        name: str,
-        root: str | None,
-        image_size: int | Literal["auto"],
-        limit: int | None,
-        batch_size: int,
-        flip: bool,
-        crop_min: float,
-        labels: bool | Literal["auto"],
-        download: bool,
-        workers: int | Literal["auto"],
-        memory_gb: float,
-        labelled: bool = False,
-    ) -> None:
-        super().__init__()
-        check_range("seed", seed, 0)
-        check_range("data.memory_gb", memory_gb, 0)
-        for key, value in {"limit": limit, "workers": workers, "image_size": image_size}.items():
-            if value is not None and value != "auto":
-                check_range(f"data.{key}", value, 0 if key == "workers" else 1)
-        self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
-        self.splits: Splits = load_splits(
-            name,
-            root,
-            image_size,
-            limit,
-            download=download,
-            labels=labels,
-            memory_gb=memory_gb,
-            labelled=labelled,
-        )
-        self._check_batch()
-        size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
-        specs = views.specs(size, flip, crop_min)
-        self.views = ViewMaker(specs, size, mean, std, views.device)
-
-    def _check_batch(self) -> None:
-        images = len(self.splits.train)
-        if self.batch_size < 2:
-            raise DataError(
-                f"data.batch_size={self.batch_size}: contrastive methods compare images with each "
-                "other and need at least 2"
-            )
-        if self.batch_size > images:
-            raise DataError(
-                f"data.batch_size={self.batch_size} is larger than the data set ({images} images): "
-                + (f"set data.batch_size={images // 2} or less" if images > 3 else "add images")
-            )
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether loading a batch is a memory look-up."""
-        return isinstance(self.splits.train, MemoryImages)
-
-    def worker_count(self, ranks: int = 1) -> int:
-        """Return the number of worker processes per rank."""
-        if self.workers != "auto":
-            return int(self.workers)
-        if self.in_memory and self.views.per_image is None:
-            return 0  # pickling a batch to another process costs more than indexing it
-        return max(1, min(16, (os.cpu_count() or 1) // ranks))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this rank's part of every step."""
-        assert self.trainer is not None
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        if self.batch_size % ranks or self.batch_size // ranks < 2:
-            raise DataError(
-                f"data.batch_size={self.batch_size} cannot be shared by {ranks} devices: it must be"
-                f" a multiple of {ranks} and give each at least 2 images"
-            )
-        workers, images = self.worker_count(ranks), self.splits.train
-        return StepLoader(
-            StepReader(images, self.views.per_image, self.seed, rank),
-            sampler=StepSampler(
-                len(images), self.batch_size, self.seed, rank, ranks, order=images.order
-            ),
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Draw the views on the device."""
-        pixels, label, index, step = batch
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
-        # a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed(step_seed(self.seed, int(step), rank))
-        return Batch(views=self.views(pixels), label=label, index=index)
-
-
 class PerImageViews(Protocol):
     """Draws the views of one image in a worker process."""
 
@@ -172,7 +51,7 @@ class StepSampler(Sampler[tuple[int, list[int]]]):
         seed: Of the run.
         rank: Of this process.
         ranks: Number of processes.
-        order: Maps a generator to the order of an epoch, (N,) int64; a shuffle of all if None.
+        order: Maps a generator to the indices of an epoch, (N,) int64; a shuffle of all if None.
     """
 
     def __init__(
@@ -244,6 +123,141 @@ class StepLoader(DataLoader[Any]):
         yield from super().__iter__()
 
 
+class StepData(pl.LightningDataModule):
+    """Images of which every step's views are drawn on the device, from its number alone."""
+
+    images: ImageSet
+    views: ViewMaker
+    seed: int
+
+    def loader(
+        self, sampler: Sampler[tuple[int, list[int]]], workers: int, rank: int = 0
+    ) -> DataLoader[Any]:
+        """Return the loader of the batches that a sampler names."""
+        return StepLoader(
+            StepReader(self.images, self.views.per_image, self.seed, rank),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Draw the views on the device."""
+        pixels, label, index, step = batch
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
+        # a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(step_seed(self.seed, int(step), rank))
+        return Batch(views=self.views(pixels), label=label, index=index)
+
+
+class DataModule(StepData):
+    """The images of one run.
+
+    Args:
+        views: Of which views a batch consists.
+        seed: Of the run: orders and views derive from it and from the step.
+        name: Data set name.
+        root: Its folder; of ``webdataset`` also a pattern or a URL.
+        image_size: Side of the views in px, or ``auto``.
+        limit: Train on a class-balanced subset of at most this many images.
+        batch_size: Images per step, over all devices.
+        flip: Whether a mirrored image still shows the same thing.
+        crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
+        labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
+            of shards, are classes.
+        download: Let torchvision download what is missing.
+        workers: Processes that decode images, or ``auto``; none when all is in memory.
+        memory_gb: Hold data sets up to this many GiB in memory.
+        labelled: Train on labelled images alone.
+
+    Raises:
+        DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
+    """
+
+    def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
+        self,
+        *,
+        views: Recipes,
+        seed: int,
+        name: str,
+        root: str | None,
+        image_size: int | Literal["auto"],
+        limit: int | None,
+        batch_size: int,
+        flip: bool,
+        crop_min: float,
+        labels: bool | Literal["auto"],
+        download: bool,
+        workers: int | Literal["auto"],
+        memory_gb: float,
+        labelled: bool = False,
+    ) -> None:
+        super().__init__()
+        check_range("seed", seed, 0)
+        check_range("data.memory_gb", memory_gb, 0)
+        for key, value in {"limit": limit, "workers": workers, "image_size": image_size}.items():
+            if value is not None and value != "auto":
+                check_range(f"data.{key}", value, 0 if key == "workers" else 1)
+        self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
+        self.splits: Splits = load_splits(
+            name,
+            root,
+            image_size,
+            limit,
+            download=download,
+            labels=labels,
+            memory_gb=memory_gb,
+            labelled=labelled,
+        )
+        self.images = self.splits.train
+        self._check_batch()
+        size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
+        specs = views.specs(size, flip, crop_min)
+        self.views = ViewMaker(specs, size, mean, std, views.device)
+
+    def _check_batch(self) -> None:
+        images = len(self.images)
+        if self.batch_size < 2:
+            raise DataError(
+                f"data.batch_size={self.batch_size}: contrastive methods compare images with each "
+                "other and need at least 2"
+            )
+        if self.batch_size > images:
+            raise DataError(
+                f"data.batch_size={self.batch_size} is larger than the data set ({images} images): "
+                + (f"set data.batch_size={images // 2} or less" if images > 3 else "add images")
+            )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether loading a batch is a memory look-up."""
+        return isinstance(self.images, MemoryImages)
+
+    def worker_count(self, ranks: int = 1) -> int:
+        """Return the number of worker processes per rank."""
+        if self.workers != "auto":
+            return int(self.workers)
+        if self.in_memory and self.views.per_image is None:
+            return 0  # pickling a batch to another process costs more than indexing it
+        return max(1, min(16, (os.cpu_count() or 1) // ranks))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this rank's part of every step."""
+        assert self.trainer is not None
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        if self.batch_size % ranks or self.batch_size // ranks < 2:
+            raise DataError(
+                f"data.batch_size={self.batch_size} cannot be shared by {ranks} devices: it must be"
+                f" a multiple of {ranks} and give each at least 2 images"
+            )
+        order, size = self.images.order, len(self.images)
+        sampler = StepSampler(size, self.batch_size, self.seed, rank, ranks, order=order)
+        return self.loader(sampler, self.worker_count(ranks), rank)
+
+
 # Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
 CROP_AND_FLIP = ViewSpec(
     crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
@@ -251,26 +265,7 @@ CROP_AND_FLIP = ViewSpec(
 )  # fmt: skip
 
 
-class PickedSampler(Sampler[tuple[int, list[int]]]):
-    """Yields (step, indices into the data set), of the picked images only, shuffled per epoch."""
-
-    def __init__(self, picks: Sequence[int], batch_size: int, seed: int) -> None:
-        self.picks = list(picks)
-        self.steps = StepSampler(len(self.picks), batch_size, seed, rank=0, ranks=1)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
-        self.steps.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        for step, positions in self.steps:
-            yield step, [self.picks[i] for i in positions]
-
-
-class LabelledData(pl.LightningDataModule):
+class LabelledData(StepData):
     """Some of a data set's images, with one augmented view and the label of each.
 
     Args:
@@ -303,17 +298,10 @@ class LabelledData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of all steps."""
-        return DataLoader(
-            StepReader(self.images, self.views.per_image, self.seed, rank=0),
-            sampler=PickedSampler(self.picks, self.batch_size, self.seed),
-            batch_size=None,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        picks = torch.tensor(self.picks)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Draw the views on the device; all that is drawn in a step follows from its number."""
-        pixels, label, index, step = batch
-        torch.manual_seed(step_seed(self.seed, int(step), 0))
-        return Batch(views=self.views(pixels), label=label, index=index)
+        def order(generator: torch.Generator) -> Tensor:
+            return picks[torch.randperm(len(picks), generator=generator)]
+
+        sampler = StepSampler(len(picks), self.batch_size, self.seed, rank=0, ranks=1, order=order)
+        return self.loader(sampler, self.workers)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_samix.data.folder import listed
 from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
 from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
@@ -45,16 +46,12 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
     bad = _decode_into(pixels, source)
     _judge(list(bad.values()), total)
-    names = [source.name(i) for i in range(total)]
-    kept_source = source if isinstance(source, EncodedSource) else None  # an array would stay alive
     if bad:
-        keep = torch.ones(total, dtype=torch.bool)
-        keep[list(bad)] = False
-        pixels, labels = pixels[keep], labels[keep]
-        names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
-        if kept_source is not None:
-            kept_source = kept_source.take(keep.nonzero().flatten().tolist())
-    return MemoryImages(pixels, labels, names, len(bad), kept_source)
+        keep = [i for i in range(total) if i not in bad]
+        pixels, labels, source = pixels[keep], labels[keep], source.take(keep)
+    names = [source.name(i) for i in range(len(source))]
+    kept = source if isinstance(source, EncodedSource) else None  # an array would stay alive
+    return MemoryImages(pixels, labels, names, len(bad), kept)
 
 
 def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:
@@ -76,8 +73,8 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     at_least = 2 * resized_side(size)
 
     def check(span: range) -> list[str]:
-        decoded = (_decoded(chosen, i, at_least) for i in span)
-        return [bad for bad in decoded if isinstance(bad, str)]
+        images = (decoded(chosen, i, at_least) for i in span)
+        return [bad for bad in images if isinstance(bad, str)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bad = [found for some in pool.map(check, spans) for found in some]
@@ -116,7 +113,7 @@ def _decode_into(pixels: Tensor, source: Source) -> dict[int, str]:
     def decode(span: range) -> dict[int, str]:
         bad = {}
         for i in span:
-            image = _decoded(source, i, at_least)
+            image = decoded(source, i, at_least)
             if isinstance(image, str):
                 bad[i] = image
             else:
@@ -148,7 +145,7 @@ def _each(
         yield from pool.map(decode, spans[1:])
 
 
-def _decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
+def decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
     """Return the picture in RGB, or its name for a report if it cannot be read."""
     try:
         return to_rgb(source.image(index, at_least))
@@ -164,16 +161,9 @@ def _judge(bad: list[str], total: int) -> None:
     if len(bad) > most:
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, more than the {most} that would be "
-            f"skipped: repair or remove {_named(bad, 20)}"
+            f"skipped: repair or remove {listed(bad, 20)}"
         )
-    _log.warning(
-        "%d of %d images cannot be read and are skipped: %s", len(bad), total, _named(bad, 10)
-    )
-
-
-def _named(names: list[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    _log.warning("%d of %d images cannot be read and are skipped: %s", len(bad), total, listed(bad))
 
 
 def _wants_bar(total: int) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, UnusableImage
+from ssl_samix.data.sources import UNREADABLE, Source, UnusableImage
 from ssl_samix.errors import DataError
 
 _CLIPPED = 1000  # one value in so many may lie beyond black, and one beyond white
@@ -267,7 +267,7 @@ class MemoryImages(ImageSet):
         labels: Tensor,
         names: Sequence[str],
         unreadable: int = 0,
-        source: EncodedSource | None = None,
+        source: Source | None = None,
     ) -> None:
         """Hold the images.
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -93,15 +93,18 @@ def _too_large(error: Image.DecompressionBombError) -> UnusableImage:
     return UnusableImage(f"{size}, and the limit is {most:g}: raise it with {VARIABLE}")
 
 
-class Source(Protocol):
+class Source(ABC):
     """N pictures that are decoded on request."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return N."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what a person finds the picture by: its path, or its place in a data set."""
 
+    @abstractmethod
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Decode one picture.
 
@@ -114,23 +117,17 @@ class Source(Protocol):
             One of ``UNREADABLE`` for a damaged picture.
         """
 
+    @abstractmethod
     def take(self, indices: Sequence[int]) -> Source:
         """Return the pictures at these positions."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
+        """Return the order of an epoch, (N,) int64, drawn from ``generator``: a shuffle of all."""
+        return torch.randperm(len(self), generator=generator)
 
 
-class EncodedSource(ABC):
+class EncodedSource(Source):
     """N pictures that are stored one by one, in any format that Pillow reads."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return N."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Return what a person finds the picture by."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -139,10 +136,6 @@ class EncodedSource(ABC):
         Raises:
             One of ``UNREADABLE`` for a damaged one.
         """
-
-    @abstractmethod
-    def take(self, indices: Sequence[int]) -> EncodedSource:
-        """Return the pictures at these positions."""
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Fully decode one picture, so that a truncated one is found here."""
@@ -162,10 +155,6 @@ class EncodedSource(ABC):
                     "convert it to 8 bits"
                 )
             return image
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
-        return torch.randperm(len(self), generator=generator)
 
 
 def _is_16_bit_colour(image: Image.Image) -> bool:
@@ -204,7 +193,7 @@ class PathSource(EncodedSource):
         return PathSource([self.paths[i] for i in indices])
 
 
-class ArraySource:
+class ArraySource(Source):
     """Pictures that a data set gives as one array."""
 
     def __init__(self, pixels: np.ndarray[Any, Any], title: str, numbers: Sequence[int]) -> None:
@@ -241,10 +230,6 @@ class ArraySource:
         """Copy the pictures at these positions."""
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
-        return torch.randperm(len(self), generator=generator)
 
 
 WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time

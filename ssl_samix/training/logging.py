@@ -193,14 +193,7 @@ class RunProgress(pl.Callback):
         done = trainer.global_step - self._first_step
         todo = int(trainer.estimated_stepping_batches) - trainer.global_step
         seconds = (time.monotonic() - self._begin) / max(1, done) * todo
-        return clock(seconds)
-
-
-def clock(seconds: float) -> str:
-    """Write a duration as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return tqdm.format_interval(seconds)
 
 
 def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:

@@ -26,6 +26,18 @@ from ssl_samix.evaluation.measures import alignment, embed_two_views, kmeans, ra
 SHARE = 0.05  # of the training cost; the automatic interval keeps a monitor below it
 
 
+def _features(
+    network: torch.nn.Module,
+    data: DataModule,
+    images: ImageSet,
+    picks: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Return what a network gives of some un-augmented images of a run's data, (n, D)."""
+    mean, std, workers = data.splits.mean, data.splits.std, data.worker_count()
+    return extract(network, images, picks, mean, std, device=device, workers=workers)
+
+
 class Monitor(pl.Callback, ABC):
     """Every n epochs, and after the first and the last: a measurement, logged.
 
@@ -132,20 +144,12 @@ class AccuracyMonitor(Monitor):
             average ``val/ema_top1`` and so on; of the mixtures' heads, where there are some,
             ``val/mix_top1``, ``val/ema_mix_top1`` and so on.
         """
-        val, splits = data.splits.val, data.splits
+        val = data.splits.val
         found: dict[str, float] = {}
         if val is None:
             return {}
         for network_name, network in module.measured().items():
-            both = extract(
-                network,
-                val,
-                range(len(val)),
-                splits.mean,
-                splits.std,
-                device=module.device,
-                workers=data.worker_count(),
-            )
+            both = _features(network, data, val, range(len(val)), module.device)
             heads = both.split(module.classes, dim=1)
             for head_name, logits in zip(("", "mix_"), heads, strict=False):
                 prefix = f"val/{network_name}{head_name}"
@@ -293,16 +297,7 @@ class KNNMonitor(Monitor):
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
         picks = stratified(images.labels, self._count(images, limit), seed=0)
-        features = extract(
-            encoder,
-            images,
-            picks.tolist(),
-            data.splits.mean,
-            data.splits.std,
-            device=device,
-            workers=data.worker_count(),
-        )
-        return features, images.labels[picks]
+        return _features(encoder, data, images, picks.tolist(), device), images.labels[picks]
 
     def _two_views(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
@@ -330,15 +325,8 @@ class Recluster(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         images = data.splits.train
         with trainer.precision_plugin.forward_context():
-            features = extract(
-                pl_module.teacher_backbone,  # type: ignore[arg-type]
-                images,
-                range(len(images)),
-                data.splits.mean,
-                data.splits.std,
-                device=pl_module.device,
-                workers=data.worker_count(),
-            )
+            encoder: Any = pl_module.teacher_backbone
+            features = _features(encoder, data, images, range(len(images)), pl_module.device)
         found = kmeans(features, mixing.clusters, start=mixing.centroids)
         # One process decides: sums in another order might move an image to another cluster.
         mixing.assign(*trainer.strategy.broadcast(found))
