@@ -223,59 +223,54 @@ PUBLISHED_WIDTH = 64  # of every ResNet that the libraries build
 
 
 def write_weights(
-    encoder: Encoder, source: nn.Module, network: nn.Module, kind: str, path: Path
+    encoder: Encoder, path: Path, library: str, network: nn.Module, lines: list[str]
 ) -> list[str]:
     """Write a state dict that ``torch.load`` reads with ``weights_only=True``.
 
     Args:
-        encoder: Whose features are compared.
-        source: The part of it that has the library's parameter names.
-        network: Made by the library's constructor; it takes the weights, strictly.
-        kind: The format, as its user writes it.
+        encoder: Whose weights are written, under the library's names of parameters.
         path: The file.
+        library: ``torchvision`` or ``timm``.
+        network: Made by the library's constructor; it takes the weights, strictly.
+        lines: Lines of Python that make the network.
 
     Returns:
-        Lines of Python that load the file into ``model`` and use it.
+        These lines and more, which load the file into ``model`` and use it. A ResNet with the stem
+        for small images takes two lines more.
 
     Raises:
+        ConfigError: For a ResNet of a width that no other library builds.
         UserError: If the features differ, or the file cannot be written.
     """
+    trunk = encoder.backbone.trunk
+    source: Any = trunk
+    if not isinstance(trunk, ResNetTrunk):
+        source = trunk.model
+    elif (width := encoder.backbone.settings["width"]) != PUBLISHED_WIDTH:
+        raise ConfigError(
+            f"{library} builds {encoder.backbone.name} with a width of {PUBLISHED_WIDTH} only, and "
+            f"this encoder's is {width}: choose format=onnx or format=torch_export"
+        )
+    elif not isinstance(trunk.maxpool, nn.MaxPool2d):
+        network.conv1 = nn.Conv2d(3, PUBLISHED_WIDTH, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+        lines += [
+            f"model.conv1 = torch.nn.Conv2d(3, {PUBLISHED_WIDTH}, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+    if library == "torchvision":
+        lines.append(_without_classifier(network))
     buffer = io.BytesIO()
     # Not made a plain dict: some networks look for the version that an OrderedDict carries along.
     torch.save(source.state_dict(), buffer)
     content = buffer.getvalue()
     network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True), strict=True)
-    check_same(encoder, network.eval(), kind)
+    check_same(encoder, network.eval(), library)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return [
+        *lines,
         f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True))",
         "features = model.eval()(images)",
-    ]
-
-
-def check_width(encoder: Encoder, library: str) -> None:
-    """Refuse a ResNet of a width that no other library builds.
-
-    Raises:
-        ConfigError: With the formats that take it.
-    """
-    name, width = encoder.backbone.name, encoder.backbone.settings["width"]
-    if width != PUBLISHED_WIDTH:
-        raise ConfigError(
-            f"{library} builds {name} with a width of {PUBLISHED_WIDTH} only, and this encoder's "
-            f"is {width}: choose format=onnx or format=torch_export"
-        )
-
-
-def with_stem_of(trunk: ResNetTrunk, network: nn.Module) -> list[str]:
-    """Give a library's ResNet the stem for small images if ``trunk`` has it, and say how."""
-    if isinstance(trunk.maxpool, nn.MaxPool2d):
-        return []
-    network.conv1 = nn.Conv2d(3, PUBLISHED_WIDTH, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
-    return [
-        f"model.conv1 = torch.nn.Conv2d(3, {PUBLISHED_WIDTH}, 3, padding=1, bias=False)",
-        "model.maxpool = torch.nn.Identity()",
     ]
 
 
@@ -288,8 +283,7 @@ def call(function: str, *positional: str, **named: Any) -> str:
 def write_timm(encoder: Encoder, path: Path) -> list[str]:
     """Write weights that timm's network takes with ``strict=True``.
 
-    timm's ResNets have torchvision's parameter names. None of their stems is the one for small
-    images: it takes two more lines, which are among those returned.
+    timm's ResNets have torchvision's parameter names.
 
     Returns:
         Lines of Python that make the network, load the file and use it.
@@ -299,33 +293,25 @@ def write_timm(encoder: Encoder, path: Path) -> list[str]:
         UserError: If the features differ, or the file cannot be written.
     """
     trunk, name = encoder.backbone.trunk, encoder.backbone.name
+    if isinstance(trunk, TorchvisionTrunk):
+        raise ConfigError(
+            f"{name} is a model of torchvision, which timm does not have: "
+            "choose format=torchvision, format=onnx or format=torch_export"
+        )
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no {name}: choose format=onnx or format=torch_export")
     arguments: dict[str, Any] = {"num_classes": 0}
     if isinstance(trunk, TimmTrunk):
         arguments |= encoder.backbone.settings["options"]
         if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
             arguments["img_size"] = encoder.image_size
-    elif not isinstance(trunk, ResNetTrunk):
-        raise ConfigError(
-            f"{name} is a model of torchvision, which timm does not have: "
-            "choose format=torchvision, format=onnx or format=torch_export"
-        )
-    else:
-        check_width(encoder, "timm")
     network = timm.create_model(name, pretrained=False, **arguments)
-    lines = ["import timm", "import torch"]
-    lines.append(f"model = {call('timm.create_model', name, **arguments)}")
-    if isinstance(trunk, ResNetTrunk):
-        lines += with_stem_of(trunk, network)
-        source: nn.Module = trunk
-    else:
-        source = trunk.model
-    return lines + write_weights(encoder, source, network, "timm", path)
+    made = f"model = {call('timm.create_model', name, **arguments)}"
+    return write_weights(encoder, path, "timm", network, ["import timm", "import torch", made])
 
 
 def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
     """Write weights that torchvision's network takes with ``strict=True``.
-
-    A ResNet with the stem for small images takes two more lines, which are among those returned.
 
     Returns:
         Lines of Python that make the network, load the file and use it.
@@ -334,27 +320,20 @@ def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
         ConfigError: If torchvision has no such network: a narrow ResNet, or a model of timm.
         UserError: If the features differ, or the file cannot be written.
     """
-    trunk, name = encoder.backbone.trunk, encoder.backbone.name
-    arguments: dict[str, Any] = {}
-    if isinstance(trunk, ResNetTrunk):
-        check_width(encoder, "torchvision")
-    elif not isinstance(trunk, TorchvisionTrunk):
+    name, arguments = encoder.backbone.name, {}
+    if isinstance(encoder.backbone.trunk, TimmTrunk):
         raise ConfigError(
             f"{name} is a model of timm, whose weights torchvision does not take: "
             "choose format=timm, format=onnx or format=torch_export"
         )
     if name == "googlenet":  # the published one has classifiers inside, an encoder has none
         arguments = {"aux_logits": False, "init_weights": False}
+    if name not in torchvision.models.list_models():
+        raise ConfigError(f"torchvision has no {name}: choose format=onnx or format=torch_export")
     network = torchvision.models.get_model(name, weights=None, **arguments)
-    lines = ["import torch", "import torchvision"]
-    lines.append(f"model = {call(f'torchvision.models.{name}', **arguments)}")
-    if isinstance(trunk, ResNetTrunk):
-        lines += with_stem_of(trunk, network)
-        source: nn.Module = trunk
-    else:
-        source = trunk.model
-    lines.append(_without_classifier(network))
-    return lines + write_weights(encoder, source, network, "torchvision", path)
+    made = f"model = {call(f'torchvision.models.{name}', **arguments)}"
+    lines = ["import torch", "import torchvision", made]
+    return write_weights(encoder, path, "torchvision", network, lines)
 
 
 def _without_classifier(network: nn.Module) -> str:

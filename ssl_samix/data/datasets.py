@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,18 +39,6 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 _STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
-_FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 
 
 @dataclass(frozen=True)
@@ -94,16 +83,6 @@ def read_digits(request: ReadRequest) -> Parts:
     return Parts(_array(pixels, digits.target, "digits"), None, tuple("0123456789"))
 
 
-def read_cifar10(request: ReadRequest) -> Parts:
-    """Read CIFAR-10: 50,000 and 10,000 images of 32 px; the test batch is the validation split."""
-    return _cifar("CIFAR10", "cifar10", request)
-
-
-def read_cifar100(request: ReadRequest) -> Parts:
-    """Read CIFAR-100 with its 100 fine classes: 50,000 and 10,000 images of 32 px."""
-    return _cifar("CIFAR100", "cifar100", request)
-
-
 def read_stl10(request: ReadRequest) -> Parts:
     """Read STL-10, 96 px: 100,000 unlabelled, 5,000 labelled as bank, 8,000 test images."""
     from torchvision.datasets import STL10
@@ -125,9 +104,9 @@ def read_stl10(request: ReadRequest) -> Parts:
 
 def read_fashion_mnist(request: ReadRequest) -> Parts:
     """Read Fashion-MNIST: 60,000 and 10,000 gray images of 28 px, gzipped files or plain ones."""
-    if request.download:
-        from torchvision.datasets import FashionMNIST
+    from torchvision.datasets import FashionMNIST
 
+    if request.download:
         with _sound("fashion_mnist", request):
             FashionMNIST(request.root, download=True)
     raw = request.root / DATASETS["fashion_mnist"].folder
@@ -140,7 +119,7 @@ def read_fashion_mnist(request: ReadRequest) -> Parts:
             )
             for part, name in (("train", "train"), ("t10k", "test"))
         )
-    return Parts(train, test, _FASHION_CLASSES)
+    return Parts(train, test, tuple(FashionMNIST.classes))
 
 
 def read_tiny_imagenet(request: ReadRequest) -> Parts:
@@ -186,10 +165,11 @@ def read_webdataset(request: ReadRequest) -> Parts:
     return Parts(Part(ShardSource.of(indexed), torch.tensor(labels)), None, classes)
 
 
-def _cifar(kind: str, title: str, request: ReadRequest) -> Parts:
+def _cifar(kind: str, request: ReadRequest) -> Parts:
+    """Read CIFAR-10, or CIFAR-100 with its fine classes: 50,000 and 10,000 images of 32 px."""
     from torchvision import datasets
 
-    read = getattr(datasets, kind)
+    read, title = getattr(datasets, kind), kind.lower()
     with _sound(title, request):
         train = read(request.root, train=True, download=request.download)
         test = read(request.root, train=False)
@@ -268,10 +248,12 @@ SPECS: dict[str, Spec] = {
     "webdataset": Spec(read_webdataset, hold_out=0.1),
     # the usual ones: per channel over all pixels of the training images
     "cifar10": Spec(
-        read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), image_size=32
+        partial(_cifar, "CIFAR10"),
+        *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32),
     ),
     "cifar100": Spec(
-        read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), image_size=32
+        partial(_cifar, "CIFAR100"),
+        *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32),
     ),
     "stl10": Spec(read_stl10, image_size=96),
     # the usual ones, over all pixels of the 60,000 training images at their own 28 px

@@ -235,11 +235,11 @@ class Run:
 def announce(
     trainer: pl.Trainer,
     config: DictConfig,
-    choices: dict[str, str],
     folder: RunFolder,
     module: Any,
     data: DataModule,
-    lines: dict[str, str],
+    meta: dict[str, Any],
+    purpose: str,
 ) -> None:
     """Say, in a few lines, what is about to happen, and what was chosen for the user."""
     if not trainer.is_global_zero:
@@ -251,11 +251,11 @@ def announce(
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     rows = {
-        "data": f"{choices['data']}: {len(splits.train)} images at {splits.image_size} px, "
-        + (f"{classes} classes, {lines['labels']}" if classes else "no labels"),
+        "data": f"{meta['data']}: {len(splits.train)} images at {splits.image_size} px, "
+        + (f"{classes} classes, {purpose}" if classes else "no labels"),
         "encoder": f"{backbone['name']}, width {backbone['width']}, {backbone['stem']} stem, "
         f"{weights / 1e6:.1f} M weights",
-        "method": f"{lines['method']}, mixup {choices['mixup']}, {config.trainer.max_epochs} "
+        "method": f"{meta['method']}, mixup {meta['mixup']}, {config.trainer.max_epochs} "
         f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),

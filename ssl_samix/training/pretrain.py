@@ -18,7 +18,6 @@ from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.logging import Run
-from ssl_samix.training.monitors import Monitor
 from ssl_samix.training.run import Mode, as_words, build_optimizer, configured, train
 
 
@@ -58,6 +57,8 @@ class Pretraining(Mode):
     """Views of the same image are alike, and labels are for the monitor only."""
 
     command = "pretrain"
+    monitor = "knn"
+    purpose = "for the monitor only"
 
     def views(self, config: DictConfig) -> Recipes:
         """Give the two views of the method."""
@@ -79,15 +80,6 @@ class Pretraining(Mode):
         )
         return method
 
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build the kNN monitor."""
-        monitor: Monitor = build(config.callbacks.knn)
-        return monitor
-
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
         """Name the method."""
         return {"method": choices["method"]}
-
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say that labels teach nothing."""
-        return {"labels": "for the monitor only", "method": choices["method"]}

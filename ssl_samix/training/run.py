@@ -62,6 +62,8 @@ class Mode(ABC):
 
     command: str  # of ``samix``, and the name of its configuration
     labelled = False  # whether it learns from labelled images alone
+    monitor: str  # key, under ``callbacks``, of what watches the training
+    purpose: str  # of labels, for the screen
 
     @abstractmethod
     def views(self, config: DictConfig) -> Recipes:
@@ -79,16 +81,8 @@ class Mode(ABC):
         """Build what is trained, if the data are such as it can learn from."""
 
     @abstractmethod
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build what watches the training."""
-
-    @abstractmethod
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
-        """Describe the run in its files, beside what both modes say."""
-
-    @abstractmethod
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say, for the screen, what the ``labels`` are for and what the ``method`` is."""
+        """Describe the run in its files, beside what both modes say: its ``method`` at least."""
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
         """Write what others use: the encoder, and the Mixer if there is one."""
@@ -155,7 +149,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     module = mode.module(config, data, folder, backbone, mixing)
     module.to(memory_format=memory_format(module))
     meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
-    monitor = mode.monitor(config)
+    monitor: Monitor = build(config.callbacks[mode.monitor])
     trainer = _trainer(config, folder, module, data, monitor, meta)
     compiling = config.trainer.get("compile", False)  # a run from before it existed has none
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
@@ -163,7 +157,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
         folder.create(config, choices)
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
-    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+    announce(trainer, config, folder, module, data, meta, mode.purpose)
     _fit(mode.command, trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out

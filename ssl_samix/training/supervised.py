@@ -22,7 +22,6 @@ from ssl_samix.methods.classifier import Classifier
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.logging import Run
-from ssl_samix.training.monitors import Monitor
 from ssl_samix.training.run import Mode, as_words, build_optimizer, configured, train
 
 
@@ -59,6 +58,8 @@ class Supervised(Mode):
 
     command = "supervised"
     labelled = True
+    monitor = "accuracy"
+    purpose = "which teach"
 
     def views(self, config: DictConfig) -> Recipes:
         """Give the one view of the augmentation."""
@@ -85,18 +86,9 @@ class Supervised(Mode):
         )
         return classifier
 
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build what measures accuracy."""
-        monitor: Monitor = build(config.callbacks.accuracy)
-        return monitor
-
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
         """Name the classes."""
         return {"method": "supervised", "classes": list(data.splits.classes)}
-
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say that labels teach."""
-        return {"labels": "which teach", "method": "supervised"}
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
         """Write both classifiers too."""

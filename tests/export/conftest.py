@@ -16,6 +16,7 @@ ENCODERS = {
     "standard": {"name": "resnet18", "image_size": 64},
     "resnet50": {"name": "resnet50", "image_size": 64},
     "small": {"name": "resnet18", "image_size": 32},
+    "small resnet10": {"name": "resnet10", "image_size": 32},
     "narrow": {"name": "resnet18", "image_size": 32, "width": 8},
     "narrow_standard": {"name": "resnet18", "image_size": 64, "width": 8},
     "vit": {
