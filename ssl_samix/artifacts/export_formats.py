@@ -63,13 +63,7 @@ def _differs(kind: str, how: str) -> UserError:
 
 def description(encoder: Encoder) -> dict[str, Any]:
     """Describe the encoder and its images in plain values, for formats that have a place for it."""
-    return {
-        **encoder.meta,
-        "image_size": encoder.image_size,
-        "mean": list(encoder.mean),
-        "std": list(encoder.std),
-        "feature_dim": encoder.feature_dim,
-    }
+    return {**encoder.meta, "feature_dim": encoder.feature_dim}
 
 
 DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder

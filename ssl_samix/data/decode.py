@@ -44,7 +44,7 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     """
     total = len(source)
     pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
-    bad = _decode_into(pixels, source)
+    bad = _visit(source, size, lambda i, image: pixels[i].copy_(fit(image, size)))
     _judge(list(bad.values()), total)
     if bad:
         keep = [i for i in range(total) if i not in bad]
@@ -69,16 +69,8 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(source), generator=generator)[:most].sort().values.tolist()
     chosen = source.take(sample)
-    spans = [range(i, min(i + 16, len(chosen))) for i in range(0, len(chosen), 16)]
-    at_least = 2 * resized_side(size)
-
-    def check(span: range) -> list[str]:
-        images = (decoded(chosen, i, at_least) for i in span)
-        return [bad for bad in images if isinstance(bad, str)]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [found for some in pool.map(check, spans) for found in some]
-    _judge(bad, len(chosen))
+    bad = _visit(chosen, size, lambda _, image: image, at_once=16)
+    _judge(list(bad.values()), len(chosen))
 
 
 def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
@@ -105,26 +97,34 @@ def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
     return int(torch.tensor(sides).median())
 
 
-def _decode_into(pixels: Tensor, source: Source) -> dict[int, str]:
-    """Fill (N, 3, S, S) ``pixels``; return positions and names of what could not be read."""
-    size = pixels.shape[-1]
+def _visit(
+    source: Source, size: int, keep: Callable[[int, Image.Image], object], at_once: int = _CHUNK
+) -> dict[int, str]:
+    """Decode all pictures; return positions and names of those that could not be read.
+
+    Args:
+        source: N pictures.
+        size: S, image side in pixels.
+        keep: Is given the position of each picture that could, and the picture.
+        at_once: Pictures per task of a thread.
+    """
     at_least = 2 * resized_side(size)  # reducing to twice the size keeps the result sharp
 
-    def decode(span: range) -> dict[int, str]:
+    def visit(span: range) -> dict[int, str]:
         bad = {}
         for i in span:
             image = decoded(source, i, at_least)
             if isinstance(image, str):
                 bad[i] = image
             else:
-                pixels[i] = fit(image, size)
+                keep(i, image)
         return bad
 
     total = len(source)
-    spans = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
+    spans = [range(i, min(i + at_once, total)) for i in range(0, total, at_once)]
     with tqdm(total=total, unit=" images", desc="loading", disable=not _wants_bar(total)) as bar:
         found = {}
-        for span, bad in zip(spans, _each(decode, spans), strict=True):
+        for span, bad in zip(spans, _each(visit, spans), strict=True):
             found.update(bad)
             bar.update(len(span))
     return found

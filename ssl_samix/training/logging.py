@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ssl_samix.artifacts.results import write_rows
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.files import write_atomically
 from ssl_samix.training.monitors import Monitor
 
 if TYPE_CHECKING:
@@ -65,15 +64,7 @@ class MetricsCSV(pl.Callback):
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
         values = {name: f"{value:.10g}" for name, value in metrics.items()}
         self.rows.append({"epoch": epoch, "step": step, **values})
-        write_rows(self.path, self.rows, (*BEFORE, *self.monitor.first, *AFTER))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], first: Sequence[str]) -> None:
-    """Write rows with the columns of all of them, these first."""
-    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    text = "".join(",".join(line) + "\n" for line in lines)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_rows(self.path, (*BEFORE, *self.monitor.first, *AFTER), self.rows)
 
 
 class Pace(pl.Callback):
