@@ -167,13 +167,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _inside(backbone: Backbone) -> str:
-    """Return what our own state has before the names of the library."""
-    return "trunk." if backbone.name in RESNETS else "trunk.model."
-
-
 def _model(backbone: Backbone) -> nn.Module:
-    return backbone.get_submodule(_inside(backbone).rstrip("."))
+    """Return the part of a backbone whose parameters have the library's names."""
+    return backbone.get_submodule("trunk" if backbone.name in RESNETS else "trunk.model")
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
@@ -399,12 +395,11 @@ def first_kernel(weights: Mapping[str, Tensor], prefix: str | None) -> tuple[int
 
 def model_for(weights: Mapping[str, Tensor]) -> str | None:
     """Return the name of a model that the weights are of, position tables aside."""
-    return next((name for name, model in _known(weights) if _is(model, weights)), None)
-
-
-def _is(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    fits = find(model, weights)
-    return bool(fits) and fits[0].problem is None
+    for name, model in _known(weights):
+        fits = find(model, weights)
+        if fits and fits[0].problem is None:
+            return name
+    return None
 
 
 def _known(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:

@@ -125,21 +125,15 @@ def read_fashion_mnist(request: ReadRequest) -> Parts:
 def read_tiny_imagenet(request: ReadRequest) -> Parts:
     """Read Tiny ImageNet, 64 px: ``val`` as published (one list of labels) or in class folders."""
     home = request.root / DATASETS["tiny_imagenet"].folder
-    train, classes = class_folders(home / "train")
-    listing = home / "val" / "val_annotations.txt"
+    listing, pictures = home / "val" / "val_annotations.txt", home / "val" / "images"
     lines = listing.read_text().splitlines() if listing.is_file() else []
     rows = [line.split("\t")[:2] for line in lines if line.strip()]
-    if rows and (home / "val" / "images" / rows[0][0]).is_file():
-        val_classes = tuple(sorted({name for _, name in rows}))
-        require_same_classes(classes, val_classes, str(listing))
-        val = Files(
-            [str(home / "val" / "images" / file) for file, _ in rows],
-            [classes.index(name) for _, name in rows],
-        )
-    else:
-        val, val_classes = class_folders(home / "val")
-        require_same_classes(classes, val_classes, str(home / "val"))
-    return Parts(_files(train), _files(val), classes)
+    if not rows or not (pictures / rows[0][0]).is_file():
+        return read_imagenet(replace(request, root=home))
+    train, classes = class_folders(home / "train")
+    require_same_classes(classes, tuple(sorted({name for _, name in rows})), str(listing))
+    paths, labels = [str(pictures / file) for file, _ in rows], [classes.index(n) for _, n in rows]
+    return Parts(_files(train), _files(Files(paths, labels)), classes)
 
 
 def read_imagenet(request: ReadRequest) -> Parts:

@@ -122,7 +122,8 @@ def _visit(
 
     total = len(source)
     spans = [range(i, min(i + at_once, total)) for i in range(0, total, at_once)]
-    with tqdm(total=total, unit=" images", desc="loading", disable=not _wants_bar(total)) as bar:
+    hidden = total <= _BAR_FROM or not sys.stderr.isatty()
+    with tqdm(total=total, unit=" images", desc="loading", disable=hidden) as bar:
         found = {}
         for span, bad in zip(spans, _each(visit, spans), strict=True):
             found.update(bad)
@@ -164,7 +165,3 @@ def _judge(bad: list[str], total: int) -> None:
             f"skipped: repair or remove {listed(bad, 20)}"
         )
     _log.warning("%d of %d images cannot be read and are skipped: %s", len(bad), total, listed(bad))
-
-
-def _wants_bar(total: int) -> bool:
-    return total > _BAR_FROM and sys.stderr.isatty()

@@ -169,13 +169,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if needs_scaling(stored):
         image = to_8_bits(image, stored)
     if image.has_transparency_data:
-        layer = _straight(image).convert("RGBA")
+        # Pillow has no La to RGBA.
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _straight(image: Image.Image) -> Image.Image:
-    return image.convert("LA") if image.mode == "La" else image  # Pillow has no La to RGBA
 
 
 def _upright(image: Image.Image) -> Image.Image:
