@@ -229,9 +229,9 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
     labels: Tensor  # (N,) int64, -1 where there is no label
     image_size: int  # S in pixels
     unreadable: int  # images found damaged so far, in this process
+    source: Source | None = None  # says in which order an epoch goes through them
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -251,8 +251,10 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
         """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
-        return torch.randperm(len(self), generator=generator)
+        """Return the order of an epoch that suits where the images are, (N,) int64."""
+        if self.source is None:
+            return torch.randperm(len(self), generator=generator)
+        return self.source.order(generator)
 
 
 class MemoryImages(ImageSet):
@@ -296,13 +298,11 @@ class MemoryImages(ImageSet):
         """Return the stored image, (3, S, S) uint8."""
         return self.pixels[index]
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64."""
-        return super().order(generator) if self.source is None else self.source.order(generator)
-
 
 class FileImages(ImageSet):
     """Images decoded on demand; a damaged one is replaced by the next good one of its class."""
+
+    source: Source
 
     def __init__(self, source: Source, labels: Tensor, image_size: int) -> None:
         """Hold where the images are.
@@ -340,10 +340,6 @@ class FileImages(ImageSet):
             DataError: Every image of a class is damaged.
         """
         return to_tensor(self._decode(index, None))
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch that suits where the images are, (N,) int64."""
-        return self.source.order(generator)
 
     def _decode(self, index: int, at_least: int | None) -> Image.Image:
         """Return the picture at ``index``, or the next readable one with the same label."""

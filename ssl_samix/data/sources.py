@@ -173,11 +173,9 @@ class PathSource(EncodedSource):
     """Image files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Hold N paths; nothing is opened yet."""
         self.paths = list(paths)
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.paths)
 
     def name(self, index: int) -> str:
@@ -209,7 +207,6 @@ class ArraySource(Source):
         self.numbers = numbers
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.pixels)
 
     def name(self, index: int) -> str:
@@ -248,7 +245,6 @@ class ShardSource(EncodedSource):
     def __init__(
         self, shards: Sequence[Shard], names: Sequence[str], places: np.ndarray[Any, Any]
     ) -> None:
-        """Hold where the images are; nothing is opened yet."""
         assert places.shape == (len(names), 3)
         self.shards, self.names, self.places = list(shards), list(names), places
 
@@ -264,7 +260,6 @@ class ShardSource(EncodedSource):
         return cls([shard for shard, _ in indexed], names, np.concatenate(rows).astype(np.int64))
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.names)
 
     def name(self, index: int) -> str:
