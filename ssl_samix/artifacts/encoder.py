@@ -25,6 +25,16 @@ from ssl_samix.files import expanded
 from ssl_samix.models.backbone import Backbone
 
 Channels = tuple[float, float, float]
+# Of a supervised run the first two, of samix linear the last.
+NETWORKS = ("online", "ema", "linear")
+Network = Literal["online", "ema", "linear"]
+# Where both parts of a network are in a checkpoint of a supervised run -> in a file.
+IN_CHECKPOINT = {
+    "backbone.": "online.0.",
+    "projector.": "online.1.",
+    "twin.module.0.": "ema.0.",
+    "twin.module.1.": "ema.1.",
+}
 
 
 class Encoder(nn.Module):
@@ -86,18 +96,6 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     backbone = described_backbone(meta, path)
     load_strictly(backbone, weights, path, "backbone")
     return Encoder(backbone, meta)
-
-
-# Of a supervised run the first two, of samix linear the last.
-NETWORKS = ("online", "ema", "linear")
-Network = Literal["online", "ema", "linear"]
-# Where both parts of a network are in a checkpoint of a supervised run -> in a file.
-IN_CHECKPOINT = {
-    "backbone.": "online.0.",
-    "projector.": "online.1.",
-    "twin.module.0.": "ema.0.",
-    "twin.module.1.": "ema.1.",
-}
 
 
 class TrainedClassifier(Encoder):

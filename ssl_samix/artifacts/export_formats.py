@@ -25,6 +25,12 @@ from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk, remove_class
 from ssl_samix.models.resnet import ResNetTrunk
 
 TOLERANCE = 1e-5  # of the largest feature, or of 1 if that is larger
+DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
+INPUT, OUTPUT = "images", "features"
+OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
+LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
+PROPERTIES = ("image_size", "mean", "std", "feature_dim")
+PUBLISHED_WIDTH = 64  # of every ResNet that the libraries build
 
 
 @torch.no_grad()
@@ -64,9 +70,6 @@ def _differs(kind: str, how: str) -> UserError:
 def description(encoder: Encoder) -> dict[str, Any]:
     """Describe the encoder and its images in plain values, for formats that have a place for it."""
     return {**encoder.meta, "feature_dim": encoder.feature_dim}
-
-
-DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
 
 
 def captured(encoder: Encoder) -> ExportedProgram:
@@ -121,12 +124,6 @@ def write_program(encoder: Encoder, path: Path) -> list[str]:
         f"model = torch.export.load({str(path)!r}).module()",
         "features = model(images)",
     ]
-
-
-INPUT, OUTPUT = "images", "features"
-OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
-LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
-PROPERTIES = ("image_size", "mean", "std", "feature_dim")
 
 
 def write_onnx(encoder: Encoder, path: Path) -> list[str]:
@@ -211,9 +208,6 @@ def _in_onnxruntime(content: bytes) -> Any:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
     return features
-
-
-PUBLISHED_WIDTH = 64  # of every ResNet that the libraries build
 
 
 def write_weights(

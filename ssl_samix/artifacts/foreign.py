@@ -24,6 +24,28 @@ from ssl_samix.models.resnet import RESNETS, ResNetTrunk
 
 UNPUBLISHED = "no published weights are known for '{}': give weights=random"
 _log = logging.getLogger(__name__)
+# What an encoder does without: classifiers, projections, SwAV's prototypes, MAE's decoder, masks.
+HEADS = (
+    "fc.", "head.", "heads.", "classifier.", "projection_head.", "prototypes.", "decoder_",
+    "mask_token", "masked_embed", "patch_masking.",
+)  # fmt: skip
+TRACKED = "num_batches_tracked"  # counts what BatchNorm has seen; old files are without it
+# Of a student and its teacher the teacher is the encoder (DINO, iBOT); of a trained network and
+# another average, the trained one (MoCo, BYOL).
+STUDENT = re.compile(r"student")
+AVERAGE = re.compile(r"encoder_k|key_|momentum|teacher|target|(^|[._])ema[._]")
+# The models that are tried for a hint, beside all ResNets.
+VITS = (
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224"),
+    "vit_huge_patch14_224",
+    *(
+        f"vit_{size}_patch14_{registers}dinov2"
+        for size in ("small", "base", "large", "giant")
+        for registers in ("", "reg4_")
+    ),
+)
+Rename = Callable[[str], str]
 
 
 def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, Any]]:
@@ -190,31 +212,6 @@ def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> 
     # the state the versions of its modules.
     state.update((k, weights[k]) for k in weights.keys() & state.keys())
     model.load_state_dict(state, strict=True)
-
-
-# What an encoder does without: classifiers, projections, SwAV's prototypes, MAE's decoder, masks.
-HEADS = (
-    "fc.", "head.", "heads.", "classifier.", "projection_head.", "prototypes.", "decoder_",
-    "mask_token", "masked_embed", "patch_masking.",
-)  # fmt: skip
-TRACKED = "num_batches_tracked"  # counts what BatchNorm has seen; old files are without it
-# Of a student and its teacher the teacher is the encoder (DINO, iBOT); of a trained network and
-# another average, the trained one (MoCo, BYOL).
-STUDENT = re.compile(r"student")
-AVERAGE = re.compile(r"encoder_k|key_|momentum|teacher|target|(^|[._])ema[._]")
-# The models that are tried for a hint, beside all ResNets.
-VITS = (
-    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
-    *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224"),
-    "vit_huge_patch14_224",
-    *(
-        f"vit_{size}_patch14_{registers}dinov2"
-        for size in ("small", "base", "large", "giant")
-        for registers in ("", "reg4_")
-    ),
-)
-_log = logging.getLogger(__name__)
-Rename = Callable[[str], str]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ _PACKAGES = {
     "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "webdav": "webdav4",
 }  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_log = logging.getLogger(__name__)
+_FORMAT = 2  # of the file
+_LABEL = ".cls"
+_BAR_FROM = 10  # shards
 
 
 @dataclass(frozen=True)
@@ -225,12 +229,6 @@ def _told(root: str) -> Iterator[None]:
 def _line(error: BaseException) -> str:
     """Return what an error says, or else is, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-_log = logging.getLogger(__name__)
-_FORMAT = 2  # of the file
-_LABEL = ".cls"
-_BAR_FROM = 10  # shards
 
 
 @dataclass(frozen=True)

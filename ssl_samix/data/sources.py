@@ -39,6 +39,8 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,  # too many pixels to be a picture
 )
+WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
+_OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
 
 
 class UnusableImage(OSError):  # noqa: N818  nothing went wrong, the file is what it is
@@ -227,10 +229,6 @@ class ArraySource(Source):
         """Copy the pictures at these positions."""
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
-
-
-WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
-_OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
 
 
 class ShardSource(EncodedSource):
