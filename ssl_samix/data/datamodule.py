@@ -159,59 +159,33 @@ class DataModule(StepData):
     Args:
         views: Of which views a batch consists.
         seed: Of the run: orders and views derive from it and from the step.
-        name: Data set name.
-        root: Its folder; of ``webdataset`` also a pattern or a URL.
-        image_size: Side of the views in px, or ``auto``.
-        limit: Train on a class-balanced subset of at most this many images.
         batch_size: Images per step, over all devices.
         flip: Whether a mirrored image still shows the same thing.
         crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
-        labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
-            of shards, are classes.
-        download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
-        memory_gb: Hold data sets up to this many GiB in memory.
-        labelled: Train on labelled images alone.
+        **data: Which images, as ``load_splits`` takes them.
 
     Raises:
         DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
     """
 
-    def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
+    def __init__(
         self,
         *,
         views: Recipes,
         seed: int,
-        name: str,
-        root: str | None,
-        image_size: int | Literal["auto"],
-        limit: int | None,
         batch_size: int,
         flip: bool,
         crop_min: float,
-        labels: bool | Literal["auto"],
-        download: bool,
         workers: int | Literal["auto"],
-        memory_gb: float,
-        labelled: bool = False,
+        **data: Any,
     ) -> None:
         super().__init__()
         check_range("seed", seed, 0)
-        check_range("data.memory_gb", memory_gb, 0)
-        for key, value in {"limit": limit, "workers": workers, "image_size": image_size}.items():
-            if value is not None and value != "auto":
-                check_range(f"data.{key}", value, 0 if key == "workers" else 1)
-        self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
-        self.splits: Splits = load_splits(
-            name,
-            root,
-            image_size,
-            limit,
-            download=download,
-            labels=labels,
-            memory_gb=memory_gb,
-            labelled=labelled,
-        )
+        if workers != "auto":
+            check_range("data.workers", workers, 0)
+        self.seed, self.batch_size, self.workers = seed, batch_size, workers
+        self.splits: Splits = load_splits(**data)
         self.images = self.splits.train
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std

@@ -25,7 +25,7 @@ from ssl_samix.data.layout import DATASETS, check_layout, locate
 from ssl_samix.data.shards import index, numbered
 from ssl_samix.data.sources import ArraySource, EncodedSource, PathSource, ShardSource, Source
 from ssl_samix.data.subsets import hold_out, stratified
-from ssl_samix.errors import DataError
+from ssl_samix.errors import DataError, check_range
 
 _log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
@@ -310,6 +310,7 @@ def load_splits(
     """
     check_layout(name, root, download)
     _check_settings(image_size, limit)
+    check_range("data.memory_gb", memory_gb, 0)
     spec = SPECS[name]
     home = locate(name, root)
     parts = _with_val(spec.read(ReadRequest(home, download, labels, str(root))), spec.hold_out)
