@@ -87,7 +87,7 @@ class Turns(pl.Callback):
             self.views = median(times[1:]) * trainer.num_training_batches
         with trainer.precision_plugin.forward_context():
             self.look = seconds(
-                lambda: self.monitor.measure(module.backbone, data, module.device),
+                lambda: self.monitor.measure_encoder(module.backbone, data, module.device),
                 device,
                 wall=True,
             ) / self.monitor.interval(data)

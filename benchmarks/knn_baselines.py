@@ -27,7 +27,7 @@ def rows(words: Sequence[str], device: str) -> list[list[str]]:
     encoders = {"raw pixels": nn.Flatten(), "untrained encoder": backbone}
     measured = []
     for name, encoder in encoders.items():
-        got = monitor.measure(encoder.to(device), data, torch.device(device))
+        got = monitor.measure_encoder(encoder.to(device), data, torch.device(device))
         keys = ("knn/top1", "knn/top1_k200", "rankme")
         measured.append([name, *(f"{got.get(key, float('nan')):.2f}" for key in keys)])
     return measured

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from ssl_samix.artifacts.classifier import save_classifier
+from ssl_samix.artifacts.encoder import save_classifier
 from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
 from ssl_samix.evaluation.augmented import augmented_probe

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ssl_samix.artifacts.classifier import TrainedClassifier, load_classifiers
+from ssl_samix.artifacts.encoder import TrainedClassifier, load_classifiers
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.request import Request

@@ -6,8 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl_samix.artifacts.classifier import TrainedClassifier, load_classifier
-    from ssl_samix.artifacts.encoder import Encoder, load_encoder
+    from ssl_samix.artifacts.encoder import (
+        Encoder,
+        TrainedClassifier,
+        load_classifier,
+        load_encoder,
+    )
     from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
     from ssl_samix.errors import UserError
     from ssl_samix.methods.barlow_twins import BarlowTwins
@@ -52,10 +56,10 @@ _HOMES = {
     "SAMix": "ssl_samix.mixup.mixer",
     "SimCLR": "ssl_samix.methods.simclr",
     "SimSiam": "ssl_samix.methods.simsiam",
-    "TrainedClassifier": "ssl_samix.artifacts.classifier",
+    "TrainedClassifier": "ssl_samix.artifacts.encoder",
     "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",
-    "load_classifier": "ssl_samix.artifacts.classifier",
+    "load_classifier": "ssl_samix.artifacts.encoder",
     "load_encoder": "ssl_samix.artifacts.encoder",
     "load_mixer": "ssl_samix.artifacts.mixer",
     "pretrain": "ssl_samix.training.pretrain",

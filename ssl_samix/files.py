@@ -21,6 +21,19 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def make_folder(folder: Path, what: str = "folder") -> None:
+    """Make a folder, called ``what`` in the error, unless it is there.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot make the {what} {folder}: {reason}") from error
+
+
 def new_folder(wanted: Path) -> Path:
     """Make a folder that nobody else has: the wanted one, or with ``-2``, ``-3`` ... at its end.
 

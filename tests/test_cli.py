@@ -233,14 +233,14 @@ def test_a_run_from_before_a_key_existed_goes_on(finished):
     text = folder.config.read_text()
     try:
         now = OmegaConf.merge(config, {"mixup": {"during": [0.0, 1.0]}})
-        folder.check_mine(now)
+        folder.check_same_run(now)
         OmegaConf.set_struct(config, False)
         del config.mixup["during"]
         folder.create(config, choices)
-        folder.check_mine(now)
+        folder.check_same_run(now)
         now.mixup.during = [0.0, 0.5]
         with pytest.raises(UserError, match=r"mixup.during is \[0.0, 1.0\] there, \[0.0, 0.5\]"):
-            folder.check_mine(now)
+            folder.check_same_run(now)
     finally:
         folder.config.write_text(text)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ssl_samix.artifacts.encoder import load_encoder
-from ssl_samix.data.loader import StepSampler
+from ssl_samix.data.datamodule import StepSampler
 from ssl_samix.models.backbone import Backbone
 from tests.conftest import METHODS, samix_here
 

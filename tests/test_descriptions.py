@@ -14,7 +14,7 @@ from torch import nn
 
 import ssl_samix
 from ssl_samix.artifacts.checkpoints import META, load_plain
-from ssl_samix.artifacts.classifier import save_classifier
+from ssl_samix.artifacts.encoder import save_classifier
 from ssl_samix.errors import CheckpointError, UserError
 from ssl_samix.models.backbone import Backbone
 

@@ -528,14 +528,14 @@ def test_settings_are_checked(settings, sentence):
 
 def test_a_mask_that_is_no_number_is_named_by_its_step():
     method = mixed_method("simclr", "samix", features="teacher")
-    assert method.mixing.complaint() is None
+    assert method.mixing.error_message() is None
     terms_of(method, step=6)
-    assert method.mixing.complaint() is None
+    assert method.mixing.error_message() is None
     with torch.no_grad():
         method.mixing.policy.block.query.weight[0, 0] = float("nan")
     for step in (7, 8):
         terms_of(method, step=step)
-    assert "NaN in step 7" in method.mixing.complaint()
+    assert "NaN in step 7" in method.mixing.error_message()
 
 
 def test_clusters_are_no_buffers():

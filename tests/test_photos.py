@@ -12,7 +12,7 @@ from PIL import Image
 import ssl_samix
 from ssl_samix.artifacts.checkpoints import NEEDED, AtomicCheckpointIO
 from ssl_samix.cli.main import main
-from ssl_samix.training.run import words
+from ssl_samix.training.run import as_words
 from tests.conftest import samix_here
 
 TINY = [
@@ -117,8 +117,8 @@ def test_an_empty_path_is_not_the_current_folder(run, fails, monkeypatch, tmp_pa
 
 
 def test_a_path_is_a_path_and_a_name_a_name():
-    assert words("digits", {}) == ["data='digits'"]
-    assert words(Path("digits"), {}) == ["data='folder'", "data.root='digits'"]
+    assert as_words("digits", {}) == ["data='digits'"]
+    assert as_words(Path("digits"), {}) == ["data='folder'", "data.root='digits'"]
 
 
 def measured(run, root, out, *more):

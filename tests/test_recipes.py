@@ -16,8 +16,8 @@ from ssl_samix.config.compose import build, compose, groups, recipe_command
 from ssl_samix.data.layout import DATASETS
 from ssl_samix.errors import ConfigError
 from ssl_samix.models.backbone import Backbone
-from ssl_samix.training.pretrain import job as pretrain
-from ssl_samix.training.supervised import job as supervised
+from ssl_samix.training.pretrain import train_from_words as pretrain
+from ssl_samix.training.supervised import train_from_words as supervised
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = {"pretrain": pretrain, "supervised": supervised}

@@ -133,5 +133,5 @@ def test_two_processes_do_not_train_in_one_folder(fails, tmp_path, monkeypatch):
     assert "another process trains in run" in fails(*words)
     process.kill()
     process.wait(timeout=100)
-    with RunFolder(run).claimed():  # at once, though its worker may still be there
+    with RunFolder(run).lock():  # at once, though its worker may still be there
         assert len(rows(run)) < 12

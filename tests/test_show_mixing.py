@@ -13,7 +13,7 @@ from PIL import Image
 
 import ssl_samix
 from ssl_samix.cli.main import main
-from ssl_samix.cli.show_mixing import configured, show
+from ssl_samix.cli.show_mixing import parse_show_mixing, show
 from ssl_samix.data.views import normalize
 from ssl_samix.types import MixPlan
 from tests.conftest import samix, samix_here
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_is_read_from_its_checkpoint(run, tmp_path):
     copy.mkdir()
     for name in ("config.yaml", "last.ckpt"):
         shutil.copy(run / name, copy / name)
-    pictures = [show(configured([f"run='{path}'", "rows=1"])) for path in (run, copy)]
+    pictures = [show(parse_show_mixing([f"run='{path}'", "rows=1"])) for path in (run, copy)]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 

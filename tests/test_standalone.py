@@ -216,7 +216,7 @@ def test_a_frozen_mixer_reads_images_of_another_norm_as_its_own(run):
     plan = MixPlan(torch.linspace(0.1, 0.9, 6), partner, torch.arange(6))
     expected, policy = mixer.mix(own, own, plan).mask, Frozen(mixer)
     assert (policy(given, given, plan, None).mask - expected).abs().max() > 0.01
-    policy.normalised_by(MEAN, STD)
+    policy.set_normalisation(MEAN, STD)
     mixed = policy(given, given, plan, None)
     torch.testing.assert_close(mixed.mask, expected, rtol=1e-4, atol=1e-4)
     between = given + mixed.mask * (given[partner] - given)

@@ -1,19 +1,23 @@
-"""Checkpoints are written whole or not at all, and read without running code."""
+"""Files of weights, ours and others': written whole or not at all, read without running code."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.artifacts.description import META, check_description, described
@@ -185,21 +189,35 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
 
 
-def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -> None:
-    """Load weights that a file holds into a module, all of them and no others.
+def load_strictly(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    path: Path,
+    what: str,
+    read: Collection[str] | None = None,
+) -> None:
+    """Load weights that a file holds into a module.
 
     Args:
         module: Takes the weights.
         weights: By the names of the module's state.
         path: Where they were read.
         what: The module in a word, for the error.
+        read: The entries that are needed and taken, whatever else the file or the module has.
+            None: all of the module's, and no others.
 
     Raises:
         CheckpointError: If an entry is missing, unknown, or of another shape.
     """
+    own = module.state_dict()
+    if read is not None:
+        missing = sorted(set(read) - weights.keys())
+        if missing:
+            raise CheckpointError(f"{path} does not fit the {what} it names: no {missing[0]} in it")
+        weights = {**own, **{name: weights[name] for name in read}}
     # Versions of modules stand beside a state, and safetensors has no place for them.
     state = OrderedDict(weights)
-    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -207,20 +225,74 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: Path, wha
         raise CheckpointError(f"{path} does not fit the {what} it names: {reason}") from error
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description and the tensors of one of our safetensors files.
+def write_ours(path: Path, weights: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write weights, and the description of what they are of, as safetensors.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    content = save(tensors, metadata={META: json.dumps(meta)})
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def read_ours(
+    path: Path, in_checkpoint: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the description and the weights of a safetensors file of ours, or of a checkpoint.
+
+    Args:
+        path: The file.
+        in_checkpoint: What the weights' names begin with in a checkpoint -> in a file.
 
     Raises:
         CheckpointError: If it is missing or damaged, or was not written by ssl_samix.
     """
+    if path.suffix != ".safetensors":
+        checkpoint = read_checkpoint(path)
+        return checkpoint[META], renamed(checkpoint["state_dict"], in_checkpoint)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
+    with opened_safetensors(path) as file:
+        text = (file.metadata() or {}).get(META)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if text is None:
+        raise CheckpointError(f"{path} is not a file of ssl_samix: it does not describe itself")
+    return described(text, path), tensors
+
+
+def renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Take the weights whose names begin in one of these ways, and let them begin in another."""
+    return {
+        new + name.removeprefix(old): tensor
+        for old, new in prefixes.items()
+        for name, tensor in weights.items()
+        if name.startswith(old)
+    }
+
+
+@contextmanager
+def opened_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of any origin.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(META)
-            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file") from error
-    if text is None:
-        raise CheckpointError(f"{path} is no file of ssl_samix: it does not describe itself")
-    return described(text, path), tensors
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a file was written by this package; files from elsewhere are weights only.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        with opened_safetensors(path) as file:
+            return META in (file.metadata() or {})
+    found = load_plain(path)
+    return isinstance(found, dict) and META in found

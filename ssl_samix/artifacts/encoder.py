@@ -1,32 +1,40 @@
-"""From a run, a checkpoint or an exported file back to the encoder; strict, always."""
+"""Encoders and classifiers as files, and back from a run, a checkpoint or a file, strictly."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.artifacts.checkpoints import (
-    META,
     described_backbone,
     load_strictly,
-    read_checkpoint,
-    read_safetensors,
+    read_ours,
+    renamed,
+    write_ours,
 )
 from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.data.images import fit, to_rgb
 from ssl_samix.data.views import normalize
-from ssl_samix.errors import CheckpointError
-from ssl_samix.files import write_atomically
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice
+from ssl_samix.files import expanded
 from ssl_samix.models.backbone import Backbone
 
 Channels = tuple[float, float, float]
+# Of a supervised run the first two, of samix linear the last.
+NETWORKS = ("online", "ema", "linear")
+Network = Literal["online", "ema", "linear"]
+# Where both parts of a network are in a checkpoint of a supervised run -> in a file.
+IN_CHECKPOINT = {
+    "backbone.": "online.0.",
+    "projector.": "online.1.",
+    "twin.module.0.": "ema.0.",
+    "twin.module.1.": "ema.1.",
+}
 
 
 class Encoder(nn.Module):
@@ -61,10 +69,7 @@ class Encoder(nn.Module):
 
 def save_encoder(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
     """Write the backbone's weights and its description as safetensors."""
-    weights = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
-    text = {META: json.dumps(meta)}
-    content = save(weights, metadata=text)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_ours(path, backbone.state_dict(), meta)
 
 
 @torch.inference_mode(False)  # weights that are made in it could never be trained
@@ -83,7 +88,7 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
     path = weights_file(run_or_checkpoint, "encoder.safetensors")
-    meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
+    meta, weights = read_ours(path, {"backbone.": ""})
     if not any(name.startswith("trunk.") for name in weights):
         raise CheckpointError(
             f"{path} holds no encoder: give the run folder, file or model that it was made from"
@@ -93,9 +98,102 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
     return Encoder(backbone, meta)
 
 
-def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    checkpoint = read_checkpoint(path)
-    prefix = "backbone."
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    weights = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    return checkpoint[META], weights
+class TrainedClassifier(Encoder):
+    """An encoder with its linear head; it knows its classes and how its images are prepared.
+
+    Attributes:
+        classes: Their names, in the order of the logits.
+        network: ``online``, the network that was trained, ``ema``, its moving average, or
+            ``linear``, a frozen encoder with the logistic regression fitted on its features.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Linear, meta: dict[str, Any]) -> None:
+        super().__init__(backbone, meta)
+        self.head = head.eval()
+        self.classes: tuple[str, ...] = tuple(meta["classes"])
+        self.network: str = meta["network"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images (B, 3, S, S) to logits (B, C)."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+
+def save_classifier(path: Path, networks: dict[str, nn.Module], meta: dict[str, Any]) -> None:
+    """Write networks of backbone and head, by their names, as safetensors."""
+    states = {f"{name}.": network.state_dict() for name, network in networks.items()}
+    weights = {prefix + key: t for prefix, state in states.items() for key, t in state.items()}
+    write_ours(path, weights, meta)
+
+
+def load_classifier(
+    run_or_file: str | os.PathLike[str], network: Network | None = None
+) -> TrainedClassifier:
+    """Load a classifier in eval mode.
+
+    Args:
+        run_or_file: A run folder of supervised training (its ``classifier.safetensors``, or
+            ``last.ckpt`` while the run goes on), a results folder of ``samix linear``, a
+            checkpoint, or a ``classifier.safetensors``.
+        network: The one that was trained (``online``), its moving average (``ema``), or the one
+            that ``samix linear`` fitted (``linear``). None: the first of them that is there.
+
+    Returns:
+        A module with ``classes``, ``image_size``, ``mean`` and ``std``, mapping (B, 3, S, S) to
+        logits (B, C).
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
+        ConfigError: For an unknown network, or one that the file does not have.
+    """
+    check_choice("network", network or NETWORKS[0], NETWORKS)
+    path, meta, found = _networks(run_or_file)
+    name: str = next(iter(found)) if network is None else network
+    if name not in found:
+        raise ConfigError(f"{path} holds no network={name}: it has {' and '.join(found)}")
+    return _built(path, meta, name, found[name])
+
+
+def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedClassifier]:
+    """Load every network of a classifier, by its name.
+
+    Args:
+        run_or_file: As ``load_classifier`` takes it.
+
+    Raises:
+        CheckpointError: As ``load_classifier``.
+    """
+    path, meta, found = _networks(run_or_file)
+    return {name: _built(path, meta, name, weights) for name, weights in found.items()}
+
+
+def _networks(
+    given: str | os.PathLike[str],
+) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Find the file, and read its description and the weights of each of its networks."""
+    try:
+        path = weights_file(given, "classifier.safetensors")
+    except CheckpointError as error:
+        raise _without(expanded(given)) from error
+    meta, weights = read_ours(path, IN_CHECKPOINT)
+    found = {name: renamed(weights, {f"{name}.": ""}) for name in NETWORKS}
+    found = {name: state for name, state in found.items() if state}
+    if not meta.get("classes") or not found:
+        raise _without(expanded(given))
+    return path, meta, found
+
+
+def _without(given: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{given} holds no classifier: fit one on its encoder with samix linear run={given}, then "
+        "give run=<the results folder that it prints>"
+    )
+
+
+def _built(
+    path: Path, meta: dict[str, Any], name: str, weights: dict[str, Tensor]
+) -> TrainedClassifier:
+    backbone = described_backbone(meta, path)
+    head = nn.Linear(backbone.feature_dim, len(meta["classes"]))
+    load_strictly(nn.Sequential(backbone, head), weights, path, "classifier")
+    return TrainedClassifier(backbone, head, {**meta, "network": name})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.config.compose import compose
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
 from ssl_samix.files import expanded
@@ -19,7 +19,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What is to be exported.
 
     Attributes:
@@ -46,7 +46,7 @@ class Exported:
     usage: str
 
 
-def configured(words: list[str]) -> Request:
+def parse_export(words: list[str]) -> ExportRequest:
     """Check ``key=value`` words.
 
     Raises:
@@ -71,7 +71,7 @@ def configured(words: list[str]) -> Request:
         raise ConfigError(f"out={out} is the encoder itself: give another name")
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}")
-    return Request(run, config.format, out)
+    return ExportRequest(run, config.format, out)
 
 
 def _check_format(name: object) -> None:
@@ -93,12 +93,10 @@ def _check_run(run: Path) -> None:
         raise CheckpointError(
             f"run={run} does not exist: give a run folder, a checkpoint or encoder.safetensors"
         )
-    folder = RunFolder(run)
-    if run.is_dir() and not (folder.encoder.exists() or folder.last.exists()):
-        raise CheckpointError(f"{run} holds no encoder.safetensors and no last.ckpt")
+    weights_file(run, "encoder.safetensors")
 
 
-def export(request: Request) -> Exported:
+def export(request: ExportRequest) -> Exported:
     """Write the encoder in another format, after seeing that it gives the same features.
 
     Raises:
@@ -106,8 +104,12 @@ def export(request: Request) -> Exported:
             or the file cannot be written; what was at ``out`` is then unchanged.
     """
     from ssl_samix.artifacts.encoder import load_encoder
-    from ssl_samix.artifacts.export_graph import write_onnx, write_program
-    from ssl_samix.artifacts.export_weights import write_timm, write_torchvision
+    from ssl_samix.artifacts.export_formats import (
+        write_onnx,
+        write_program,
+        write_timm,
+        write_torchvision,
+    )
 
     writers = {
         "torchvision": write_torchvision,

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import timm
+import torch
+import torchvision
 from torch import Tensor, nn
 
-from ssl_samix.artifacts import layouts
-from ssl_samix.artifacts.checkpoints import load_plain
+from ssl_samix.artifacts.checkpoints import load_plain, opened_safetensors
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
-from ssl_samix.models.resnet import RESNETS
+from ssl_samix.models.resnet import RESNETS, ResNetTrunk
 
 UNPUBLISHED = "no published weights are known for '{}': give weights=random"
 _log = logging.getLogger(__name__)
+# What an encoder does without: classifiers, projections, SwAV's prototypes, MAE's decoder, masks.
+HEADS = (
+    "fc.", "head.", "heads.", "classifier.", "projection_head.", "prototypes.", "decoder_",
+    "mask_token", "masked_embed", "patch_masking.",
+)  # fmt: skip
+TRACKED = "num_batches_tracked"  # counts what BatchNorm has seen; old files are without it
+# Of a student and its teacher the teacher is the encoder (DINO, iBOT); of a trained network and
+# another average, the trained one (MoCo, BYOL).
+STUDENT = re.compile(r"student")
+AVERAGE = re.compile(r"encoder_k|key_|momentum|teacher|target|(^|[._])ema[._]")
+# The models that are tried for a hint, beside all ResNets.
+VITS = (
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224"),
+    "vit_huge_patch14_224",
+    *(
+        f"vit_{size}_patch14_{registers}dinov2"
+        for size in ("small", "base", "large", "giant")
+        for registers in ("", "reg4_")
+    ),
+)
+Rename = Callable[[str], str]
 
 
 def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, Any]]:
@@ -37,13 +65,11 @@ def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, An
         raise CheckpointError(f"the weights of {name} cannot be fetched: {reason}") from error
     meta["image_size"] = image_size or meta["image_size"]
     backbone = Backbone(name, meta["image_size"], stem="standard")
-    load_strictly(backbone, weights, f"the published {name}")
+    load_backbone(backbone, weights, f"the published {name}")
     return backbone, meta
 
 
 def _torchvisions(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import torchvision
-
     if name not in torchvision.models.list_models():
         raise ConfigError(UNPUBLISHED.format(name))
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -58,8 +84,6 @@ def _torchvisions(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _timms(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import timm
-
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
         raise ConfigError(UNPUBLISHED.format(name))
     model = timm.create_model(name, pretrained=True, num_classes=0)
@@ -97,7 +121,7 @@ def from_file(path: Path, name: str | None, prefix: str | None, image_size: int)
     fit = _the_one(path, backbone, weights, prefix)
     for what in fit.resampled:
         _log.warning("%s: %s, for images of %d px", path, what, image_size)
-    load_strictly(backbone, fit.weights, str(path))
+    load_backbone(backbone, fit.weights, str(path))
     return backbone
 
 
@@ -106,7 +130,7 @@ def _empty(
 ) -> Backbone:
     """Build the model, with what its name does not say and its weights show."""
     if name in RESNETS:
-        kernel = layouts.first_kernel(weights, prefix) or layouts.first_kernel(weights, None)
+        kernel = first_kernel(weights, prefix) or first_kernel(weights, None)
         if kernel is None:
             raise CheckpointError(
                 f"{path} holds no ResNet: it has no conv1.weight of 3 channels{_hint(weights)}"
@@ -120,10 +144,8 @@ def _empty(
     return Backbone(name, image_size)
 
 
-def _the_one(
-    path: Path, backbone: Backbone, weights: dict[str, Tensor], prefix: str | None
-) -> layouts.Fit:
-    found = layouts.find(_model(backbone), weights)
+def _the_one(path: Path, backbone: Backbone, weights: dict[str, Tensor], prefix: str | None) -> Fit:
+    found = find(_model(backbone), weights)
     fitting = [fit for fit in found if fit.problem is None]
     if not fitting:
         total = len(_model(backbone).state_dict())
@@ -133,7 +155,7 @@ def _the_one(
             f"({matched} of {total} found){_hint(weights)}"
         )
     asked = [fit for fit in fitting if f".{fit.prefix}".endswith(f".{prefix or ''}")]
-    left = layouts.choose(asked if prefix else fitting)
+    left = choose(asked if prefix else fitting)
     if len(left) != 1:
         problem = "several encoders" if left else f"no {backbone.name} under prefix={prefix}"
         known = " or ".join(sorted(fit.prefix for fit in left or fitting))
@@ -145,7 +167,7 @@ def _hint(weights: dict[str, Tensor]) -> str:
     """Say what was found in a file, and which model it is."""
     some, rest = ", ".join(list(weights)[:3]), len(weights) - 3
     found = f"; the file has {some}" + (f" and {rest} more" if rest > 0 else "")
-    model = layouts.model_for(weights)
+    model = model_for(weights)
     return f"{found}, which fit model={model}" if model else found
 
 
@@ -159,26 +181,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: If it is damaged, would run code, or holds no weights.
     """
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file") from error
-    tensors = layouts.flatten(load_plain(path))
+        with opened_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    tensors = flatten(load_plain(path))
     if not tensors:
         raise CheckpointError(f"{path} holds no weights")
     return tensors
 
 
-def _inside(backbone: Backbone) -> str:
-    """Return what our own state has before the names of the library."""
-    return "trunk." if backbone.name in RESNETS else "trunk.model."
-
-
 def _model(backbone: Backbone) -> nn.Module:
-    return backbone.get_submodule(_inside(backbone).rstrip("."))
+    """Return the part of a backbone whose parameters have the library's names."""
+    return backbone.get_submodule("trunk" if backbone.name in RESNETS else "trunk.model")
 
 
-def load_strictly(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
+def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
     """Load weights under the library's names; only heads may be left over.
 
     Raises:
@@ -186,7 +202,7 @@ def load_strictly(backbone: Backbone, weights: dict[str, Tensor], what: str) -> 
     """
     model = _model(backbone)
     state = model.state_dict()
-    problem = layouts.misfit(state, weights)
+    problem = misfit(state, weights)
     if problem is not None:
         raise CheckpointError(f"{what} does not fit {backbone.name}: {problem}")
     left = sorted(weights.keys() - state.keys())
@@ -196,3 +212,198 @@ def load_strictly(backbone: Backbone, weights: dict[str, Tensor], what: str) -> 
     # the state the versions of its modules.
     state.update((k, weights[k]) for k in weights.keys() & state.keys())
     model.load_state_dict(state, strict=True)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A place in a file where a model may lie.
+
+    Attributes:
+        prefix: What the names begin with there.
+        weights: By the names of the model's library.
+        matched: How many of the model's names are there.
+        problem: Why the model cannot be loaded from them; None: it can.
+        resampled: What was done to its position tables; empty: nothing.
+    """
+
+    prefix: str
+    weights: dict[str, Tensor]
+    matched: int
+    problem: str | None
+    resampled: tuple[str, ...] = ()
+
+
+def flatten(found: Any, prefix: str = "", above: frozenset[int] = frozenset()) -> dict[str, Tensor]:
+    """Return all tensors in nested dicts, their names joined by dots."""
+    if not isinstance(found, Mapping) or id(found) in above:  # a pickle may hold itself
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for key, value in found.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        else:
+            tensors |= flatten(value, f"{prefix}{key}.", above | {id(found)})
+    return tensors
+
+
+def misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """Say why weights do not fill a state; None: they do, and only heads are left over."""
+    common = wanted.keys() & weights.keys()
+    missing = [k for k in wanted.keys() - common if not k.endswith(TRACKED)]
+    unknown = [k for k in weights.keys() - common if not k.startswith(HEADS)]
+    other = [k for k in common if wanted[k].shape != weights[k].shape]
+    for names, problem in ((missing, "lacks"), (unknown, "also has"), (other, "has another")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"it {problem} {min(names)}{more}"
+    return None
+
+
+def find(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Fit]:
+    """Look for a model of torchvision or timm among weights, under any prefix.
+
+    Returns:
+        The places where it fits; if there is none, the one where most of its names are found; if
+        there are no such names, nothing.
+    """
+    wanted = model.state_dict()
+    found: dict[str, Fit] = {}
+    for rename in (_as_they_are, _by_position(model), _without_chunks):
+        counts = Counter(p for name in weights for p in _prefixes(name, rename, wanted.keys()))
+        whole = [p for p, count in counts.items() if 2 * count > len(wanted)]
+        for prefix in whole or [p for p, _ in counts.most_common(1)]:
+            fit = _fit(model, wanted, weights, prefix, rename)
+            known = found.get(prefix)
+            if known is None or (known.problem and not fit.problem):
+                found[prefix] = fit
+    fitting = [fit for fit in found.values() if fit.problem is None]
+    return fitting or sorted(found.values(), key=lambda fit: -fit.matched)[:1]
+
+
+def _prefixes(name: str, rename: Rename, wanted: Any) -> Iterator[str]:
+    """Yield what a name begins with if the rest of it is one of the wanted names."""
+    start = 0
+    while True:
+        if rename(name[start:]) in wanted:
+            yield name[:start]
+        start = name.find(".", start) + 1
+        if not start:
+            return
+
+
+def _as_they_are(name: str) -> str:
+    return name
+
+
+def _by_position(model: nn.Module) -> Rename:
+    """Rename ``nn.Sequential(*resnet.children())``, where "4.0.conv1" is "layer1.0.conv1"."""
+    children = [name for name, _ in model.named_children()]
+
+    def rename(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        place = int(first) if first.isdecimal() else len(children)
+        return children[place] + dot + rest if place < len(children) else name
+
+    # A ResNet is its children in a row; of other models nobody knows.
+    return rename if isinstance(model, ResNetTrunk) else _as_they_are
+
+
+def _without_chunks(name: str) -> str:
+    """Rename DINOv2's blocks as they are trained: "blocks.1.7." is the eighth block."""
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def _fit(
+    model: nn.Module,
+    wanted: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    rename: Rename,
+) -> Fit:
+    there = {rename(k.removeprefix(prefix)): v for k, v in weights.items() if k.startswith(prefix)}
+    matched, problem = len(wanted.keys() & there.keys()), misfit(wanted, there)
+    converted = _converted(model, wanted, there) if problem else {}
+    if converted and misfit(wanted, converted) is None:
+        return Fit(prefix, converted, matched, None, tuple(_resampled(there, converted)))
+    return Fit(prefix, there, matched, problem)
+
+
+def _converted(
+    model: nn.Module, wanted: Mapping[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Let timm convert what it knows of: DINOv2's names, position tables of another size."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    common = wanted.keys() & weights.keys()
+    # It would also resample patch projections, which then give other features.
+    if convert is None or any(
+        wanted[k].numel() != weights[k].numel() and not _is_table(k) for k in common
+    ):
+        return {}
+    try:
+        return convert(dict(weights), model)
+    except (KeyError, IndexError, ValueError, AssertionError, RuntimeError):
+        return {}  # weights of another model, which it cannot know
+
+
+def _is_table(name: str) -> bool:
+    return "pos" in name.rpartition(".")[2]  # pos_embed, relative_position_bias_table, ...
+
+
+def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in filter(_is_table, before.keys() & after.keys()):
+        # without its tokens for no place, which may have been moved elsewhere
+        old, new = (math.isqrt(state[name].shape[-2]) for state in (before, after))
+        if old != new:
+            yield f"{name} of {old}x{old} places is interpolated to {new}x{new}"
+
+
+def choose(fits: list[Fit]) -> list[Fit]:
+    """Reduce the places where a model fits to the encoder; several are left if none is better."""
+    different: list[Fit] = []
+    for fit in fits:
+        if not any(_same(fit.weights, other.weights) for other in different):
+            different.append(fit)
+    left = different
+    for worse in (STUDENT, AVERAGE):
+        left = [fit for fit in left if not worse.search(fit.prefix)] or left
+    if len(left) == 1 and len(different) > 1:
+        others = " or ".join(fit.prefix for fit in different if fit is not left[0])
+        _log.info("taken is prefix=%s; also there: prefix=%s", left[0].prefix, others)
+    return left
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    names = {k for k in one.keys() | other.keys() if not k.startswith(HEADS)}
+    return all(k in one and k in other and torch.equal(one[k], other[k]) for k in names)
+
+
+def first_kernel(weights: Mapping[str, Tensor], prefix: str | None) -> tuple[int, int] | None:
+    """Return width and side of a ResNet's first kernel; None if there is none."""
+    for name, weight in weights.items():
+        if (
+            re.search(r"(^|\.)(conv1|0)\.weight$", name)
+            and weight.ndim == 4
+            and weight.shape[1] == 3
+            and (not prefix or f".{prefix}" in f".{name}")
+        ):
+            return weight.shape[0], weight.shape[-1]
+    return None
+
+
+def model_for(weights: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a model that the weights are of, position tables aside."""
+    for name, model in _known(weights):
+        fits = find(model, weights)
+        if fits and fits[0].problem is None:
+            return name
+    return None
+
+
+def _known(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
+    kernel = first_kernel(weights, None)
+    with torch.device("meta"):  # shapes alone
+        if any(name.endswith("cls_token") for name in weights):
+            yield from ((name, timm.create_model(name, num_classes=0)) for name in VITS)
+        elif kernel is not None:
+            for name in RESNETS:
+                yield name, ResNetTrunk(name, kernel[0], small_stem=kernel[1] == 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.artifacts.checkpoints import (
-    META,
     described_backbone,
-    read_checkpoint,
-    read_safetensors,
+    load_strictly,
+    read_ours,
+    renamed,
+    write_ours,
 )
 from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.errors import CheckpointError, ConfigError
-from ssl_samix.files import write_atomically
 from ssl_samix.mixup.mixer import SAMix
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.mixup.plan import draw_plan
@@ -29,6 +27,8 @@ from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Mixed, MixPlan
 
 BACKBONE, POLICY = "backbone.", "policy."  # prefixes in the file
+# In a checkpoint: a method whose Mixer learns has a teacher of its own or was given one.
+IN_CHECKPOINT = {"twin.module.0.": BACKBONE, "mixing.policy.": POLICY}
 _log = logging.getLogger(__name__)
 
 
@@ -123,8 +123,8 @@ class Frozen(nn.Module):
         self.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.zeros(3, 1, 1), persistent=False)
 
-    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take how the images that will come are normalised, per channel, of pixels in [0, 1]."""
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation of the input images, per channel, of pixels in [0, 1]."""
         ours, theirs = (
             [torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in pair]
             for pair in ((mean, std), (self.mixer.mean, self.mixer.std))
@@ -166,9 +166,9 @@ class PretrainedObjective(MixObjective):
             )
         super().__init__(Frozen(load_mixer(mixer)), **mixing)
 
-    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Let the Mixer read these images as it read those of its own run."""
-        self.policy.normalised_by(mean, std)
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation of the input images, which the Mixer reads by its own run's."""
+        self.policy.set_normalisation(mean, std)
 
 
 def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
@@ -176,11 +176,7 @@ def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, An
     read = backbone.names_read(meta["mixer"]["stage"])
     weights = {BACKBONE + n: t for n, t in backbone.state_dict().items() if n in read}
     weights |= {POLICY + n: t for n, t in policy.state_dict().items()}
-    content = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        metadata={META: json.dumps(meta)},
-    )
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    write_ours(path, weights, meta)
 
 
 @torch.inference_mode(False)  # weights that are made in it could never be trained
@@ -198,7 +194,7 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
         CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
     """
     path = weights_file(run_or_file, "mixer.safetensors")
-    meta, weights = read_safetensors(path) if path.suffix == ".safetensors" else _read_ours(path)
+    meta, weights = read_ours(path, IN_CHECKPOINT)
     if "mixer" not in meta:
         raise CheckpointError(
             f"{path} holds no Mixer: it is of a run with mixup={meta.get('mixup', 'none')}"
@@ -210,8 +206,8 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} describes what cannot be built: {error}") from error
     read = backbone.names_read(meta["mixer"]["stage"])
-    _load(backbone, {k: t for k, t in _under(BACKBONE, weights).items() if k in read}, read, path)
-    _load(policy, _under(POLICY, weights), set(policy.state_dict()), path)
+    load_strictly(backbone, renamed(weights, {BACKBONE: ""}), path, "Mixer", read)
+    load_strictly(policy, renamed(weights, {POLICY: ""}), path, "Mixer", policy.state_dict())
     return TrainedMixer(backbone, policy, meta)
 
 
@@ -223,27 +219,3 @@ def _check_channels(path: Path, backbone: Backbone, meta: dict[str, Any]) -> Non
             f"the Mixer in {path} reads maps of {reads} channels, stage {stage} of its backbone "
             f"gives {gives}"
         )
-
-
-def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)}
-
-
-def _load(module: nn.Module, weights: dict[str, Tensor], wanted: set[str], path: Path) -> None:
-    missing = sorted(wanted - weights.keys())
-    if missing:
-        raise CheckpointError(f"{path} does not fit the Mixer it names: no {missing[0]} in it")
-    try:
-        module.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} does not fit the Mixer it names: {reason}") from error
-
-
-def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    checkpoint = read_checkpoint(path)
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    # A method whose Mixer learns has a teacher of its own or was given one.
-    weights = {BACKBONE + n: t for n, t in _under("twin.module.0.", state).items()}
-    weights |= {POLICY + n: t for n, t in _under("mixing.policy.", state).items()}
-    return checkpoint[META], weights

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ssl_samix.artifacts.checkpoints import load_plain
-from ssl_samix.artifacts.foreign import load_strictly
+from ssl_samix.artifacts.foreign import load_backbone
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.resnet import RESNETS
@@ -271,7 +271,7 @@ def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
         raise CheckpointError(f"{what} is not a ResNet: it has no conv1")
     stem = "small" if first.shape[-1] == 3 else "standard"
     backbone = Backbone(_resnet(weights, what), image_size, len(first), stem)  # type: ignore[arg-type]
-    load_strictly(backbone, weights, what)
+    load_backbone(backbone, weights, what)
     return backbone
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,24 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         UserError: If it cannot be read or written.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):  # evaluations may end at the same moment
-        old = read_rows(path)
-        columns = list(dict.fromkeys([*COLUMNS, *(name for row in old for name in row)]))
+        write_rows(path, COLUMNS, [*read_rows(path), *rows])
 
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows([*old, *rows])
 
-        write_atomically(path, write)
+def write_rows(path: Path, first: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with the columns of all rows, these first; cells of no value stay empty.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_samix.config.compose import (
     check_values,
     compose,
+    dotted,
     groups,
     keys_set,
     parse,
@@ -26,7 +27,7 @@ from ssl_samix.config.compose import (
 )
 from ssl_samix.config.saved import laid_over, read_plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
-from ssl_samix.files import PARTIAL, expanded, new_folder, write_atomically
+from ssl_samix.files import PARTIAL, expanded, make_folder, new_folder, write_atomically
 
 _log = logging.getLogger(__name__)
 # What a resumed run may change: neither the network nor what it is trained with.
@@ -38,7 +39,7 @@ FREE_KEYS = (
 
 
 # Keys that came later, with what runs from before them did.
-LATER = {
+DEFAULTS_FOR_OLD_RUNS = {
     "mixup.during": [0.0, 1.0],
     "mixup.optimizer": "encoder",
     "mixup.lam": "drawn",
@@ -75,7 +76,7 @@ class RunFolder:
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
 
-    def check_mine(self, config: DictConfig) -> None:
+    def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
 
         A run that has no checkpoint yet has nothing to lose and may be begun anew.
@@ -98,8 +99,8 @@ class RunFolder:
         if not self.last.exists():
             return
         old, _ = self.load_config()
-        now = _flat(plain(config))
-        before = {**{key: LATER[key] for key in LATER.keys() & now}, **_flat(plain(old))}
+        now = dotted(plain(config))
+        before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | dotted(plain(old))
         for key in sorted({*before, *now}):
             same = before.get(key) == now.get(key)
             if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
@@ -109,7 +110,7 @@ class RunFolder:
                 )
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Make the folder, and keep other processes from training in it.
 
         The claim ends with the process, however that ends. Where folders cannot be locked (Windows,
@@ -118,11 +119,7 @@ class RunFolder:
         Raises:
             UserError: If the folder cannot be made, or somebody trains in it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot make the run folder {self.path}: {reason}") from error
+        make_folder(self.path, "run folder")
         descriptor = _locked(self.path)
         try:
             yield
@@ -356,13 +353,3 @@ def _close(descriptor: int, folder: Path) -> None:
             os.close(descriptor)
     except OSError:
         return
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -32,7 +32,7 @@ class PlainSubcommand:
 
 
 def _training(text: str, command: str, module: str) -> Subcommand:
-    """Make a subcommand of one mode of training, whose ``module`` has the function ``job``."""
+    """Make a subcommand of one mode of training, whose ``module`` has ``train_from_words``."""
 
     def check(words: list[str], sweeping: bool) -> None:
         """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
@@ -64,38 +64,38 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         for config in configs:
             check_layout(config.data.name, config.data.root, config.data.download)
             if config.out is not None and not (sweeping or resume) and is_main_process():
-                RunFolder(config.out).check_mine(absolute(config))
+                RunFolder(config.out).check_same_run(absolute(config))
 
     def job(words: list[str]) -> None:
         from importlib import import_module
 
-        import_module(f"ssl_samix.{module}").job(words)
+        import_module(f"ssl_samix.{module}").train_from_words(words)
 
     return Subcommand(text, command, check, job, late_keys=("backbone.options",))
 
 
 def _check_show_mixing(words: list[str], _sweeping: bool) -> None:
-    from ssl_samix.cli.show_mixing import configured
+    from ssl_samix.cli.show_mixing import parse_show_mixing
 
-    configured(words)
+    parse_show_mixing(words)
 
 
 def _show_mixing(words: list[str]) -> None:
-    from ssl_samix.cli.show_mixing import configured, show
+    from ssl_samix.cli.show_mixing import parse_show_mixing, show
 
-    print(show(configured(words)))
+    print(show(parse_show_mixing(words)))
 
 
 def _check_export(words: list[str], _sweeping: bool) -> None:
-    from ssl_samix.artifacts.export import configured
+    from ssl_samix.artifacts.export import parse_export
 
-    configured(words)
+    parse_export(words)
 
 
 def _export(words: list[str]) -> None:
-    from ssl_samix.artifacts.export import configured, export
+    from ssl_samix.artifacts.export import export, parse_export
 
-    done = export(configured(words))
+    done = export(parse_export(words))
     print(done.path)
     print(done.usage, file=sys.stderr)  # stdout stays the path alone, for scripts
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ssl_samix.artifacts.run_folder import RunFolder
-from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice, check_range
-from ssl_samix.files import expanded
+from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.files import expanded, make_folder
 
 if TYPE_CHECKING:
     from ssl_samix.artifacts.openmixup import Checkpoint
@@ -30,7 +30,7 @@ SMALL = {10: CIFAR, 100: CIFAR, 200: (64, *PHOTOGRAPHS[1:])}  # 200: Tiny ImageN
 
 
 @dataclass(frozen=True)
-class Request:
+class ConvertRequest:
     """What is converted, and what is said of it beside what its file says; None: unsaid.
 
     Attributes:
@@ -72,10 +72,10 @@ def main(words: list[str]) -> str:
     """
     if {"-h", "--help"} & set(words):
         return _parser().format_help().rstrip()
-    return "\n".join(convert(configured(words)))
+    return "\n".join(convert(parse_convert(words)))
 
 
-def configured(words: list[str]) -> Request:
+def parse_convert(words: list[str]) -> ConvertRequest:
     """Read the words, and check all that can be told before the file is opened.
 
     Raises:
@@ -92,7 +92,7 @@ def configured(words: list[str]) -> Request:
         check_choice("--upsampling", given["upsampling"], UPSAMPLING)
     for key, smallest in (("mean", 0.0), ("std", 1e-6)):
         given[key] = None if given[key] is None else _channels(key, given[key], smallest)
-    request = Request(**{**given, **{k: expanded(given[k]) for k in ("path", "out")}})
+    request = ConvertRequest(**{**given, **{k: expanded(given[k]) for k in ("path", "out")}})
     _check_paths(request)
     return request
 
@@ -107,7 +107,7 @@ def _channels(key: str, text: str, smallest: float) -> Channels:
     return red, green, blue
 
 
-def _check_paths(request: Request) -> None:
+def _check_paths(request: ConvertRequest) -> None:
     if not request.path.is_file():
         raise CheckpointError(f"there is no checkpoint {request.path}")
     if request.out.exists() and not request.out.is_dir():
@@ -116,7 +116,7 @@ def _check_paths(request: Request) -> None:
         raise ConfigError(f"-o {request.out} is not empty: give a new folder")
 
 
-def convert(request: Request) -> list[str]:
+def convert(request: ConvertRequest) -> list[str]:
     """Write the encoder and, if the file has one, the Mixer.
 
     Returns:
@@ -147,14 +147,16 @@ def convert(request: Request) -> list[str]:
     if request.encoder_only or average is None or not checkpoint.under("mix_block."):
         reason = "--encoder-only" if request.encoder_only else f"{request.path} has no mix_block"
         lines.append(f"no Mixer: {reason}")
-        _make(out.path)
+        make_folder(out.path)
     else:
         lines.append(_mixer(checkpoint, average, request, meta))
     save_encoder(out.encoder, encoder, meta)
     return lines
 
 
-def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[str, Any]) -> str:
+def _mixer(
+    checkpoint: Checkpoint, average: str, request: ConvertRequest, meta: dict[str, Any]
+) -> str:
     """Write the Mixer, complete the description of the files, and say what was written."""
     from ssl_samix.artifacts.mixer import save_mixer
     from ssl_samix.artifacts.openmixup import mixer, network
@@ -167,7 +169,7 @@ def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[st
     policy.block.load_state_dict(state, strict=True)
     meta |= {"mixup": "samix", "mixer": {"stage": stage, "settings": settings}}
     path = RunFolder(request.out).mixer
-    _make(path.parent)
+    make_folder(path.parent)
     save_mixer(path, teacher, policy, meta)
     bend = -1 if settings["lam_curve"] is None else settings["lam_curve"]
     return (
@@ -176,7 +178,7 @@ def _mixer(checkpoint: Checkpoint, average: str, request: Request, meta: dict[st
     )
 
 
-def _images(checkpoint: Checkpoint, name: str, request: Request) -> dict[str, Any]:
+def _images(checkpoint: Checkpoint, name: str, request: ConvertRequest) -> dict[str, Any]:
     """Say what a network was trained on: by its user, its configuration, or its shapes."""
     from ssl_samix.artifacts.openmixup import channels, side
 
@@ -194,13 +196,6 @@ def _images(checkpoint: Checkpoint, name: str, request: Request) -> dict[str, An
             "give --image-size, --mean and --std"
         )
     return {**known, "mean": list(known["mean"]), "std": list(known["std"])}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 def _parser() -> _Parser:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import compose
-from ssl_samix.data.folder import FolderIndex, given_images
+from ssl_samix.data.folder import FolderIndex, given_images, listed
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
 from ssl_samix.files import expanded
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
+class ShowMixingRequest:
     """What is to be painted."""
 
     run: Path  # folder or file
@@ -43,7 +43,7 @@ class Request:
     seed: int
 
 
-def configured(words: list[str]) -> Request:
+def parse_show_mixing(words: list[str]) -> ShowMixingRequest:
     """Check ``key=value`` words.
 
     Raises:
@@ -66,7 +66,7 @@ def configured(words: list[str]) -> Request:
     out = beside if config.out is None else expanded(str(config.out))
     if out.suffix.lower() != ".png":
         raise ConfigError(f"out={out}: the picture is a PNG, give it a name that ends in .png")
-    return Request(run, images, out, lams, config.rows, config.seed)
+    return ShowMixingRequest(run, images, out, lams, config.rows, config.seed)
 
 
 def _check_run(run: Path, own_images: bool) -> None:
@@ -92,7 +92,7 @@ def _at_least_two(folder: str) -> FolderIndex:
     return images
 
 
-def show(request: Request) -> Path:
+def show(request: ShowMixingRequest) -> Path:
     """Paint the picture and return its path.
 
     Raises:
@@ -112,7 +112,7 @@ def show(request: Request) -> Path:
     return request.out
 
 
-def _own_images(request: Request, size: int) -> Tensor:
+def _own_images(request: ShowMixingRequest, size: int) -> Tensor:
     """Load un-augmented training images of the run, (N, 3, S, S) uint8."""
     from ssl_samix.data.datasets import load_splits
     from ssl_samix.training.mixed_pictures import fixed_images
@@ -123,26 +123,26 @@ def _own_images(request: Request, size: int) -> Tensor:
     return fixed_images(splits.train, 2 * request.rows, request.seed)
 
 
-def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
+def _decoded(request: ShowMixingRequest, paths: list[str], size: int) -> Tensor:
     """Decode files in a drawn order until there are enough, (N, 3, S, S) uint8."""
     import torch
 
-    from ssl_samix.data.images import fit, resized_side, to_rgb
-    from ssl_samix.data.sources import UNREADABLE, PathSource, described
+    from ssl_samix.data.decode import decoded
+    from ssl_samix.data.images import fit, resized_side
+    from ssl_samix.data.sources import PathSource
 
     source, found, damaged = PathSource(paths), [], []
     generator = torch.Generator().manual_seed(request.seed)
     for i in torch.randperm(len(paths), generator=generator).tolist():
-        try:
-            image = to_rgb(source.image(i, 2 * resized_side(size)))
-        except UNREADABLE as error:
-            damaged.append(described(source.name(i), error))
+        image = decoded(source, i, 2 * resized_side(size))
+        if isinstance(image, str):
+            damaged.append(image)
             continue
         found.append(fit(image, size))
         if len(found) == 2 * request.rows:
             break
     if damaged:
-        named = ", ".join(damaged[:10]) + (" and more" if len(damaged) > 10 else "")
+        named = listed(damaged)
         if len(found) < 2:
             raise DataError(f"of {len(paths)} images {len(found)} can be read: repair {named}")
         tried = len(damaged) + len(found)
@@ -152,7 +152,7 @@ def _decoded(request: Request, paths: list[str], size: int) -> Tensor:
     return torch.stack(found)
 
 
-def _painted(mixer: TrainedMixer, pixels: Tensor, request: Request) -> Image.Image:
+def _painted(mixer: TrainedMixer, pixels: Tensor, request: ShowMixingRequest) -> Image.Image:
     import torch
 
     from ssl_samix.data.views import normalize

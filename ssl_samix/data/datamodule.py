@@ -1,89 +1,199 @@
-"""From a data set to batches of views on the device."""
+"""From a data set to batches of views on the device.
+
+The order and the randomness of a step depend on its number alone.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_samix.data.datasets import Splits, load_splits
-from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.loader import StepLoader, StepReader, StepSampler, step_seed
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.images import ImageSet, MemoryImages
+from ssl_samix.data.view_spec import Recipes, ViewSpec
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
 
 
-class DataModule(pl.LightningDataModule):
+class PerImageViews(Protocol):
+    """Draws the views of one image in a worker process."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Map uint8 (3, h, w) to uint8 (V, 3, S, S)."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix run seed, step and rank into a seed for torch (splitmix64's finaliser)."""
+    mixed = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    ) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
+class StepSampler(Sampler[tuple[int, list[int]]]):
+    """Yields (step, indices of this rank's part of that step's batch); drops the ragged end.
+
+    The shuffled order comes from seed and epoch, and a global batch is the same whatever the number
+    of ranks; no index appears twice in an epoch. Lightning calls ``set_epoch``.
+
+    Args:
+        size: N images.
+        batch_size: Images per step, over all ranks.
+        seed: Of the run.
+        rank: Of this process.
+        ranks: Number of processes.
+        order: Maps a generator to the indices of an epoch, (N,) int64; a shuffle of all if None.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        order: Callable[[torch.Generator], Tensor] | None = None,
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.ranks = rank, ranks
+        self.order = order or (lambda generator: torch.randperm(size, generator=generator))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch, -1))
+        order = self.order(generator).tolist()
+        share = self.batch_size // self.ranks
+        for batch in range(len(self)):
+            first = batch * self.batch_size + self.rank * share
+            yield self.epoch * len(self) + batch, order[first : first + share]
+
+
+class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+    """Reads the batch of one step: pixels, labels, indices and the step.
+
+    Args:
+        images: Where they come from.
+        views: Draws the views per image here, in the worker, from each image's own pixels;
+            None leaves them to the device, on fitted images.
+        seed: Of the run.
+        rank: Of this process.
+    """
+
+    def __init__(self, images: ImageSet, views: PerImageViews | None, seed: int, rank: int) -> None:
+        self.images, self.views, self.seed, self.rank = images, views, seed, rank
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor, int]:
+        step, indices = item
+        index = torch.tensor(indices)
+        if self.views is None:
+            pixels = self.images.load(indices)  # (B, 3, S, S)
+        else:
+            torch.manual_seed(step_seed(self.seed, step, self.rank))
+            pixels = torch.stack([self.views(self.images.original(i)) for i in indices])
+        return pixels, self.images.labels[index], index, step
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
+    have begun to read the batches of epoch 0 by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+class StepData(pl.LightningDataModule):
+    """Images of which every step's views are drawn on the device, from its number alone."""
+
+    images: ImageSet
+    views: ViewMaker
+    seed: int
+
+    def loader(
+        self, sampler: Sampler[tuple[int, list[int]]], workers: int, rank: int = 0
+    ) -> DataLoader[Any]:
+        """Return the loader of the batches that a sampler names."""
+        return StepLoader(
+            StepReader(self.images, self.views.per_image, self.seed, rank),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Draw the views on the device."""
+        pixels, label, index, step = batch
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
+        # a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(step_seed(self.seed, int(step), rank))
+        return Batch(views=self.views(pixels), label=label, index=index)
+
+
+class DataModule(StepData):
     """The images of one run.
 
     Args:
         views: Of which views a batch consists.
         seed: Of the run: orders and views derive from it and from the step.
-        name: Data set name.
-        root: Its folder; of ``webdataset`` also a pattern or a URL.
-        image_size: Side of the views in px, or ``auto``.
-        limit: Train on a class-balanced subset of at most this many images.
         batch_size: Images per step, over all devices.
         flip: Whether a mirrored image still shows the same thing.
         crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
-        labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
-            of shards, are classes.
-        download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
-        memory_gb: Hold data sets up to this many GiB in memory.
-        labelled: Train on labelled images alone.
+        **data: Which images, as ``load_splits`` takes them.
 
     Raises:
         DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
     """
 
-    def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
+    def __init__(
         self,
         *,
         views: Recipes,
         seed: int,
-        name: str,
-        root: str | None,
-        image_size: int | Literal["auto"],
-        limit: int | None,
         batch_size: int,
         flip: bool,
         crop_min: float,
-        labels: bool | Literal["auto"],
-        download: bool,
         workers: int | Literal["auto"],
-        memory_gb: float,
-        labelled: bool = False,
+        **data: Any,
     ) -> None:
         super().__init__()
         check_range("seed", seed, 0)
-        check_range("data.memory_gb", memory_gb, 0)
-        for key, value in {"limit": limit, "workers": workers, "image_size": image_size}.items():
-            if value is not None and value != "auto":
-                check_range(f"data.{key}", value, 0 if key == "workers" else 1)
-        self.name, self.seed, self.batch_size, self.workers = name, seed, batch_size, workers
-        self.splits: Splits = load_splits(
-            name,
-            root,
-            image_size,
-            limit,
-            download=download,
-            labels=labels,
-            memory_gb=memory_gb,
-            labelled=labelled,
-        )
+        if workers != "auto":
+            check_range("data.workers", workers, 0)
+        self.seed, self.batch_size, self.workers = seed, batch_size, workers
+        self.splits: Splits = load_splits(**data)
+        self.images = self.splits.train
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
         specs = views.specs(size, flip, crop_min)
         self.views = ViewMaker(specs, size, mean, std, views.device)
 
     def _check_batch(self) -> None:
-        images = len(self.splits.train)
+        images = len(self.images)
         if self.batch_size < 2:
             raise DataError(
                 f"data.batch_size={self.batch_size}: contrastive methods compare images with each "
@@ -98,7 +208,7 @@ class DataModule(pl.LightningDataModule):
     @property
     def in_memory(self) -> bool:
         """Whether loading a batch is a memory look-up."""
-        return isinstance(self.splits.train, MemoryImages)
+        return isinstance(self.images, MemoryImages)
 
     def worker_count(self, ranks: int = 1) -> int:
         """Return the number of worker processes per rank."""
@@ -117,23 +227,55 @@ class DataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size} cannot be shared by {ranks} devices: it must be"
                 f" a multiple of {ranks} and give each at least 2 images"
             )
-        workers, images = self.worker_count(ranks), self.splits.train
-        return StepLoader(
-            StepReader(images, self.views.per_image, self.seed, rank),
-            sampler=StepSampler(
-                len(images), self.batch_size, self.seed, rank, ranks, order=images.order
-            ),
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        order, size = self.images.order, len(self.images)
+        sampler = StepSampler(size, self.batch_size, self.seed, rank, ranks, order=order)
+        return self.loader(sampler, self.worker_count(ranks), rank)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Draw the views on the device."""
-        pixels, label, index, step = batch
-        rank = self.trainer.global_rank if self.trainer is not None else 0
-        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
-        # a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed(step_seed(self.seed, int(step), rank))
-        return Batch(views=self.views(pixels), label=label, index=index)
+
+# Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
+CROP_AND_FLIP = ViewSpec(
+    crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+    grayscale=0.0, blur=0.0, solarize=0.0,
+)  # fmt: skip
+
+
+class LabelledData(StepData):
+    """Some of a data set's images, with one augmented view and the label of each.
+
+    Args:
+        images: The data set.
+        picks: Which of its images.
+        spec: The recipe of the view, already scaled to the images.
+        mean: Of the normalisation, per channel.
+        std: Likewise.
+        batch_size: Images per step; a smaller set is one batch.
+        seed: Orders and views derive from it and from the step.
+        workers: Processes that decode images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        picks: Sequence[int],
+        spec: ViewSpec,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.images, self.picks, self.seed, self.workers = images, list(picks), seed, workers
+        self.batch_size = min(batch_size, len(self.picks))
+        self.views = ViewMaker((spec,), images.image_size, mean, std)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of all steps."""
+        picks = torch.tensor(self.picks)
+
+        def order(generator: torch.Generator) -> Tensor:
+            return picks[torch.randperm(len(picks), generator=generator)]
+
+        sampler = StepSampler(len(picks), self.batch_size, self.seed, rank=0, ranks=1, order=order)
+        return self.loader(sampler, self.workers)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
-from collections.abc import Callable
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from ssl_samix.data import readers
+import numpy as np
+import torch
+from torch import Tensor
+
 from ssl_samix.data.decode import check_sample, memory_images, typical_side
+from ssl_samix.data.folder import Files, class_folders, require_same_classes, scan
 from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
-from ssl_samix.data.layout import check_layout, locate
-from ssl_samix.data.readers import Part, Parts, Request
-from ssl_samix.data.sources import ArraySource, EncodedSource
+from ssl_samix.data.layout import DATASETS, check_layout, locate
+from ssl_samix.data.shards import index, numbered
+from ssl_samix.data.sources import ArraySource, EncodedSource, PathSource, ShardSource, Source
 from ssl_samix.data.subsets import hold_out, stratified
-from ssl_samix.errors import DataError
+from ssl_samix.errors import DataError, check_range
 
 _log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
@@ -28,11 +38,195 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+_STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """What a reader is asked for."""
+
+    root: Path  # as torchvision means it: the folder above the data set's own
+    download: bool  # torchvision may fetch what is missing
+    labels: bool | str  # whether sub-folders or .cls members are classes
+    given: str = ""  # data.root as it was given: a pattern or a URL is no path
+
+
+@dataclass(frozen=True)
+class Part:
+    """N pictures with labels."""
+
+    source: Source
+    labels: Tensor  # (N,) int64, -1 where there is no label
+
+    def take(self, indices: Tensor) -> Part:
+        """Return the pictures at these positions, (n,) int64."""
+        return Part(self.source.take(indices.tolist()), self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The splits of a data set."""
+
+    train: Part
+    val: Part | None
+    classes: tuple[str, ...]  # empty when unlabelled
+    bank: Part | None = None  # labelled images beside an unlabelled train split
+    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
+
+
+def read_digits(request: ReadRequest) -> Parts:
+    """Read scikit-learn's 1,797 digits, 8 x 8 gray in 0..16, scaled to 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return Parts(_array(pixels, digits.target, "digits"), None, tuple("0123456789"))
+
+
+def read_stl10(request: ReadRequest) -> Parts:
+    """Read STL-10, 96 px: 100,000 unlabelled, 5,000 labelled as bank, 8,000 test images."""
+    from torchvision.datasets import STL10
+
+    class Verified(STL10):
+        def _check_integrity(self) -> bool:
+            return True  # 3 GB were hashed for the first split
+
+    with _sound("stl10", request):
+        train = STL10(request.root, split="unlabeled", download=request.download)
+        bank = Verified(request.root, split="train")
+        test = Verified(request.root, split="test")
+        parts = [
+            _array(split.data.transpose(0, 2, 3, 1), split.labels, f"stl10 {name}")
+            for name, split in (("unlabeled", train), ("test", test), ("train", bank))
+        ]
+    return Parts(parts[0], parts[1], tuple(_STL10_CLASSES.split()), parts[2])
+
+
+def read_fashion_mnist(request: ReadRequest) -> Parts:
+    """Read Fashion-MNIST: 60,000 and 10,000 gray images of 28 px, gzipped files or plain ones."""
+    from torchvision.datasets import FashionMNIST
+
+    if request.download:
+        with _sound("fashion_mnist", request):
+            FashionMNIST(request.root, download=True)
+    raw = request.root / DATASETS["fashion_mnist"].folder
+    with _sound("fashion_mnist", request):
+        train, test = (
+            _array(
+                _idx(raw / f"{part}-images-idx3-ubyte"),
+                _idx(raw / f"{part}-labels-idx1-ubyte"),
+                f"fashion_mnist {name}",
+            )
+            for part, name in (("train", "train"), ("t10k", "test"))
+        )
+    return Parts(train, test, tuple(FashionMNIST.classes))
+
+
+def read_tiny_imagenet(request: ReadRequest) -> Parts:
+    """Read Tiny ImageNet, 64 px: ``val`` as published (one list of labels) or in class folders."""
+    home = request.root / DATASETS["tiny_imagenet"].folder
+    listing, pictures = home / "val" / "val_annotations.txt", home / "val" / "images"
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    rows = [line.split("\t")[:2] for line in lines if line.strip()]
+    if not rows or not (pictures / rows[0][0]).is_file():
+        return read_imagenet(replace(request, root=home))
+    train, classes = class_folders(home / "train")
+    require_same_classes(classes, tuple(sorted({name for _, name in rows})), str(listing))
+    paths, labels = [str(pictures / file) for file, _ in rows], [classes.index(n) for _, n in rows]
+    return Parts(_files(train), _files(Files(paths, labels)), classes)
+
+
+def read_imagenet(request: ReadRequest) -> Parts:
+    """Read ``train`` and ``val``, each with one folder per class."""
+    train, classes = class_folders(request.root / "train")
+    val, val_classes = class_folders(request.root / "val")
+    require_same_classes(classes, val_classes, str(request.root / "val"))
+    return Parts(_files(train), _files(val), classes)
+
+
+def read_folder(request: ReadRequest) -> Parts:
+    """Read a person's own folder, see ``ssl_samix.data.folder``."""
+    index = scan(request.root, request.labels)
+    val = _files(index.val) if index.val else None
+    return Parts(_files(index.train), val, index.classes, notes=index.notes)
+
+
+def read_webdataset(request: ReadRequest) -> Parts:
+    """Read tar shards, see ``ssl_samix.data.shards``; the .cls members name the classes."""
+    indexed = index(request.given)
+    found = [label for _, members in indexed for label in members.labels]
+    labels, classes = numbered(found, request.labels)
+    return Parts(Part(ShardSource.of(indexed), torch.tensor(labels)), None, classes)
+
+
+def _cifar(kind: str, request: ReadRequest) -> Parts:
+    """Read CIFAR-10, or CIFAR-100 with its fine classes: 50,000 and 10,000 images of 32 px."""
+    from torchvision import datasets
+
+    read, title = getattr(datasets, kind), kind.lower()
+    with _sound(title, request):
+        train = read(request.root, train=True, download=request.download)
+        test = read(request.root, train=False)
+        return Parts(
+            _array(train.data, train.targets, f"{title} train"),
+            _array(test.data, test.targets, f"{title} test"),
+            tuple(train.classes),
+        )
+
+
+def _array(
+    pixels: np.ndarray[Any, Any], labels: Sequence[int] | np.ndarray[Any, Any], title: str
+) -> Part:
+    """Join (N, h, w[, 3]) pixels and N labels."""
+    if len(pixels) != len(labels):
+        raise ValueError(f"{len(pixels)} images and {len(labels)} labels")
+    source = ArraySource(pixels, title, range(len(pixels)))
+    return Part(source, torch.from_numpy(np.array(labels, dtype=np.int64)))
+
+
+def _files(files: Files) -> Part:
+    return Part(PathSource(files.paths), torch.tensor(files.labels, dtype=torch.int64))
+
+
+def _idx(path: Path) -> np.ndarray[Any, Any]:
+    """Read an IDX file of bytes: two zeros, the type, the number of axes, their lengths, data."""
+    zipped = path.with_name(f"{path.name}.gz")
+    data = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+    axes = data[3]
+    shape = np.frombuffer(data, ">i4", axes, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+@contextmanager
+def _sound(name: str, request: ReadRequest) -> Iterator[None]:
+    """Turn whatever a damaged or unreachable data set raises into one sentence."""
+    try:
+        yield
+    except (
+        OSError,  # also no connection
+        RuntimeError,  # torchvision's wrong checksum
+        EOFError,
+        LookupError,
+        ValueError,
+        pickle.UnpicklingError,
+        zlib.error,
+    ) as error:
+        if request.download:
+            raise DataError(
+                f"'{name}' could not be downloaded to {request.root} or is damaged there ({error}):"
+                " check the connection and the free space, or delete it and try again"
+            ) from error
+        raise DataError(
+            f"'{name}' under {request.root} is incomplete or damaged: delete it there and add "
+            "data.download=true"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Spec:
     """One row of the table."""
 
-    read: Callable[[Request], Parts]
+    read: Callable[[ReadRequest], Parts]
     mean: Channels = _IMAGENET_MEAN  # per channel, of pixels in 0..1
     std: Channels = _IMAGENET_STD
     image_size: int | None = None  # px when set to auto; None: from the files
@@ -42,24 +236,26 @@ class Spec:
 SPECS: dict[str, Spec] = {
     # computed over all pixels of the 1,438 training images at 16 px
     "digits": Spec(
-        readers.read_digits, (0.3056, 0.3056, 0.3056), (0.3190, 0.3190, 0.3190), 16, hold_out=0.2
+        read_digits, (0.3056, 0.3056, 0.3056), (0.3190, 0.3190, 0.3190), 16, hold_out=0.2
     ),
-    "folder": Spec(readers.read_folder, hold_out=0.1),
-    "webdataset": Spec(readers.read_webdataset, hold_out=0.1),
+    "folder": Spec(read_folder, hold_out=0.1),
+    "webdataset": Spec(read_webdataset, hold_out=0.1),
     # the usual ones: per channel over all pixels of the training images
     "cifar10": Spec(
-        readers.read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), image_size=32
+        partial(_cifar, "CIFAR10"),
+        *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32),
     ),
     "cifar100": Spec(
-        readers.read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), image_size=32
+        partial(_cifar, "CIFAR100"),
+        *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32),
     ),
-    "stl10": Spec(readers.read_stl10, image_size=96),
+    "stl10": Spec(read_stl10, image_size=96),
     # the usual ones, over all pixels of the 60,000 training images at their own 28 px
     "fashion_mnist": Spec(
-        readers.read_fashion_mnist, (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530), 32
+        read_fashion_mnist, (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530), 32
     ),
-    "tiny_imagenet": Spec(readers.read_tiny_imagenet, image_size=64),
-    "imagenet": Spec(readers.read_imagenet, image_size=224),
+    "tiny_imagenet": Spec(read_tiny_imagenet, image_size=64),
+    "imagenet": Spec(read_imagenet, image_size=224),
 }
 
 
@@ -114,9 +310,10 @@ def load_splits(
     """
     check_layout(name, root, download)
     _check_settings(image_size, limit)
+    check_range("data.memory_gb", memory_gb, 0)
     spec = SPECS[name]
     home = locate(name, root)
-    parts = _with_val(spec.read(Request(home, download, labels, str(root))), spec.hold_out)
+    parts = _with_val(spec.read(ReadRequest(home, download, labels, str(root))), spec.hold_out)
     if labelled and parts.bank is not None:
         parts = replace(parts, train=parts.bank, bank=None)
     size = image_size if image_size != "auto" else _auto_size(spec, parts.train)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_samix.data.folder import listed
 from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
 from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
@@ -43,18 +44,14 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
     """
     total = len(source)
     pixels = torch.empty(total, 3, size, size, dtype=torch.uint8)
-    bad = _decode_into(pixels, source)
+    bad = _visit(source, size, lambda i, image: pixels[i].copy_(fit(image, size)))
     _judge(list(bad.values()), total)
-    names = [source.name(i) for i in range(total)]
-    kept_source = source if isinstance(source, EncodedSource) else None  # an array would stay alive
     if bad:
-        keep = torch.ones(total, dtype=torch.bool)
-        keep[list(bad)] = False
-        pixels, labels = pixels[keep], labels[keep]
-        names = [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
-        if kept_source is not None:
-            kept_source = kept_source.take(keep.nonzero().flatten().tolist())
-    return MemoryImages(pixels, labels, names, len(bad), kept_source)
+        keep = [i for i in range(total) if i not in bad]
+        pixels, labels, source = pixels[keep], labels[keep], source.take(keep)
+    names = [source.name(i) for i in range(len(source))]
+    kept = source if isinstance(source, EncodedSource) else None  # an array would stay alive
+    return MemoryImages(pixels, labels, names, len(bad), kept)
 
 
 def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:
@@ -72,16 +69,8 @@ def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> 
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(source), generator=generator)[:most].sort().values.tolist()
     chosen = source.take(sample)
-    spans = [range(i, min(i + 16, len(chosen))) for i in range(0, len(chosen), 16)]
-    at_least = 2 * resized_side(size)
-
-    def check(span: range) -> list[str]:
-        decoded = (_decoded(chosen, i, at_least) for i in span)
-        return [bad for bad in decoded if isinstance(bad, str)]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [found for some in pool.map(check, spans) for found in some]
-    _judge(bad, len(chosen))
+    bad = _visit(chosen, size, lambda _, image: image, at_once=16)
+    _judge(list(bad.values()), len(chosen))
 
 
 def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
@@ -108,26 +97,35 @@ def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
     return int(torch.tensor(sides).median())
 
 
-def _decode_into(pixels: Tensor, source: Source) -> dict[int, str]:
-    """Fill (N, 3, S, S) ``pixels``; return positions and names of what could not be read."""
-    size = pixels.shape[-1]
+def _visit(
+    source: Source, size: int, keep: Callable[[int, Image.Image], object], at_once: int = _CHUNK
+) -> dict[int, str]:
+    """Decode all pictures; return positions and names of those that could not be read.
+
+    Args:
+        source: N pictures.
+        size: S, image side in pixels.
+        keep: Is given the position of each picture that could, and the picture.
+        at_once: Pictures per task of a thread.
+    """
     at_least = 2 * resized_side(size)  # reducing to twice the size keeps the result sharp
 
-    def decode(span: range) -> dict[int, str]:
+    def visit(span: range) -> dict[int, str]:
         bad = {}
         for i in span:
-            image = _decoded(source, i, at_least)
+            image = decoded(source, i, at_least)
             if isinstance(image, str):
                 bad[i] = image
             else:
-                pixels[i] = fit(image, size)
+                keep(i, image)
         return bad
 
     total = len(source)
-    spans = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
-    with tqdm(total=total, unit=" images", desc="loading", disable=not _wants_bar(total)) as bar:
+    spans = [range(i, min(i + at_once, total)) for i in range(0, total, at_once)]
+    hidden = total <= _BAR_FROM or not sys.stderr.isatty()
+    with tqdm(total=total, unit=" images", desc="loading", disable=hidden) as bar:
         found = {}
-        for span, bad in zip(spans, _each(decode, spans), strict=True):
+        for span, bad in zip(spans, _each(visit, spans), strict=True):
             found.update(bad)
             bar.update(len(span))
     return found
@@ -148,7 +146,7 @@ def _each(
         yield from pool.map(decode, spans[1:])
 
 
-def _decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
+def decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
     """Return the picture in RGB, or its name for a report if it cannot be read."""
     try:
         return to_rgb(source.image(index, at_least))
@@ -164,17 +162,6 @@ def _judge(bad: list[str], total: int) -> None:
     if len(bad) > most:
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, more than the {most} that would be "
-            f"skipped: repair or remove {_named(bad, 20)}"
+            f"skipped: repair or remove {listed(bad, 20)}"
         )
-    _log.warning(
-        "%d of %d images cannot be read and are skipped: %s", len(bad), total, _named(bad, 10)
-    )
-
-
-def _named(names: list[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _wants_bar(total: int) -> bool:
-    return total > _BAR_FROM and sys.stderr.isatty()
+    _log.warning("%d of %d images cannot be read and are skipped: %s", len(bad), total, listed(bad))

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, UnusableImage
+from ssl_samix.data.sources import UNREADABLE, Source, UnusableImage
 from ssl_samix.errors import DataError
 
 _CLIPPED = 1000  # one value in so many may lie beyond black, and one beyond white
@@ -169,13 +169,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if needs_scaling(stored):
         image = to_8_bits(image, stored)
     if image.has_transparency_data:
-        layer = _straight(image).convert("RGBA")
+        # Pillow has no La to RGBA.
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _straight(image: Image.Image) -> Image.Image:
-    return image.convert("LA") if image.mode == "La" else image  # Pillow has no La to RGBA
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -232,9 +229,9 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
     labels: Tensor  # (N,) int64, -1 where there is no label
     image_size: int  # S in pixels
     unreadable: int  # images found damaged so far, in this process
+    source: Source | None = None  # says in which order an epoch goes through them
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -254,8 +251,10 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
         """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
-        return torch.randperm(len(self), generator=generator)
+        """Return the order of an epoch that suits where the images are, (N,) int64."""
+        if self.source is None:
+            return torch.randperm(len(self), generator=generator)
+        return self.source.order(generator)
 
 
 class MemoryImages(ImageSet):
@@ -267,7 +266,7 @@ class MemoryImages(ImageSet):
         labels: Tensor,
         names: Sequence[str],
         unreadable: int = 0,
-        source: EncodedSource | None = None,
+        source: Source | None = None,
     ) -> None:
         """Hold the images.
 
@@ -299,13 +298,11 @@ class MemoryImages(ImageSet):
         """Return the stored image, (3, S, S) uint8."""
         return self.pixels[index]
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64."""
-        return super().order(generator) if self.source is None else self.source.order(generator)
-
 
 class FileImages(ImageSet):
     """Images decoded on demand; a damaged one is replaced by the next good one of its class."""
+
+    source: Source
 
     def __init__(self, source: Source, labels: Tensor, image_size: int) -> None:
         """Hold where the images are.
@@ -343,10 +340,6 @@ class FileImages(ImageSet):
             DataError: Every image of a class is damaged.
         """
         return to_tensor(self._decode(index, None))
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch that suits where the images are, (N,) int64."""
-        return self.source.order(generator)
 
     def _decode(self, index: int, at_least: int | None) -> Image.Image:
         """Return the picture at ``index``, or the next readable one with the same label."""

@@ -1,7 +1,8 @@
-"""Where pictures come from, one at a time: files, or an array that is already in memory."""
+"""Where pictures come from, one at a time: files, tar shards, or an array already in memory."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -11,7 +12,8 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, Any, Protocol
+from functools import lru_cache
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_samix.data.image_files import formats
+from ssl_samix.data.shards import Members, Shard
 from ssl_samix.errors import check_range
 
 VARIABLE = "SSL_SAMIX_MAX_MEGAPIXELS"
@@ -36,6 +39,8 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,  # too many pixels to be a picture
 )
+WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
+_OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
 
 
 class UnusableImage(OSError):  # noqa: N818  nothing went wrong, the file is what it is
@@ -90,15 +95,18 @@ def _too_large(error: Image.DecompressionBombError) -> UnusableImage:
     return UnusableImage(f"{size}, and the limit is {most:g}: raise it with {VARIABLE}")
 
 
-class Source(Protocol):
+class Source(ABC):
     """N pictures that are decoded on request."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return N."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what a person finds the picture by: its path, or its place in a data set."""
 
+    @abstractmethod
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Decode one picture.
 
@@ -111,23 +119,17 @@ class Source(Protocol):
             One of ``UNREADABLE`` for a damaged picture.
         """
 
+    @abstractmethod
     def take(self, indices: Sequence[int]) -> Source:
         """Return the pictures at these positions."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64, drawn from ``generator``."""
+        """Return the order of an epoch, (N,) int64, drawn from ``generator``: a shuffle of all."""
+        return torch.randperm(len(self), generator=generator)
 
 
-class EncodedSource(ABC):
+class EncodedSource(Source):
     """N pictures that are stored one by one, in any format that Pillow reads."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return N."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Return what a person finds the picture by."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -136,10 +138,6 @@ class EncodedSource(ABC):
         Raises:
             One of ``UNREADABLE`` for a damaged one.
         """
-
-    @abstractmethod
-    def take(self, indices: Sequence[int]) -> EncodedSource:
-        """Return the pictures at these positions."""
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Fully decode one picture, so that a truncated one is found here."""
@@ -160,10 +158,6 @@ class EncodedSource(ABC):
                 )
             return image
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
-        return torch.randperm(len(self), generator=generator)
-
 
 def _is_16_bit_colour(image: Image.Image) -> bool:
     """Say of a picture that is not loaded yet whether Pillow will drop half of its bits."""
@@ -181,11 +175,9 @@ class PathSource(EncodedSource):
     """Image files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Hold N paths; nothing is opened yet."""
         self.paths = list(paths)
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.paths)
 
     def name(self, index: int) -> str:
@@ -201,7 +193,7 @@ class PathSource(EncodedSource):
         return PathSource([self.paths[i] for i in indices])
 
 
-class ArraySource:
+class ArraySource(Source):
     """Pictures that a data set gives as one array."""
 
     def __init__(self, pixels: np.ndarray[Any, Any], title: str, numbers: Sequence[int]) -> None:
@@ -217,7 +209,6 @@ class ArraySource:
         self.numbers = numbers
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.pixels)
 
     def name(self, index: int) -> str:
@@ -239,6 +230,87 @@ class ArraySource:
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
 
+
+class ShardSource(EncodedSource):
+    """Images in tar files on a local disk.
+
+    Args:
+        shards: K tar files.
+        names: N members.
+        places: (N, 3) int64: position in ``shards``, offset and size in bytes.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], names: Sequence[str], places: np.ndarray[Any, Any]
+    ) -> None:
+        assert places.shape == (len(names), 3)
+        self.shards, self.names, self.places = list(shards), list(names), places
+
+    @classmethod
+    def of(cls, indexed: Sequence[tuple[Shard, Members]]) -> ShardSource:
+        """Hold all members of some shards."""
+        rows = [
+            np.stack([np.full(len(m.names), k), np.array(m.offsets), np.array(m.sizes)], axis=1)
+            for k, (_, m) in enumerate(indexed)
+            if m.names
+        ]
+        names = [name for _, m in indexed for name in m.names]
+        return cls([shard for shard, _ in indexed], names, np.concatenate(rows).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Return the path or URL of the shard, and the member."""
+        return f"{self.shards[self.places[index, 0]].url}/{self.names[index]}"
+
+    def open(self, index: int) -> Image.Image:
+        """Read one member; nothing but its header is decoded yet."""
+        shard, offset, size = self.places[index].tolist()
+        file = _opened(self.shards[shard], os.getpid())
+        return open_image(io.BytesIO(os.pread(file.number, size, offset)))
+
+    def take(self, indices: Sequence[int]) -> ShardSource:
+        """Return the members at these positions."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return ShardSource(self.shards, [self.names[i] for i in indices], self.places[chosen])
+
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
-        return torch.randperm(len(self), generator=generator)
+        """Shuffle the shards, then all images within each window of 16 shards."""
+        return windowed(torch.from_numpy(self.places[:, 0]), WINDOW, generator)
+
+
+def windowed(group: Tensor, window: int, generator: torch.Generator) -> Tensor:
+    """Shuffle N items so that those of few groups come at a time.
+
+    Args:
+        group: (N,) int64, the group of each item.
+        window: Groups that are shuffled together.
+        generator: The order is a function of its state.
+
+    Returns:
+        (N,) int64, every position once.
+    """
+    kinds, kind = torch.unique(group, return_inverse=True)
+    turn = torch.randperm(len(kinds), generator=generator) // window  # (K,)
+    shuffled = torch.randperm(len(group), generator=generator)
+    return shuffled[torch.argsort(turn[kind[shuffled]], stable=True)]
+
+
+class _File:
+    """An open file, closed when the last one who reads it has let go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+# Of the process and not of a source, so that nothing of it is ever pickled. A process has files of
+# its own (``process`` is its id), and pread, which moves no position, lets threads share them.
+@lru_cache(maxsize=_OPEN)
+def _opened(shard: Shard, process: int) -> _File:
+    return _File(shard.path)

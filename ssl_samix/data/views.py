@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from ssl_samix.data import transforms
-from ssl_samix.data.recipes import BLUR_SIGMA, Views, ViewSpec, scaled
+from ssl_samix.data.view_spec import BLUR_SIGMA, Views, ViewSpec, scaled
 from ssl_samix.errors import ConfigError, DataError
 
 __all__ = ["BatchedViews", "ViewParams", "ViewSpec", "Views", "apply", "draw", "scaled"]
@@ -60,7 +60,9 @@ def draw(spec: ViewSpec, n: int, height: int, width: int) -> ViewParams:
     """Draw the parameters of one view of ``n`` images of ``height`` x ``width`` pixels."""
     border = round(spec.pad * min(height, width))
     if border:
-        top, left, crop_height, crop_width = _draw_shifts(border, n, height, width)
+        # Crops of the image's own size out of the image with a border, as RandomCrop does.
+        top, left = torch.randint(2 * border + 1, (2, n))
+        crop_height, crop_width = torch.full_like(top, height), torch.full_like(top, width)
     else:
         top, left, crop_height, crop_width = _draw_boxes(spec, n, height, width)
     chances = [spec.flip, spec.jitter, spec.grayscale, spec.blur, spec.solarize]
@@ -84,14 +86,6 @@ def draw(spec: ViewSpec, n: int, height: int, width: int) -> ViewParams:
         solarize=solarize,
         border=border,
     )
-
-
-def _draw_shifts(
-    border: int, n: int, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw crops of the image's own size out of the image with a border, as RandomCrop does."""
-    top, left = torch.randint(2 * border + 1, (2, n))
-    return top, left, torch.full_like(top, height), torch.full_like(top, width)
 
 
 def _draw_boxes(

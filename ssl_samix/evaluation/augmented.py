@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.images import ImageSet
-from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData
-from ssl_samix.data.recipes import scaled
+from ssl_samix.data.view_spec import scaled
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.linear import split
 from ssl_samix.evaluation.task import Task

@@ -20,7 +20,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 
-from ssl_samix.artifacts.classifier import TrainedClassifier
+from ssl_samix.artifacts.encoder import TrainedClassifier
 from ssl_samix.data.images import ImageSet, to_tensor
 
 LARGEST_SMALL = 64  # px; up to here images are taken for CIFAR's, above for ImageNet's

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssl_samix.artifacts import foreign
-from ssl_samix.artifacts.checkpoints import META, load_plain
+from ssl_samix.artifacts.checkpoints import is_ours
 from ssl_samix.artifacts.description import check_images
 from ssl_samix.artifacts.encoder import Encoder, load_encoder
-from ssl_samix.errors import CheckpointError, ConfigError
+from ssl_samix.errors import ConfigError
 from ssl_samix.evaluation.request import Origin
 from ssl_samix.models.backbone import Backbone
 
@@ -38,7 +38,7 @@ def load_source(
     check_images(own)
     if origin.path is None:
         encoder = _model(origin.given, config, {"image_size": image_size, "mean": mean, "std": std})
-    elif _is_ours(origin):
+    elif origin.path.is_dir() or is_ours(origin.path):
         encoder = load_encoder(origin.path)
     else:
         encoder = _from_file(origin, config, own)
@@ -71,28 +71,6 @@ def _with(encoder: Encoder, own: dict[str, Any]) -> Encoder:
             f"these weights take images of {encoder.image_size} px only, not {meta['image_size']}"
         ) from error
     return Encoder(backbone, meta)
-
-
-def _is_ours(origin: Origin) -> bool:
-    """Say whether a file was written by this package; files from elsewhere are weights only."""
-    path = origin.path
-    assert path is not None
-    if path.is_dir():
-        return True
-    if path.suffix == ".safetensors":
-        return "ssl_samix" in _header(path)
-    found = load_plain(path)
-    return isinstance(found, dict) and META in found
-
-
-def _header(path: Any) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file") from error
 
 
 def _from_file(origin: Origin, config: DictConfig, own: dict[str, Any]) -> Encoder:

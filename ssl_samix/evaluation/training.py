@@ -18,7 +18,7 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssl_samix.data.labelled import LabelledData
+from ssl_samix.data.datamodule import LabelledData
 from ssl_samix.errors import ConfigError, check_choice, check_range
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.trainer import build_trainer, memory_format

@@ -124,7 +124,7 @@ def _head(features: int, width: int) -> nn.Linear:
 
 
 LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
-YOUNG = 10  # steps; the average of a younger network follows it faster than ``ema`` says
+EMA_WARMUP_STEPS = 10  # steps; the average of a younger network follows it faster than ``ema`` says
 
 
 class Classifier(LinearHeads):
@@ -206,4 +206,4 @@ class Classifier(LinearHeads):
     def after_step(self) -> None:
         """Move the average."""
         step = self.global_step
-        self.move_averages(min(self.ema, (1 + step) / (YOUNG + step)))
+        self.move_averages(min(self.ema, (1 + step) / (EMA_WARMUP_STEPS + step)))

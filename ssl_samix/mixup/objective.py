@@ -125,8 +125,8 @@ class MixObjective(nn.Module):
         """Say whether images are mixed in any of these steps."""
         return any(self.mixes(step, total_steps) for step in steps)
 
-    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Hear how the images that will come are normalised, per channel; not needed here."""
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the normalisation of the input images, per channel; not needed here."""
 
     def replaces(self, method: Method) -> bool:
         """Say whether mixtures take the place of the query views."""
@@ -233,7 +233,7 @@ class MixObjective(nn.Module):
     def before_step(self) -> None:
         """Do what has to be done between backward pass and optimizer step; nothing here."""
 
-    def complaint(self) -> str | None:
+    def error_message(self) -> str | None:
         """Say what went wrong in the steps so far; None if nothing did."""
         return None
 

@@ -247,7 +247,7 @@ class SAMixObjective(MixObjective):
             for parameter in self.parameters():
                 parameter.grad = None
 
-    def complaint(self) -> str | None:
+    def error_message(self) -> str | None:
         """Name the first step whose masks were no numbers."""
         step = int(self.bad_step)
         if step < 0:

@@ -26,7 +26,7 @@ class TorchvisionTrunk(nn.Module):
         if arguments:
             arguments["init_weights"] = True
         self.model = torchvision.models.get_model(name, weights=None, **arguments)
-        _remove_classifier(self.model)
+        remove_classifier(self.model)
         blocks = getattr(self.model, "features", getattr(self.model, "trunk_output", None))
         self._channels_last = "swin" in name
         self._blocks: list[nn.Module] = []
@@ -75,14 +75,18 @@ class TorchvisionTrunk(nn.Module):
         return self.model(images)
 
 
-def _remove_classifier(model: nn.Module) -> None:
-    """Replace the last linear layer by the identity (SqueezeNet has none: its pooling stays)."""
+def remove_classifier(model: nn.Module) -> str | None:
+    """Replace the last linear layer by the identity, and return its name.
+
+    SqueezeNet has none: its pooling stays.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         model.classifier = nn.AdaptiveAvgPool2d(1)
-        return
+        return None
     parent, _, child = linear[-1].rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
+    return linear[-1]
 
 
 class TimmTrunk(nn.Module):

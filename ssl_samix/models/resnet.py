@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
-
-from ssl_samix.models.recomputing import recomputed
 
 # name -> block, blocks per stage, groups, width per group (torchvision.models.resnet; resnet10: one
 # block a stage, for studies on a processor)
@@ -93,3 +96,37 @@ class ResNetTrunk(TorchvisionResNet):
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C)."""
         return self.pool(self.stage_maps(images)[-1])
+
+
+def recomputed(block: nn.Module, images: Tensor) -> Tensor:
+    """Run a block, keep its input alone, and run it again in the backward pass.
+
+    The second run finds the modes of the first, whatever they are by then, and leaves normalisation
+    statistics where they are: they would move twice.
+    """
+    if not torch.is_grad_enabled():
+        return block(images)
+    modes = [(module, module.training) for module in block.modules()]
+    return checkpoint(
+        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_before(modes))
+    )
+
+
+@contextmanager
+def _as_before(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Give modules the modes that they had, and normalise without counting the batch once more."""
+    now = [(module, module.training) for module, _ in modes]
+    norms = [module for module, training in modes if isinstance(module, _NormBase) and training]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for module, training in modes:
+        module.training = training
+    for norm, _, counted in before:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if counted is None else counted.clone()
+    try:
+        yield
+    finally:
+        for module, training in now:
+            module.training = training
+        for norm, momentum, counted in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counted

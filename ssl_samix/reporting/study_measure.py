@@ -18,8 +18,8 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
 from ssl_samix.training.logging import Pace
+from ssl_samix.training.monitors import Recluster
 from ssl_samix.training.pretrain import Pretraining
-from ssl_samix.training.recluster import Recluster
 from ssl_samix.training.run import Mode, build_mixing
 from ssl_samix.training.supervised import Supervised
 

@@ -64,14 +64,14 @@ class FiniteLoss(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *batch: Any) -> None:
         """Look, if it is time."""
         if trainer.global_step % EVERY == 0:
-            self.look(trainer, pl_module)
+            self.check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Look before anything is measured or saved."""
-        self.look(trainer, pl_module)
+        self.check(trainer, pl_module)
 
     @staticmethod
-    def look(trainer: pl.Trainer, module: Any) -> None:
+    def check(trainer: pl.Trainer, module: Any) -> None:
         """Refuse to go on.
 
         Raises:
@@ -79,9 +79,9 @@ class FiniteLoss(pl.Callback):
         """
         done = trainer.current_epoch
         kept = "last.ckpt holds the last whole epoch" if done else "no epoch was finished"
-        complaint = None if module.mixing is None else module.mixing.complaint()
-        if complaint is not None:
-            raise UserError(f"{complaint} ({kept})")
+        error_message = None if module.mixing is None else module.mixing.error_message()
+        if error_message is not None:
+            raise UserError(f"{error_message} ({kept})")
         step = int(module.bad_step)
         if step >= 0:
             schedule: Any = trainer.lr_scheduler_configs[0].scheduler

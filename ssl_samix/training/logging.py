@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,13 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ssl_samix.artifacts.results import write_rows
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.files import write_atomically
 from ssl_samix.training.monitors import Monitor
 
 if TYPE_CHECKING:
-    from ssl_samix.artifacts.classifier import TrainedClassifier
-    from ssl_samix.artifacts.encoder import Encoder
+    from ssl_samix.artifacts.encoder import Encoder, TrainedClassifier
 
 
 BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
@@ -66,15 +64,7 @@ class MetricsCSV(pl.Callback):
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
         values = {name: f"{value:.10g}" for name, value in metrics.items()}
         self.rows.append({"epoch": epoch, "step": step, **values})
-        write_rows(self.path, self.rows, (*BEFORE, *self.monitor.first, *AFTER))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], first: Sequence[str]) -> None:
-    """Write rows with the columns of all of them, these first."""
-    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    text = "".join(",".join(line) + "\n" for line in lines)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_rows(self.path, (*BEFORE, *self.monitor.first, *AFTER), self.rows)
 
 
 class Pace(pl.Callback):
@@ -194,14 +184,7 @@ class RunProgress(pl.Callback):
         done = trainer.global_step - self._first_step
         todo = int(trainer.estimated_stepping_batches) - trainer.global_step
         seconds = (time.monotonic() - self._begin) / max(1, done) * todo
-        return clock(seconds)
-
-
-def clock(seconds: float) -> str:
-    """Write a duration as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return tqdm.format_interval(seconds)
 
 
 def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
@@ -235,7 +218,7 @@ class Run:
     @property
     def classifier(self) -> TrainedClassifier:
         """The trained classifier, in eval mode; of a run of ``train_supervised``."""
-        from ssl_samix.artifacts.classifier import load_classifier
+        from ssl_samix.artifacts.encoder import load_classifier
 
         return load_classifier(self.out)
 
@@ -243,11 +226,11 @@ class Run:
 def announce(
     trainer: pl.Trainer,
     config: DictConfig,
-    choices: dict[str, str],
     folder: RunFolder,
     module: Any,
     data: DataModule,
-    lines: dict[str, str],
+    meta: dict[str, Any],
+    purpose: str,
 ) -> None:
     """Say, in a few lines, what is about to happen, and what was chosen for the user."""
     if not trainer.is_global_zero:
@@ -259,11 +242,11 @@ def announce(
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     rows = {
-        "data": f"{choices['data']}: {len(splits.train)} images at {splits.image_size} px, "
-        + (f"{classes} classes, {lines['labels']}" if classes else "no labels"),
+        "data": f"{meta['data']}: {len(splits.train)} images at {splits.image_size} px, "
+        + (f"{classes} classes, {purpose}" if classes else "no labels"),
         "encoder": f"{backbone['name']}, width {backbone['width']}, {backbone['stem']} stem, "
         f"{weights / 1e6:.1f} M weights",
-        "method": f"{lines['method']}, mixup {choices['mixup']}, {config.trainer.max_epochs} "
+        "method": f"{meta['method']}, mixup {meta['mixup']}, {config.trainer.max_epochs} "
         f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),

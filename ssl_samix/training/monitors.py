@@ -1,4 +1,4 @@
-"""Monitors: kNN and RankMe of an encoder, or accuracy of a classifier, during training."""
+"""What is measured of a network while it trains: kNN and RankMe, accuracy, clusters for mixing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,21 @@ from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
-from ssl_samix.evaluation.measures import alignment, embed_two_views, rankme, uniformity
+from ssl_samix.evaluation.measures import alignment, embed_two_views, kmeans, rankme, uniformity
 
 SHARE = 0.05  # of the training cost; the automatic interval keeps a monitor below it
+
+
+def _features(
+    network: torch.nn.Module,
+    data: DataModule,
+    images: ImageSet,
+    picks: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Return what a network gives of some un-augmented images of a run's data, (n, D)."""
+    mean, std, workers = data.splits.mean, data.splits.std, data.worker_count()
+    return extract(network, images, picks, mean, std, device=device, workers=workers)
 
 
 class Monitor(pl.Callback, ABC):
@@ -62,7 +74,7 @@ class Monitor(pl.Callback, ABC):
         """Return the images that one measurement sends through a network."""
 
     @abstractmethod
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure what is being trained."""
 
     @abstractmethod
@@ -93,7 +105,7 @@ class Monitor(pl.Callback, ABC):
             return
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            measured = self.look(module, data)
+            measured = self.measure(module, data)
         group = self.columns[0]
         if self.quality in measured:
             self.best = max(self.best or 0.0, measured[self.quality])
@@ -124,7 +136,7 @@ class AccuracyMonitor(Monitor):
         """Count the validation images, for both networks."""
         return 0 if data.splits.val is None else 2 * len(data.splits.val)
 
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure the classifier and its average.
 
         Returns:
@@ -132,20 +144,12 @@ class AccuracyMonitor(Monitor):
             average ``val/ema_top1`` and so on; of the mixtures' heads, where there are some,
             ``val/mix_top1``, ``val/ema_mix_top1`` and so on.
         """
-        val, splits = data.splits.val, data.splits
+        val = data.splits.val
         found: dict[str, float] = {}
         if val is None:
             return {}
         for network_name, network in module.measured().items():
-            both = extract(
-                network,
-                val,
-                range(len(val)),
-                splits.mean,
-                splits.std,
-                device=module.device,
-                workers=data.worker_count(),
-            )
+            both = _features(network, data, val, range(len(val)), module.device)
             heads = both.split(module.classes, dim=1)
             for head_name, logits in zip(("", "mix_"), heads, strict=False):
                 prefix = f"val/{network_name}{head_name}"
@@ -240,9 +244,9 @@ class KNNMonitor(Monitor):
     def _count(images: ImageSet, limit: int | None) -> int:
         return min(len(images), limit or len(images))
 
-    def look(self, module: Any, data: DataModule) -> dict[str, float]:
+    def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure the backbone."""
-        return self.measure(module.backbone, data, module.device)
+        return self.measure_encoder(module.backbone, data, module.device)
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
         """Return kNN, where there are labels, and RankMe."""
@@ -252,7 +256,7 @@ class KNNMonitor(Monitor):
             lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
         return lines
 
-    def measure(
+    def measure_encoder(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
     ) -> dict[str, float]:
         """Measure an encoder on a data set.
@@ -293,16 +297,7 @@ class KNNMonitor(Monitor):
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
         picks = stratified(images.labels, self._count(images, limit), seed=0)
-        features = extract(
-            encoder,
-            images,
-            picks.tolist(),
-            data.splits.mean,
-            data.splits.std,
-            device=device,
-            workers=data.worker_count(),
-        )
-        return features, images.labels[picks]
+        return _features(encoder, data, images, picks.tolist(), device), images.labels[picks]
 
     def _two_views(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
@@ -310,3 +305,28 @@ class KNNMonitor(Monitor):
         images = data.splits.train
         picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
         return embed_two_views(encoder, images, picks.tolist(), data.views, device)
+
+
+class Recluster(pl.Callback):
+    """Every ``cluster_every`` epochs of a mixing objective that has it, where it mixes."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Embed all training images and hand their clusters to the objective."""
+        mixing = getattr(pl_module, "mixing", None)
+        every = getattr(mixing, "cluster_every", None)
+        if mixing is None or every is None:
+            return
+        if trainer.current_epoch % every and mixing.ids is not None:
+            return
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        steps = max(1, total // (trainer.max_epochs or 1))
+        if not mixing.mixes_in(range(step, step + steps), total):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images = data.splits.train
+        with trainer.precision_plugin.forward_context():
+            encoder: Any = pl_module.teacher_backbone
+            features = _features(encoder, data, images, range(len(images)), pl_module.device)
+        found = kmeans(features, mixing.clusters, start=mixing.centroids)
+        # One process decides: sums in another order might move an image to another cluster.
+        mixing.assign(*trainer.strategy.broadcast(found))

@@ -13,13 +13,12 @@ from omegaconf import DictConfig
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.view_spec import Recipes
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.logging import Run
-from ssl_samix.training.monitors import Monitor
-from ssl_samix.training.run import Mode, build_optimizer, configured, train, words
+from ssl_samix.training.run import Mode, as_words, build_optimizer, configured, train
 
 
 def pretrain(
@@ -46,10 +45,10 @@ def pretrain(
     Raises:
         UserError: For whatever the command line would refuse, with the same sentence.
     """
-    return job(words(data, overrides, method=method, out=out))
+    return train_from_words(as_words(data, overrides, method=method, out=out))
 
 
-def job(arguments: list[str]) -> Run:
+def train_from_words(arguments: list[str]) -> Run:
     """Do what ``key=value`` words say."""
     return train(Pretraining(), *configured(Pretraining.command, arguments))
 
@@ -58,6 +57,8 @@ class Pretraining(Mode):
     """Views of the same image are alike, and labels are for the monitor only."""
 
     command = "pretrain"
+    monitor = "knn"
+    purpose = "for the monitor only"
 
     def views(self, config: DictConfig) -> Recipes:
         """Give the two views of the method."""
@@ -79,15 +80,6 @@ class Pretraining(Mode):
         )
         return method
 
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build the kNN monitor."""
-        monitor: Monitor = build(config.callbacks.knn)
-        return monitor
-
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
         """Name the method."""
         return {"method": choices["method"]}
-
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say that labels teach nothing."""
-        return {"labels": "for the monitor only", "method": choices["method"]}

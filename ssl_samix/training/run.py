@@ -28,7 +28,7 @@ from ssl_samix.config.compose import (
     quoted,
 )
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.data.recipes import Recipes
+from ssl_samix.data.view_spec import Recipes
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
@@ -44,8 +44,7 @@ from ssl_samix.training.launch import (
     relaunched_as,
 )
 from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
-from ssl_samix.training.monitors import Monitor
-from ssl_samix.training.recluster import Recluster
+from ssl_samix.training.monitors import Monitor, Recluster
 
 
 class RunLogger(TensorBoardLogger):
@@ -63,6 +62,8 @@ class Mode(ABC):
 
     command: str  # of ``samix``, and the name of its configuration
     labelled = False  # whether it learns from labelled images alone
+    monitor: str  # key, under ``callbacks``, of what watches the training
+    purpose: str  # of labels, for the screen
 
     @abstractmethod
     def views(self, config: DictConfig) -> Recipes:
@@ -80,16 +81,8 @@ class Mode(ABC):
         """Build what is trained, if the data are such as it can learn from."""
 
     @abstractmethod
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build what watches the training."""
-
-    @abstractmethod
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
-        """Describe the run in its files, beside what both modes say."""
-
-    @abstractmethod
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say, for the screen, what the ``labels`` are for and what the ``method`` is."""
+        """Describe the run in its files, beside what both modes say: its ``method`` at least."""
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
         """Write what others use: the encoder, and the Mixer if there is one."""
@@ -98,7 +91,7 @@ class Mode(ABC):
             save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
 
 
-def words(
+def as_words(
     data: str | os.PathLike[str] | None, overrides: dict[str, Any], **choices: Any
 ) -> list[str]:
     """Write the arguments of a Python call as the words of the command line.
@@ -134,14 +127,14 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
         raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
     folder = RunFolder(out or default_out(choices, config.seed))
     if is_main_process():
-        folder.check_mine(config)
+        folder.check_same_run(config)
     return config, choices, folder
 
 
 def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
     """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
     # Its folder first: what has been built for a folder that somebody else has would be lost.
-    with folder.claimed() if is_main_process() else nullcontext():
+    with folder.lock() if is_main_process() else nullcontext():
         return _trained(mode, config, choices, folder)
 
 
@@ -156,7 +149,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     module = mode.module(config, data, folder, backbone, mixing)
     module.to(memory_format=memory_format(module))
     meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
-    monitor = mode.monitor(config)
+    monitor: Monitor = build(config.callbacks[mode.monitor])
     trainer = _trainer(config, folder, module, data, monitor, meta)
     compiling = config.trainer.get("compile", False)  # a run from before it existed has none
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
@@ -164,7 +157,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
         folder.create(config, choices)
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
-    announce(trainer, config, choices, folder, module, data, mode.lines(choices))
+    announce(trainer, config, folder, module, data, meta, mode.purpose)
     _fit(mode.command, trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
@@ -178,7 +171,7 @@ def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> Mi
     if not config.mixup:
         return None
     mixing: MixObjective = build(config.mixup, backbone=backbone)
-    mixing.normalised_by(data.splits.mean, data.splits.std)
+    mixing.set_normalisation(data.splits.mean, data.splits.std)
     return mixing
 
 

@@ -10,21 +10,19 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssl_samix.artifacts.checkpoints import describe
-from ssl_samix.artifacts.classifier import save_classifier
-from ssl_samix.artifacts.encoder import load_encoder
+from ssl_samix.artifacts.encoder import load_encoder, save_classifier
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.folder import empty_classes, listed
-from ssl_samix.data.recipes import OneView, Recipes
+from ssl_samix.data.view_spec import OneView, Recipes
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.methods.classifier import Classifier
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.logging import Run
-from ssl_samix.training.monitors import Monitor
-from ssl_samix.training.run import Mode, build_optimizer, configured, train, words
+from ssl_samix.training.run import Mode, as_words, build_optimizer, configured, train
 
 
 def train_supervised(
@@ -47,10 +45,10 @@ def train_supervised(
     Raises:
         UserError: For whatever the command line would refuse, with the same sentence.
     """
-    return job(words(data, overrides, out=out))
+    return train_from_words(as_words(data, overrides, out=out))
 
 
-def job(arguments: list[str]) -> Run:
+def train_from_words(arguments: list[str]) -> Run:
     """Do what ``key=value`` words say."""
     return train(Supervised(), *configured(Supervised.command, arguments))
 
@@ -60,6 +58,8 @@ class Supervised(Mode):
 
     command = "supervised"
     labelled = True
+    monitor = "accuracy"
+    purpose = "which teach"
 
     def views(self, config: DictConfig) -> Recipes:
         """Give the one view of the augmentation."""
@@ -86,18 +86,9 @@ class Supervised(Mode):
         )
         return classifier
 
-    def monitor(self, config: DictConfig) -> Monitor:
-        """Build what measures accuracy."""
-        monitor: Monitor = build(config.callbacks.accuracy)
-        return monitor
-
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
         """Name the classes."""
         return {"method": "supervised", "classes": list(data.splits.classes)}
-
-    def lines(self, choices: dict[str, str]) -> dict[str, str]:
-        """Say that labels teach."""
-        return {"labels": "which teach", "method": "supervised"}
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
         """Write both classifiers too."""

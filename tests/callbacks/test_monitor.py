@@ -29,7 +29,7 @@ def test_raw_pixels_of_digits_are_a_known_answer(digits):
     """Nearest neighbours on the pixels solve this data set: scikit-learn agrees."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    measured = KNNMonitor(k=(1,)).measure(nn.Flatten(), digits, CPU)
+    measured = KNNMonitor(k=(1,)).measure_encoder(nn.Flatten(), digits, CPU)
     mean = torch.tensor(digits.splits.mean)[:, None, None]
     std = torch.tensor(digits.splits.std)[:, None, None]
     rows = [
@@ -43,7 +43,7 @@ def test_raw_pixels_of_digits_are_a_known_answer(digits):
 
 
 def test_all_measures_are_reported_where_there_are_labels(digits):
-    measured = KNNMonitor().measure(nn.Flatten(), digits, CPU)
+    measured = KNNMonitor().measure_encoder(nn.Flatten(), digits, CPU)
     assert set(measured) == {
         "knn/top1", "knn/top5", "knn/top1_k200", "knn/top5_k200", "rankme", "alignment",
         "uniformity",
@@ -59,12 +59,12 @@ def test_a_measurement_disturbs_nothing(digits):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    first = KNNMonitor(bank_limit=100, val_limit=50).measure(encoder, digits, CPU)
+    first = KNNMonitor(bank_limit=100, val_limit=50).measure_encoder(encoder, digits, CPU)
     assert torch.equal(torch.rand(4), expected)
     assert [m.training for m in encoder] == [True, False, True]
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name])
-    again = KNNMonitor(bank_limit=100, val_limit=50).measure(encoder, digits, CPU)
+    again = KNNMonitor(bank_limit=100, val_limit=50).measure_encoder(encoder, digits, CPU)
     assert first == again
 
 

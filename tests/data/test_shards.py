@@ -20,14 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_samix.data import shard_index
+from ssl_samix.data import shards
+from ssl_samix.data.datamodule import StepLoader, StepReader, StepSampler
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
 from ssl_samix.data.layout import check_layout
-from ssl_samix.data.loader import StepLoader, StepReader, StepSampler
-from ssl_samix.data.shard_index import index
-from ssl_samix.data.shard_source import ShardSource, windowed
-from ssl_samix.data.shards import expand_braces, find
+from ssl_samix.data.shards import expand_braces, find, index
+from ssl_samix.data.sources import ShardSource, windowed
 from ssl_samix.errors import DataError, UserError
 
 
@@ -184,9 +183,9 @@ def test_what_tar_itself_writes(tmp_path):
 def test_the_index_is_made_once_and_again_for_what_changes(tmp_path, cache, monkeypatch):
     root = write_shards(tmp_path / "s")
     read = []
-    original = shard_index.read_members
+    original = shards.read_members
     monkeypatch.setattr(
-        shard_index, "read_members", lambda shard: read.append(shard.url[-7:]) or original(shard)
+        shards, "read_members", lambda shard: read.append(shard.url[-7:]) or original(shard)
     )
     first = index(str(root))
     assert sorted(read) == ["000.tar", "001.tar", "002.tar"]

@@ -7,7 +7,7 @@ import torch
 
 from ssl_samix.config.compose import compose, groups
 from ssl_samix.data.folder import empty_classes
-from ssl_samix.data.recipes import OneView
+from ssl_samix.data.view_spec import OneView
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import ConfigError
 

@@ -98,7 +98,7 @@ def test_a_run_clusters_where_it_mixes(tmp_path, monkeypatch):
         counted.append(start is None)
         return kmeans(features, clusters, start=start)
 
-    monkeypatch.setattr("ssl_samix.training.recluster.kmeans", spied)
+    monkeypatch.setattr("ssl_samix.training.monitors.kmeans", spied)
     settings = {
         "data.limit": 64, "data.batch_size": 32, "backbone.width": 8, "method.queue_size": 64,
         "trainer.max_epochs": 6, "callbacks.knn.val_limit": 20, "mixup": "samix_c",

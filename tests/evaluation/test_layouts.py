@@ -16,8 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ssl_samix.artifacts.checkpoints import load_plain
-from ssl_samix.artifacts.foreign import from_file
-from ssl_samix.artifacts.layouts import flatten
+from ssl_samix.artifacts.foreign import flatten, from_file
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.resnet import ResNetTrunk

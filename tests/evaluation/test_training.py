@@ -13,8 +13,8 @@ from ssl_samix.eval_protocols import linear, semi_supervised
 
 from ssl_samix import trainer as engine
 from ssl_samix.config.compose import compose, groups
+from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.data.labelled import CROP_AND_FLIP, LabelledData, PickedSampler
 from ssl_samix.errors import ConfigError
 from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
@@ -164,7 +164,8 @@ def test_what_can_be_learned_is_learned(backbone):
 
 
 def test_only_the_picked_images_are_seen_once_an_epoch():
-    sampler = PickedSampler([3, 5, 8, 13, 21, 34], batch_size=2, seed=0)
+    picks = [3, 5, 8, 13, 21, 34]
+    sampler = data(two_colours(), batch_size=2, picks=picks).train_dataloader().sampler
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)

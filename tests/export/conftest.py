@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_samix.artifacts.encoder import save_encoder
-from ssl_samix.artifacts.export import configured, export
+from ssl_samix.artifacts.export import export, parse_export
 from ssl_samix.config.compose import quoted
 from ssl_samix.models.backbone import Backbone
 
@@ -16,6 +16,7 @@ ENCODERS = {
     "standard": {"name": "resnet18", "image_size": 64},
     "resnet50": {"name": "resnet50", "image_size": 64},
     "small": {"name": "resnet18", "image_size": 32},
+    "small resnet10": {"name": "resnet10", "image_size": 32},
     "narrow": {"name": "resnet18", "image_size": 32, "width": 8},
     "narrow_standard": {"name": "resnet18", "image_size": 64, "width": 8},
     "vit": {
@@ -59,7 +60,7 @@ def exported(run, name, **more):
     """Export, by the words of a command line."""
     paths = {"run": run, **more}
     words = [f"{key}={quoted(str(path))}" for key, path in paths.items()]
-    return export(configured([f"format={name}", *words]))
+    return export(parse_export([f"format={name}", *words]))
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from ssl_samix.artifacts import export_graph as same
+from ssl_samix.artifacts import export_formats as same
 from ssl_samix.artifacts.encoder import load_encoder, save_encoder
-from ssl_samix.artifacts.export import configured
-from ssl_samix.artifacts.export_graph import check_same
+from ssl_samix.artifacts.export import parse_export
+from ssl_samix.artifacts.export_formats import check_same
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from tests.export.conftest import backbone_and_meta, exported, saved
 
@@ -46,7 +46,7 @@ def test_bad_words(words, sentence, run, tmp_path, monkeypatch):
     (tmp_path / "model.pth").write_text("weights")
     before = digests(run)
     with pytest.raises(UserError) as caught:
-        configured([word.replace("{run}", f"'{run}'") for word in words])
+        parse_export([word.replace("{run}", f"'{run}'") for word in words])
     assert sentence in str(caught.value)
     assert digests(run) == before
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "model.pth", run.name}
@@ -54,7 +54,7 @@ def test_bad_words(words, sentence, run, tmp_path, monkeypatch):
 
 def test_the_file_lies_beside_what_was_exported(run, tmp_path, monkeypatch):
     def out(*words):
-        return configured([f"run='{words[0]}'", *words[1:]]).out
+        return parse_export([f"run='{words[0]}'", *words[1:]]).out
 
     (run / "best.ckpt").touch()
     assert out(run, "format=torch_export") == run / "encoder.pt2"
@@ -70,13 +70,13 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(run, package, mon
     with pytest.raises(ConfigError) as caught:
         exported(run, "onnx")
     assert str(caught.value) == f"format=onnx needs {package}: pip install 'ssl_samix[export]'"
-    configured([f"run='{run}'", "format=torch_export"])  # others do not need it
+    parse_export([f"run='{run}'", "format=torch_export"])  # others do not need it
 
 
 def test_a_mistake_is_told_before_heavy_imports(run, tmp_path):
     code = (
-        "import sys\nfrom ssl_samix.artifacts.export import configured\n"
-        "try:\n    configured(sys.argv[1:])\n"
+        "import sys\nfrom ssl_samix.artifacts.export import parse_export\n"
+        "try:\n    parse_export(sys.argv[1:])\n"
         "except ValueError as error:\n    print(error)\n"
         "print([m for m in ('torch', 'timm', 'onnx', 'onnxruntime') if m in sys.modules])\n"
     )

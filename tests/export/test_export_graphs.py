@@ -11,8 +11,8 @@ import torch
 import torchvision
 
 import ssl_samix
-from ssl_samix.artifacts import export_graph as graph
-from ssl_samix.artifacts import export_graph as onnx_file
+from ssl_samix.artifacts import export_formats as graph
+from ssl_samix.artifacts import export_formats as onnx_file
 from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.errors import ConfigError, UserError
 from tests.export.conftest import ENCODERS, MEAN, STD, backbone_and_meta, exported, saved

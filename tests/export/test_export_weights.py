@@ -107,6 +107,8 @@ def test_the_lines_for_a_small_stem_are_told_word_by_word(tmp_path):
     [
         ("narrow", "torchvision", "torchvision builds resnet18 with a width of 64 only.* is 8: "),
         ("narrow", "timm", "timm builds resnet18 with a width of 64 only.* is 8: "),
+        ("small resnet10", "torchvision", "torchvision has no resnet10: choose format=onnx or"),
+        ("small resnet10", "timm", "timm has no resnet10: choose format=onnx or"),
         ("vit", "torchvision", "is a model of timm.*: choose format=timm, format=onnx or"),
         ("torchvision", "timm", "which timm does not have: choose format=torchvision, format=onnx"),
     ],

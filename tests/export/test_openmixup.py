@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.artifacts.mixer import Frozen, PretrainedObjective, load_mixer
 from ssl_samix.artifacts.openmixup import read_text, side
-from ssl_samix.cli.convert import configured, main
+from ssl_samix.cli.convert import main, parse_convert
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.mixup.mixer import MixBlock, bend
 from ssl_samix.models.backbone import Backbone
@@ -592,9 +592,9 @@ def test_bad_words_are_told_before_the_file_is_opened(tmp_path):
         ([str(path)], "required: -o/--out; samix convert --help"),
     ):
         with pytest.raises(UserError, match=sentence):
-            configured(["openmixup", *words])
+            parse_convert(["openmixup", *words])
     with pytest.raises(ConfigError, match="did you mean 'openmixup'"):
-        configured(["openmix", str(path), "-o", "x"])
+        parse_convert(["openmix", str(path), "-o", "x"])
     with pytest.raises(CheckpointError, match="is not a checkpoint or a file of weights"):
         main(["openmixup", str(path), "-o", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

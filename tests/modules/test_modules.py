@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ssl_samix.errors import ConfigError
+from ssl_samix.methods.moco import Queue
 from ssl_samix.models.distributed import in_groups
 from ssl_samix.models.ema import EMATwin, frozen_forward, momentum_at
-from ssl_samix.models.queue import Queue
 
 
 def test_twin_is_a_copy_and_follows():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 
@@ -103,50 +103,41 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
     )
 
 
-class Recipes(Protocol):
-    """Whatever says of which views a batch consists, and where they are made."""
+class Recipes:
+    """Of which views a batch consists, and where they are made.
 
-    device: str  # one of `PLACES`
+    Args:
+        views: The recipe of each view, a `ViewSpec` or its fields.
+        device: Where they are made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
+        group: The key that holds ``device``, for the error.
+
+    Raises:
+        ConfigError: If a field is unknown, missing or out of its range.
+    """
+
+    def __init__(
+        self, views: Sequence[ViewSpec | Mapping[str, Any]], device: str, group: str
+    ) -> None:
+        check_choice(f"{group}.device", device, PLACES)
+        self.device = device
+        self.views = [view if isinstance(view, ViewSpec) else _spec(view) for view in views]
 
     def specs(
         self, image_size: int, flip: bool = True, crop_min: float = 0.0
     ) -> tuple[ViewSpec, ...]:
         """Return a recipe per view, `scaled` to ``image_size`` pixels and what the data bear."""
+        return tuple(scaled(spec, image_size, flip, crop_min) for spec in self.views)
 
 
-class OneView:
-    """The one view of supervised training.
-
-    Args:
-        device: Where it is made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
-        **settings: Fields of a `ViewSpec`.
-
-    Raises:
-        ConfigError: If a field is unknown, missing or out of its range.
-    """
+class OneView(Recipes):
+    """The one view of supervised training, by the fields of its `ViewSpec`."""
 
     def __init__(self, device: str = "auto", **settings: Any) -> None:
-        """Check and keep the recipe."""
-        check_choice("augment.device", device, PLACES)
-        self.device = device
-        self.spec = _spec(settings)
-
-    def specs(self, image_size: int, flip: bool = True, crop_min: float = 0.0) -> tuple[ViewSpec]:
-        """Return the recipe, `scaled` to ``image_size`` pixels and to what the data bear."""
-        return (scaled(self.spec, image_size, flip, crop_min),)
+        super().__init__([settings], device, "augment")
 
 
-class Views:
-    """The two views of a method.
-
-    Args:
-        a: The first view's recipe, a `ViewSpec` or its fields.
-        b: The second view's.
-        device: Where they are made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
-
-    Raises:
-        ConfigError: If a field is unknown, missing or out of its range.
-    """
+class Views(Recipes):
+    """The two views of a method."""
 
     def __init__(
         self,
@@ -154,18 +145,7 @@ class Views:
         b: ViewSpec | Mapping[str, Any],
         device: str = "auto",
     ) -> None:
-        """Check and keep both recipes."""
-        check_choice("views.device", device, PLACES)
-        self.device = device
-        self.a = a if isinstance(a, ViewSpec) else _spec(a)
-        self.b = b if isinstance(b, ViewSpec) else _spec(b)
-
-    def specs(
-        self, image_size: int, flip: bool = True, crop_min: float = 0.0
-    ) -> tuple[ViewSpec, ViewSpec]:
-        """Return both recipes, `scaled` to ``image_size`` pixels and to what the data bear."""
-        first, second = (scaled(spec, image_size, flip, crop_min) for spec in (self.a, self.b))
-        return first, second
+        super().__init__([a, b], device, "views")
 
 
 def _spec(settings: Mapping[str, Any]) -> ViewSpec:

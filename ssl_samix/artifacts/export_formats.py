@@ -1,4 +1,4 @@
-"""The encoder as a graph that needs nothing of this package: ``torch.export`` and ONNX.
+"""The encoder in other formats: graphs (``torch.export``, ONNX), weights for torchvision and timm.
 
 TorchScript is not offered: PyTorch has deprecated it in favour of ``torch.export``.
 """
@@ -11,16 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ssl_samix.artifacts.checkpoints import META
 from ssl_samix.artifacts.encoder import Encoder
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.files import write_atomically
+from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk, remove_classifier
+from ssl_samix.models.resnet import ResNetTrunk
 
 TOLERANCE = 1e-5  # of the largest feature, or of 1 if that is larger
+DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
+INPUT, OUTPUT = "images", "features"
+OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
+LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
+PROPERTIES = ("image_size", "mean", "std", "feature_dim")
+PUBLISHED_WIDTH = 64  # of every ResNet that the libraries build
 
 
 @torch.no_grad()
@@ -59,16 +69,7 @@ def _differs(kind: str, how: str) -> UserError:
 
 def description(encoder: Encoder) -> dict[str, Any]:
     """Describe the encoder and its images in plain values, for formats that have a place for it."""
-    return {
-        **encoder.meta,
-        "image_size": encoder.image_size,
-        "mean": list(encoder.mean),
-        "std": list(encoder.std),
-        "feature_dim": encoder.feature_dim,
-    }
-
-
-DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
+    return {**encoder.meta, "feature_dim": encoder.feature_dim}
 
 
 def captured(encoder: Encoder) -> ExportedProgram:
@@ -123,12 +124,6 @@ def write_program(encoder: Encoder, path: Path) -> list[str]:
         f"model = torch.export.load({str(path)!r}).module()",
         "features = model(images)",
     ]
-
-
-INPUT, OUTPUT = "images", "features"
-OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
-LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
-PROPERTIES = ("image_size", "mean", "std", "feature_dim")
 
 
 def write_onnx(encoder: Encoder, path: Path) -> list[str]:
@@ -213,3 +208,126 @@ def _in_onnxruntime(content: bytes) -> Any:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
     return features
+
+
+def write_weights(
+    encoder: Encoder, path: Path, library: str, network: nn.Module, lines: list[str]
+) -> list[str]:
+    """Write a state dict that ``torch.load`` reads with ``weights_only=True``.
+
+    Args:
+        encoder: Whose weights are written, under the library's names of parameters.
+        path: The file.
+        library: ``torchvision`` or ``timm``.
+        network: Made by the library's constructor; it takes the weights, strictly.
+        lines: Lines of Python that make the network.
+
+    Returns:
+        These lines and more, which load the file into ``model`` and use it. A ResNet with the stem
+        for small images takes two lines more.
+
+    Raises:
+        ConfigError: For a ResNet of a width that no other library builds.
+        UserError: If the features differ, or the file cannot be written.
+    """
+    trunk = encoder.backbone.trunk
+    source: Any = trunk
+    if not isinstance(trunk, ResNetTrunk):
+        source = trunk.model
+    elif (width := encoder.backbone.settings["width"]) != PUBLISHED_WIDTH:
+        raise ConfigError(
+            f"{library} builds {encoder.backbone.name} with a width of {PUBLISHED_WIDTH} only, and "
+            f"this encoder's is {width}: choose format=onnx or format=torch_export"
+        )
+    elif not isinstance(trunk.maxpool, nn.MaxPool2d):
+        network.conv1 = nn.Conv2d(3, PUBLISHED_WIDTH, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+        lines += [
+            f"model.conv1 = torch.nn.Conv2d(3, {PUBLISHED_WIDTH}, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+    if library == "torchvision":
+        lines.append(_without_classifier(network))
+    buffer = io.BytesIO()
+    # Not made a plain dict: some networks look for the version that an OrderedDict carries along.
+    torch.save(source.state_dict(), buffer)
+    content = buffer.getvalue()
+    network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True), strict=True)
+    check_same(encoder, network.eval(), library)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return [
+        *lines,
+        f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True))",
+        "features = model.eval()(images)",
+    ]
+
+
+def call(function: str, *positional: str, **named: Any) -> str:
+    """Write a call in Python."""
+    arguments = [*map(repr, positional), *(f"{key}={value!r}" for key, value in named.items())]
+    return f"{function}({', '.join(arguments)})"
+
+
+def write_timm(encoder: Encoder, path: Path) -> list[str]:
+    """Write weights that timm's network takes with ``strict=True``.
+
+    timm's ResNets have torchvision's parameter names.
+
+    Returns:
+        Lines of Python that make the network, load the file and use it.
+
+    Raises:
+        ConfigError: If timm has no such network: a narrow ResNet, or a model of torchvision.
+        UserError: If the features differ, or the file cannot be written.
+    """
+    trunk, name = encoder.backbone.trunk, encoder.backbone.name
+    if isinstance(trunk, TorchvisionTrunk):
+        raise ConfigError(
+            f"{name} is a model of torchvision, which timm does not have: "
+            "choose format=torchvision, format=onnx or format=torch_export"
+        )
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no {name}: choose format=onnx or format=torch_export")
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if isinstance(trunk, TimmTrunk):
+        arguments |= encoder.backbone.settings["options"]
+        if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+            arguments["img_size"] = encoder.image_size
+    network = timm.create_model(name, pretrained=False, **arguments)
+    made = f"model = {call('timm.create_model', name, **arguments)}"
+    return write_weights(encoder, path, "timm", network, ["import timm", "import torch", made])
+
+
+def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
+    """Write weights that torchvision's network takes with ``strict=True``.
+
+    Returns:
+        Lines of Python that make the network, load the file and use it.
+
+    Raises:
+        ConfigError: If torchvision has no such network: a narrow ResNet, or a model of timm.
+        UserError: If the features differ, or the file cannot be written.
+    """
+    name, arguments = encoder.backbone.name, {}
+    if isinstance(encoder.backbone.trunk, TimmTrunk):
+        raise ConfigError(
+            f"{name} is a model of timm, whose weights torchvision does not take: "
+            "choose format=timm, format=onnx or format=torch_export"
+        )
+    if name == "googlenet":  # the published one has classifiers inside, an encoder has none
+        arguments = {"aux_logits": False, "init_weights": False}
+    if name not in torchvision.models.list_models():
+        raise ConfigError(f"torchvision has no {name}: choose format=onnx or format=torch_export")
+    network = torchvision.models.get_model(name, weights=None, **arguments)
+    made = f"model = {call(f'torchvision.models.{name}', **arguments)}"
+    lines = ["import torch", "import torchvision", made]
+    return write_weights(encoder, path, "torchvision", network, lines)
+
+
+def _without_classifier(network: nn.Module) -> str:
+    """Replace the last linear layer, as the encoder's own network did, and say how."""
+    name = remove_classifier(network)
+    if name is None:  # SqueezeNet
+        return "model.classifier = torch.nn.AdaptiveAvgPool2d(1)"
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")]
+    return f"model{''.join(parts)} = torch.nn.Identity()"
