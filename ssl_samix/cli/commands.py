@@ -155,15 +155,15 @@ def _study(words: list[str]) -> str:
 
 
 def _check_embed(words: list[str], _sweeping: bool) -> None:
-    from ssl_samix.evaluation.embed import configured
+    from ssl_samix.evaluation.embed import parse_embed
 
-    configured(words)
+    parse_embed(words)
 
 
 def _embed(words: list[str]) -> None:
-    from ssl_samix.evaluation.embed import configured, embed
+    from ssl_samix.evaluation.embed import embed, parse_embed
 
-    print(embed(configured(words)))
+    print(embed(parse_embed(words)))
 
 
 SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
