@@ -24,7 +24,7 @@ from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.knn import Vote, leave_one_out, neighbours, vote_grid
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.files import write_atomically
@@ -47,7 +47,7 @@ def check(config: DictConfig) -> None:
         check_range("temperature", temperature, 1e-3)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, test = task.labelled

@@ -105,15 +105,15 @@ def _protocol(text: str, name: str, module: str) -> Subcommand:
 
     def check(words: list[str], _sweeping: bool) -> None:
         from ssl_samix.config.compose import combinations
-        from ssl_samix.evaluation.request import configured
+        from ssl_samix.evaluation.request import parse_protocol
 
         for combination in combinations(words):
-            configured(name, combination)
+            parse_protocol(name, combination)
 
     def job(words: list[str]) -> None:
-        from ssl_samix.evaluation.request import configured
+        from ssl_samix.evaluation.request import parse_protocol
 
-        request = configured(name, words)
+        request = parse_protocol(name, words)
         protocol = _eval_protocols(module)
         protocol.check(request.config)
         print(protocol.run(request))

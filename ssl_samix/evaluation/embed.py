@@ -1,6 +1,6 @@
 """The features of a folder of images, as files: ``samix embed``.
 
-Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+Whatever needs torch is imported by the functions that do, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What is to be embedded.
+    """A checked command: which images are embedded by which encoder.
 
     Attributes:
         origin: Where the encoder comes from.

@@ -187,14 +187,14 @@ def _write_header(file: BinaryIO, rows: int, width: int) -> int:
 
 
 def _write_names(out: Path, source: Pictures, found: Embedded) -> None:
-    """Write paths.csv, and tell of the pictures that cannot be read, all of them in damaged.csv."""
+    """Write paths.csv, and damaged.csv if pictures cannot be read, of which a warning names ten."""
     # A file's name may be of bytes that are not text: no column of text holds it.
     names = DataFrame({"path": [source.name(i) for i in found.rows]}, dtype=object)
     rows = [(source.name(i), reason) for i, reason in found.damaged]
     damaged = DataFrame(rows, columns=["path", "reason"], dtype=object)
-    told = listed([name.encode("utf-8", "replace").decode() for name in damaged["path"]])
+    unreadable = listed([name.encode("utf-8", "replace").decode() for name in damaged["path"]])
     if len(names) == 0:
-        raise DataError(f"none of {len(damaged)} images can be read: repair {told}")
+        raise DataError(f"none of {len(damaged)} images can be read: repair {unreadable}")
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
     write_atomically(
         out / "paths.csv", lambda file: names.to_csv(file, index_label="row", **options)
@@ -205,7 +205,7 @@ def _write_names(out: Path, source: Pictures, found: Embedded) -> None:
         )
         _log.warning(
             "%d of %d images cannot be read and have no row: %s",
-            *(len(damaged), len(damaged) + len(names), told),
+            *(len(damaged), len(damaged) + len(names), unreadable),
         )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What a resume may change does not change what is learned, but for the number of epochs.
 UNLEARNED = ("seed", *(key for key in FREE_KEYS if key != "trainer.max_epochs"))
 OF_THE_NETWORK = ("backbone.", "data.image_size")  # what an untrained network follows from
-# Of the groups that are told.
+# Groups whose choices stand in front, in this order.
 FIRST = ("method", "mixup", "data", "backbone", "views", "augment", "optimizer")
 
 
@@ -85,7 +85,7 @@ def differing(configurations: Sequence[Configuration]) -> list[str]:
     """Return the groups, then the keys, in which configurations differ.
 
     A key is left out where each configuration has the value that its choices bring along: that
-    ``method=moco`` has a queue and ``method=simclr`` has none is said by the method's name.
+    ``method=moco`` has a queue and ``method=simclr`` has none is known from the method's name.
     """
     names = {group for c in configurations for group in c.choices if group != "callbacks"}
     ordered = [g for g in FIRST if g in names] + sorted(names.difference(FIRST))
@@ -330,7 +330,7 @@ variants: headline  # headline: of each evaluation only its first row of each nu
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared, and how it is written."""
+    """A checked command: what is compared, and how the table is written."""
 
     paths: list[Path]
     format: str
