@@ -64,15 +64,15 @@ class Features:
     def heads(self) -> float:
         """Train 24 heads on all images; return the best top-1 of the test images."""
         rows = torch.arange(len(self.train), device=self.train.device)
-        scaling = Scaling("standardize", self.train, rows)
+        scaling = Scaling(self.train, rows)
         data = Examples(self.train, self.labels.to(rows.device), rows, scaling)
-        settings = HEADS.settings("standardize")
+        settings = HEADS.settings()
         pairs = [(s["learning_rate"], s["weight_decay"]) for s in settings]
         epochs = HEADS.epochs_for(len(rows))
         heads = train_heads(data, self.classes, pairs, epochs, HEADS.batch_size, seed=0)
         every = torch.arange(len(self.test), device=rows.device)
         asked = Examples(self.test, self.answers.to(rows.device), every, scaling)
-        return float(measure(heads, asked, len(heads.bias))[0].max())
+        return float(measure(heads, asked)[0].max())
 
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

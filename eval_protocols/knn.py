@@ -7,27 +7,33 @@ training images; the test labels are read once, for the numbers.
 
 from __future__ import annotations
 
-import csv
 import logging
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from pandas import DataFrame
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
 
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.knn import Vote, leave_one_out, neighbours, vote_grid
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.pictures import paint, paint_confusion, write_png
+from ssl_samix.files import write_atomically
+from ssl_samix.pictures import paint, write_png
 
 _log = logging.getLogger(__name__)
 ASKED = 5000  # training images whose leave-one-out votes choose the setting, at most
 SHOWN = 8  # neighbours in the picture
+MOST_NAMED = 30  # classes, up to which the confusion matrix has names and numbers
 
 
 def check(config: DictConfig) -> None:
@@ -41,7 +47,7 @@ def check(config: DictConfig) -> None:
         check_range("temperature", temperature, 1e-3)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, test = task.labelled
@@ -110,13 +116,23 @@ def _confusion(
     labels: Tensor, predictions: Tensor, classes: tuple[str, ...], folder: Path
 ) -> list[list[int]]:
     """Write the confusion matrix as confusion.csv and confusion.png, and return it."""
-    total = len(classes)
-    counts = torch.bincount(labels * total + predictions, minlength=total**2).view(total, total)
-    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true class", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
-    write_png(folder / "confusion.png", paint_confusion(counts, classes))
+    counts = confusion_matrix(labels, predictions, labels=range(len(classes)))
+    table = DataFrame(counts, index=list(classes), columns=list(classes))
+    table.to_csv(folder / "confusion.csv", index_label="true class")
+    few = len(classes) <= MOST_NAMED
+    side = min(12.0, 3 + 0.4 * len(classes))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    # A dollar would begin a formula.
+    names = [name.replace("$", r"\$") for name in classes]
+    ConfusionMatrixDisplay(counts, display_labels=names).plot(
+        ax=axes, include_values=few, colorbar=False, cmap="Blues", xticks_rotation="vertical"
+    )
+    if not few:
+        axes.set(xticks=[], yticks=[])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in letters that the font lacks
+        write_atomically(folder / "confusion.png", partial(figure.savefig, format="png"))
     return counts.tolist()
 
 

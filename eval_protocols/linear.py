@@ -13,18 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from ssl_samix.artifacts.encoder import save_classifier
 from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
-from ssl_samix.evaluation.augmented import augmented_probe
 from ssl_samix.evaluation.linear import logistic_regression, probe
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.evaluation.training import Recipe
+from ssl_samix.evaluation.training import FewLabels, Recipe, augmented_probe
 from ssl_samix.training.logging import RunProgress
 
 # The rows, details for results.json, and the layer that classifies features, if one is kept.
@@ -50,7 +50,7 @@ def recipe(config: DictConfig) -> Recipe:
     return Recipe(**settings)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     task = open_task(request)
     task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
@@ -64,7 +64,7 @@ def run(request: Request) -> Path:
     return report.folder
 
 
-def cached(request: Request, task: Task, report: Report) -> Found:
+def cached(request: ProtocolRequest, task: Task, report: Report) -> Found:
     """Train a grid of heads on features that are computed once, and logistic regression."""
     (train, test), config = task.labelled, request.config
     with report.timed("features"):
@@ -80,7 +80,7 @@ def cached(request: Request, task: Task, report: Report) -> Found:
     return rows, details, lbfgs.head
 
 
-def save(path: Path, request: Request, task: Task, head: nn.Linear) -> None:
+def save(path: Path, request: ProtocolRequest, task: Task, head: nn.Linear) -> None:
     """Write the backbone with its logistic regression, as ``load_classifier`` reads it."""
     encoder, config = task.encoder, request.config
     meta = {
@@ -93,14 +93,12 @@ def save(path: Path, request: Request, task: Task, head: nn.Linear) -> None:
     save_classifier(path, {"linear": nn.Sequential(encoder.backbone, head)}, meta)
 
 
-def augmented(request: Request, task: Task, report: Report) -> Found:
+def augmented(request: ProtocolRequest, task: Task, report: Report) -> Found:
     """Train as the preset's paper does."""
-    config = request.config
-    bars = [RunProgress()]
+    config, every = request.config, torch.arange(len(task.labelled[0]))
+    few = FewLabels(task, every, config.data, config.held_out, config.seed, [RunProgress()])
     with report.timed("training"):
-        top1, top5, settings = augmented_probe(
-            task, recipe(config), config.data, config.seed, callbacks=bars
-        )
+        top1, top5, settings = augmented_probe(few, recipe(config))
     details = {"held_out": settings.pop("held_out", {})}
     return [Row("augmented", {"top1": top1, "top5": top5}, settings)], details, None
 

@@ -15,7 +15,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from ssl_samix.config.compose import CONFIG_DIR, build, groups, plain
 from ssl_samix.data.images import ImageSet
@@ -23,16 +22,14 @@ from ssl_samix.data.subsets import stratified
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.measures import (
+    agreement,
     alignment,
-    ari,
-    cluster_accuracy,
     embed_two_views,
     kmeans,
-    nmi,
     rankme,
     uniformity,
 )
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 
@@ -50,7 +47,7 @@ def check(config: DictConfig) -> None:
         check_range("clusters", config.clusters, 2)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, clusters = task.splits.train, clusters_of(task, config.clusters)
@@ -114,7 +111,7 @@ def kmeans_row(task: Task, clusters: int, config: DictConfig) -> tuple[Row, dict
     _, images = task.labelled
     features = task.embed(images, "test")
     starts = [
-        _matched(kmeans(features, clusters, config.seed + i)[0], images.labels)
+        agreement(kmeans(features, clusters, config.seed + i)[0], images.labels)
         for i in range(config.starts)
     ]
     values = {key: [start[key] for start in starts] for key in starts[0]}
@@ -123,15 +120,7 @@ def kmeans_row(task: Task, clusters: int, config: DictConfig) -> tuple[Row, dict
     return Row("k-means", {key: fmean(v) for key, v in values.items()}, settings), values
 
 
-def _matched(clusters: Tensor, labels: Tensor) -> dict[str, float]:
-    return {
-        "nmi": nmi(clusters, labels),
-        "ari": ari(clusters, labels),
-        "cluster_accuracy": cluster_accuracy(clusters, labels),
-    }
-
-
-def view_maker(request: Request, task: Task) -> tuple[str, ViewMaker]:
+def view_maker(request: ProtocolRequest, task: Task) -> tuple[str, ViewMaker]:
     """Return what makes the two views, and their name; SimCLR's, if the run had no such pair."""
     views = request.config.get("views")
     if views is None and request.origin.run is not None:

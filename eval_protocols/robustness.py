@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from ssl_samix.artifacts.encoder import TrainedClassifier, load_classifiers
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.accuracy import top1_top5
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.robustness import (
     CorruptedImages,
@@ -35,7 +35,7 @@ def check(config: DictConfig) -> None:
     check_range("strength", config.strength, 0, 255)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     path = request.origin.path
     if path is None:

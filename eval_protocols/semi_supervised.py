@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_range
-from ssl_samix.evaluation.finetune import FewLabels, finetuned
 from ssl_samix.evaluation.label_split import (
     draw_per_class,
     draw_percent,
@@ -25,11 +24,11 @@ from ssl_samix.evaluation.label_split import (
     write_split,
 )
 from ssl_samix.evaluation.linear import logistic_regression
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.source import untrained
 from ssl_samix.evaluation.task import Task, open_task
-from ssl_samix.evaluation.training import Recipe
+from ssl_samix.evaluation.training import FewLabels, Recipe, finetuned
 from ssl_samix.files import expanded
 from ssl_samix.training.logging import RunProgress
 
@@ -57,7 +56,7 @@ def recipes(config: DictConfig) -> tuple[Recipe, ...]:
     return tuple(Recipe(lr=(lr * f,), backbone_lr=lr, **shared) for lr in trunk for f in factors)
 
 
-def run(request: Request) -> Path:
+def run(request: ProtocolRequest) -> Path:
     """Measure, print, and return the folder of the results."""
     config, task = request.config, open_task(request)
     picks = labelled(config, task)
@@ -65,13 +64,13 @@ def run(request: Request) -> Path:
     report = Report(request)
     write_split(report.folder / "split.txt", train, picks)
     print(f"{len(picks)} of {len(train)} training images keep their labels: split.txt", flush=True)
-    few = FewLabels(task, picks, recipes(config), config.data, config.held_out, config.seed)
     bars = [RunProgress()] if sys.stderr.isatty() else []
+    few = FewLabels(task, picks, config.data, config.held_out, config.seed, bars)
 
     def tuned(variant: str, backbone: Any) -> Row:
         print(variant, flush=True)
         with report.timed(variant):
-            top1, top5, settings = finetuned(few, backbone, print, bars)
+            top1, top5, settings = finetuned(few, backbone, recipes(config), print)
         held_out[variant] = settings.pop("held_out", {})
         return Row(variant, {"top1": top1, "top5": top5}, settings)
 

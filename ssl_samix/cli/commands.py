@@ -105,15 +105,15 @@ def _protocol(text: str, name: str, module: str) -> Subcommand:
 
     def check(words: list[str], _sweeping: bool) -> None:
         from ssl_samix.config.compose import combinations
-        from ssl_samix.evaluation.request import configured
+        from ssl_samix.evaluation.request import parse_protocol
 
         for combination in combinations(words):
-            configured(name, combination)
+            parse_protocol(name, combination)
 
     def job(words: list[str]) -> None:
-        from ssl_samix.evaluation.request import configured
+        from ssl_samix.evaluation.request import parse_protocol
 
-        request = configured(name, words)
+        request = parse_protocol(name, words)
         protocol = _eval_protocols(module)
         protocol.check(request.config)
         print(protocol.run(request))
@@ -155,15 +155,15 @@ def _study(words: list[str]) -> str:
 
 
 def _check_embed(words: list[str], _sweeping: bool) -> None:
-    from ssl_samix.evaluation.embed import configured
+    from ssl_samix.evaluation.embed import parse_embed
 
-    configured(words)
+    parse_embed(words)
 
 
 def _embed(words: list[str]) -> None:
-    from ssl_samix.evaluation.embed import configured, embed
+    from ssl_samix.evaluation.embed import embed, parse_embed
 
-    print(embed(configured(words)))
+    print(embed(parse_embed(words)))
 
 
 SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {

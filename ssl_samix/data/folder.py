@@ -13,8 +13,7 @@ What is a class, with ``labels="auto"``:
 
 ``labels=False`` declares any tree unlabelled (folders by date, by camera), ``labels=True`` demands
 class folders. Hidden files and folders, those of systems (``@eaDir``), run folders and results are
-skipped, links to folders are followed. Whatever is left out is told in the index's notes. The
-listings of large trees are remembered (``ssl_samix.data.listing``).
+skipped, links to folders are followed. Whatever is left out is told in the index's notes.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssl_samix.data.image_files import told
+from ssl_samix.data.image_files import told, visible
 from ssl_samix.data.layout import no_images
-from ssl_samix.data.listing import Listing, Listings, remembered
 from ssl_samix.errors import DataError
 from ssl_samix.files import expanded
 
@@ -42,6 +40,13 @@ _PARTS = _THUMBNAILS | frozenset(
         "unlabeled", "unlabelled",
     }
 )  # fmt: skip
+# What this package writes beside pictures: of a run, of a protocol, of samix embed.
+_MARKS = {
+    "config.yaml": rb"^choices:",
+    "results.json": rb'^  "protocol":',
+    "paths.csv": rb"^row,path",
+}
+_HEAD = 2**12  # bytes of such a file that are looked at; the marks come first
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ def scan(
             folder that may not be read; an unknown ``labels``.
     """
     wanted = wanted_labels(labels)
-    path = os.fspath(root)
-    return remembered(path, lambda listings: _scan(_Walk(listings, path), wanted, key))
+    return _scan(_Walk(os.fspath(root)), wanted, key)
 
 
 def given_images(folder: str, key: str = "images") -> FolderIndex:
@@ -103,7 +107,7 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
         DataError: No class folder with images, or images outside the class folders.
     """
     top = os.fspath(path)
-    tree = remembered(top, lambda listings: _tree(_Walk(listings, top), top))
+    tree = _tree(_Walk(top), top)
     _is_labelled(tree, wanted=True)
     classes = tuple(sorted(tree.classes))
     return _labelled(tree, classes), classes
@@ -111,14 +115,9 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
 
 def empty_classes(root: str | os.PathLike[str]) -> list[str]:
     """Name the folders, among the classes under ``root``, that hold no image at any depth."""
-    path = os.fspath(root)
-
-    def look(listings: Listings) -> list[str]:
-        walk = _Walk(listings, path)
-        split = _split(walk)
-        return _tree(walk, split[0] if split else path).empty
-
-    return remembered(path, look)
+    walk = _Walk(os.fspath(root))
+    split = _split(walk)
+    return _tree(walk, split[0] if split else walk.root).empty
 
 
 def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path: str) -> None:
@@ -155,6 +154,49 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """What one folder holds, sorted, without the hidden."""
+
+    path: str
+    folders: list[str]  # paths
+    images: list[str]  # paths
+    others: Counter[str]  # how many files that are not images, by the ending of their names
+    neither: list[str]  # paths of what is neither folder nor file, such as links to nothing
+    is_ours: bool  # whether it is a run folder, or holds what was measured or embedded
+    identity: tuple[int, int]  # device and inode, the same through every link
+
+
+def _list(path: str) -> _Listing:
+    """List the folder at ``path``.
+
+    Raises:
+        DataError: If it may not be listed.
+        OSError: If it is not there or not a folder.
+    """
+    status, others = os.stat(path), Counter[str]()
+    names: dict[str, list[str]] = {"folder": [], "image": [], "other": [], "neither": []}
+    for entry, kind, ending in visible(path):
+        names[kind].append(entry.name)
+        if kind == "other":
+            others[ending] += 1
+    is_ours = any(_is_ours(path, name) for name in _MARKS.keys() & names["other"])
+    inside = os.path.join(path, "")
+    folders, images, neither = (
+        [inside + name for name in sorted(names[kind])] for kind in ("folder", "image", "neither")
+    )
+    return _Listing(path, folders, images, others, neither, is_ours, (status.st_dev, status.st_ino))
+
+
+def _is_ours(folder: str, name: str) -> bool:
+    """Say whether the file of that name is one that this package writes."""
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            return re.search(_MARKS[name], file.read(_HEAD), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
 @dataclass
 class _Found:
     """What lies at and below a folder."""
@@ -174,25 +216,19 @@ class _Found:
 class _Walk:
     """Goes through the folders below a root, each at most once."""
 
-    def __init__(self, listings: Listings, root: str) -> None:
+    def __init__(self, root: str) -> None:
         self.root = root
-        self.list = listings
-        self._top = listings(root)
+        self.top = _list(root)
         self._below: dict[str, _Found] = {}
 
-    @property
-    def top(self) -> Listing:
-        """What lies directly in the root."""
-        return self._top
-
-    def below(self, folder: str, parent: Listing) -> _Found:
+    def below(self, folder: str, parent: _Listing) -> _Found:
         """Return what lies at and below a ``folder`` of ``parent``."""
         if folder not in self._below:
             self._below[folder] = self._at(folder, frozenset({parent.identity}))
         return self._below[folder]
 
     def _at(self, path: str, above: frozenset[tuple[int, int]]) -> _Found:
-        listing = self.list(path)
+        listing = _list(path)
         if listing.identity in above:  # a link back to a folder above
             return _Found()
         if listing.is_ours:
@@ -203,8 +239,8 @@ class _Walk:
         return found
 
 
-def _directly_in(listing: Listing) -> _Found:
-    return _Found([*listing.images], Counter(listing.others), [*listing.neither])
+def _directly_in(listing: _Listing) -> _Found:
+    return _Found([*listing.images], listing.others.copy(), [*listing.neither])
 
 
 @dataclass(frozen=True)
@@ -217,7 +253,7 @@ class _Tree:
 
 
 def _tree(walk: _Walk, path: str) -> _Tree:
-    top = walk.top if path == walk.root else walk.list(path)
+    top = walk.top if path == walk.root else _list(path)
     below = {os.path.basename(folder): walk.below(folder, top) for folder in top.folders}
     found = _directly_in(top)
     for part in below.values():

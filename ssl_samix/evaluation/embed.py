@@ -1,19 +1,17 @@
 """The features of a folder of images, as files: ``samix embed``.
 
-Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+Whatever needs torch is imported by the functions that do, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -28,8 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from ssl_samix.artifacts.encoder import Encoder
-    from ssl_samix.evaluation.embedding import Embedded, Pictures
+    from ssl_samix.evaluation.embedding import Pictures
 
 MOST_SHOWN = 64  # images in the picture
 NEIGHBOURS = 8  # of each
@@ -38,8 +35,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be embedded.
+class EmbedRequest:
+    """A checked command: which images are embedded by which encoder.
 
     Attributes:
         origin: Where the encoder comes from.
@@ -54,7 +51,7 @@ class Request:
     config: DictConfig
 
 
-def configured(words: list[str]) -> Request:
+def parse_embed(words: list[str]) -> EmbedRequest:
     """Check ``key=value`` words.
 
     Raises:
@@ -72,10 +69,8 @@ def configured(words: list[str]) -> Request:
     origin = find_origin(str(config.run), config.weights)
     if config.images is None:
         _check_own_images(origin)
-        images = None
-    else:
-        images = given_images(str(config.images))
-    return Request(origin, images, _out(config.out, origin), config)
+    images = None if config.images is None else given_images(str(config.images))
+    return EmbedRequest(origin, images, _out(config.out, origin), config)
 
 
 def _check_own_images(origin: Origin) -> None:
@@ -97,12 +92,11 @@ def _out(given: Any, origin: Origin) -> Path:
     return out
 
 
-def embed(request: Request) -> Path:
+def embed(request: EmbedRequest) -> Path:
     """Write the features and return their folder.
 
-    ``features.npy`` holds (R, D) float32, a row per readable image; ``paths.csv`` says which image
-    each row is of. ``damaged.csv`` names the unreadable ones, if there are any. ``index.faiss`` and
-    ``neighbours.png`` are made of the features, if they are wanted.
+    ``index.faiss`` and ``neighbours.png`` are made of what ``write_folder`` writes, if they are
+    wanted.
 
     Raises:
         UserError: If there is no encoder, no readable image, or no way to write.
@@ -118,60 +112,38 @@ def embed(request: Request) -> Path:
     config, spec = request.config, SPECS["folder"]
     device = choose_device(config.device)
     encoder = load_source(request.origin, config, 224, spec.mean, spec.std).to(device)
-    source = _pictures(request, encoder)
-    if config.out is None:
-        request = replace(request, out=new_folder(request.out))
-    done = write_folder(request.out, source, partial(_features, request, encoder, source))
-    features = np.load(request.out / "features.npy", mmap_mode="r")
+    source = _pictures(request, encoder.image_size)
+    out = new_folder(request.out) if config.out is None else request.out
+    workers = _workers(config, len(source))
+    done = write_folder(out, encoder, source, workers=workers, chunk=config.chunk)
+    features = np.load(out / "features.npy", mmap_mode="r")
     if config.index:
-        write_index(request.out / "index.faiss", features)
+        write_index(out / "index.faiss", features)
     if config.sheet and len(features) > 1:
-        sheet = _sheet(features, done, source, encoder.image_size, config)
-        write_png(request.out / "neighbours.png", sheet)
-    return request.out
+        sheet = _sheet(features, done.rows, source, encoder.image_size, config)
+        write_png(out / "neighbours.png", sheet)
+    return out
 
 
-def _pictures(request: Request, encoder: Encoder) -> Pictures:
+def _pictures(request: EmbedRequest, size: int) -> Pictures:
     from ssl_samix.data.datasets import load_splits
     from ssl_samix.data.sources import PathSource
     from ssl_samix.evaluation.embedding import pictures
 
+    source: Pictures
     if request.images is not None:
-        _tell(request.images.notes)
-        return PathSource(request.images.train.paths)
-    assert request.origin.run is not None
-    data = request.origin.run.load_config()[0].data
-    # No memory for images: they are decoded one by one, and a damaged one is noticed.
-    splits = load_splits(
-        data.name, data.root, encoder.image_size, data.limit, labels=data.labels, memory_gb=0
-    )
-    _tell(splits.notes)
-    return pictures(splits.train)
-
-
-def _tell(notes: Sequence[str]) -> None:
+        notes, source = request.images.notes, PathSource(request.images.train.paths)
+    else:
+        assert request.origin.run is not None
+        data = request.origin.run.load_config()[0].data
+        # No memory for images: they are decoded one by one, and a damaged one is noticed.
+        splits = load_splits(
+            data.name, data.root, size, data.limit, labels=data.labels, memory_gb=0
+        )
+        notes, source = splits.notes, pictures(splits.train)
     for note in notes:
         _log.warning("%s", note)
-
-
-def _features(request: Request, encoder: Encoder, source: Pictures, file: BinaryIO) -> Embedded:
-    from tqdm import tqdm
-
-    from ssl_samix.evaluation.embedding import write_features
-
-    config, total = request.config, len(source)
-    # On a terminal only: a log would be filled with half bars.
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=total, desc="features", unit="img", leave=False, disable=hidden) as bar:
-        return write_features(
-            file,
-            encoder,
-            source,
-            next(encoder.parameters()).device,
-            workers=_workers(config, total),
-            chunk=config.chunk,
-            progress=bar.update,
-        )
+    return source
 
 
 def _workers(config: DictConfig, total: int) -> int:
@@ -181,7 +153,7 @@ def _workers(config: DictConfig, total: int) -> int:
 
 
 def _sheet(
-    features: np.ndarray, done: Embedded, source: Pictures, size: int, config: DictConfig
+    features: np.ndarray, places: Sequence[int], source: Pictures, size: int, config: DictConfig
 ) -> Image.Image:
     """Paint drawn images, each with those whose features are nearest to its own."""
     import torch
@@ -194,9 +166,9 @@ def _sheet(
     count = min(NEIGHBOURS, len(features) - 1)
     cosines, rows = nearest_rows(features, drawn, count)
     tiles, captions = [], []
-    for row, near, found in zip(drawn, cosines, rows, strict=True):
-        tiles.append([picture(source, done.rows[i], size) for i in (row, *found)])
-        name = _short(source.name(done.rows[row]))
+    for row, near, found in zip(drawn, cosines, rows.tolist(), strict=True):
+        tiles.append([picture(source, places[i], size) for i in (row, *found)])
+        name = _short(source.name(places[row]))
         captions.append(f"{row}: {name}\ncos {near[0]:.2f} to {near[-1]:.2f}")
     return paint(["image", *(str(n + 1) for n in range(count))], tiles, captions)
 

@@ -106,17 +106,8 @@ def knn_accuracy(
     """
     fitting = [k for k in ks if k <= len(bank)] or [len(bank)]
     similarity, rows = neighbours(bank, query, max(fitting))
-    labels = bank_labels[rows]
-    result = {}
-    for k in fitting:
-        scores = vote(similarity[:, :k], labels[:, :k], classes, temperature)
-        ranked = scores.topk(min(5, classes), dim=1).indices
-        hit = ranked == query_labels[:, None]
-        result[k] = (
-            100 * hit[:, 0].float().mean().item(),
-            100 * hit.any(dim=1).float().mean().item(),
-        )
-    return result
+    votes = vote_grid(similarity, bank_labels[rows], query_labels, classes, fitting, [temperature])
+    return {vote.k: (vote.top1, vote.top5) for vote in votes}
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,20 @@ batch.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.data.subsets import hold_out
-from ssl_samix.errors import ConfigError, DataError, check_choice, check_range
+from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.knn import check_finite
 
-NORMALIZATIONS = ("standardize", "l2", "none")
 REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
 MOMENTUM = 0.9
 INIT_STD = 0.01  # of the weights, as in DINOv2's eval/linear.py; the bias is 0
@@ -35,42 +32,30 @@ _LOGITS = 2**23  # logits that are computed at once, outside of training
 
 
 class Scaling:
-    """Brings features to a mean squared length of 1.
+    """Gives every feature mean 0 and variance 1/D, or 0 if it does not vary.
 
-    One range of learning rates then serves features of any width and scale, because that length
-    bounds the curvature of the cross-entropy.
+    The mean squared length of 1 bounds the curvature of the cross-entropy, so that one range of
+    learning rates serves features of any width and scale.
 
     Args:
-        kind: ``standardize`` gives every feature mean 0 and variance 1/D, or 0 if it does not
-            vary; ``l2`` gives every row length 1; ``none`` divides everything by one number.
         features: (N, D).
         rows: (n,) the rows that means are taken over.
     """
 
-    def __init__(self, kind: str, features: Tensor, rows: Tensor) -> None:
-        self.kind = kind
-        if kind == "l2":
-            return
+    def __init__(self, features: Tensor, rows: Tensor) -> None:
         total, power = features.new_zeros(2, features.shape[1], dtype=torch.float64)
         for part in rows.split(_ROWS):
             chunk = features[part].double()
             total += chunk.sum(dim=0)
             power += chunk.square().sum(dim=0)
-        mean, power = total / len(rows), power / len(rows)
-        if kind == "standardize":
-            variance = power - mean.square()
-            varies = variance > 1e-10 * power  # less is what rounding to float32 leaves
-            self.shift = mean
-            self.factor = torch.where(varies, (variance * len(mean)).rsqrt(), 0.0)
-        else:
-            self.shift = torch.zeros_like(mean)
-            self.factor = power.sum().clamp_min(1e-30).rsqrt()
+        self.shift, power = total / len(rows), power / len(rows)
+        variance = power - self.shift.square()
+        varies = variance > 1e-10 * power  # less is what rounding to float32 leaves
+        self.factor = torch.where(varies, (variance * len(variance)).rsqrt(), 0.0)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Scale (B, D) features, as float64 if they are that and float32 if not."""
         x = features.to(torch.promote_types(features.dtype, torch.float32))
-        if self.kind == "l2":
-            return F.normalize(x, dim=1)
         return (x - self.shift.to(x.dtype)) * self.factor.to(x.dtype)
 
 
@@ -139,7 +124,6 @@ def train_heads(
     epochs: int,
     batch_size: int,
     seed: int,
-    after_epoch: Callable[[], object] = lambda: None,
 ) -> Heads:
     """Train heads side by side: SGD with momentum on the cross-entropy, a cosine to 0.
 
@@ -154,7 +138,6 @@ def train_heads(
         epochs: Passes over the rows.
         batch_size: B; at most n is taken. A step holds B * H * C logits and 2 * D * H * C weights.
         seed: Of the first weights and of the order.
-        after_epoch: Called after each epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     x, _ = data.read(torch.zeros(1, dtype=torch.int64))
@@ -170,7 +153,6 @@ def train_heads(
             left = size / REFERENCE_BATCH * 0.5 * (1 + math.cos(math.pi * step / steps))
             _descend(heads, speed, data.read(places.to(x.device)), rates * left, decays)
             step += 1
-        after_epoch()
     return heads
 
 
@@ -189,23 +171,16 @@ def _descend(
 
 
 @torch.no_grad()
-def measure(
-    classify: Callable[[Tensor], Tensor], data: Examples, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Test H classifiers.
-
-    Args:
-        classify: Maps features (B, D) to logits or log-probabilities (B, H, C).
-        data: n rows to classify.
-        size: Values per row that ``classify`` makes, H * C: sets how many rows are read at once.
+def measure(heads: Heads, data: Examples, most: int = _LOGITS) -> tuple[Tensor, Tensor, Tensor]:
+    """Test H classifiers on n rows, of which at most so many logits are made at once.
 
     Returns:
         Top-1 and top-5, in percent, and cross-entropy: (H,) each. Of fewer than 5 classes, top-5
         is over all.
     """
     sums = torch.zeros(3, 1, dtype=torch.float64)
-    for x, labels in data.in_order(max(1, min(_ROWS, _LOGITS // size))):
-        logits = classify(x)
+    for x, labels in data.in_order(max(1, min(_ROWS, most // len(heads.bias)))):
+        logits = heads(x)
         target = labels[:, None, None]
         hit = logits.topk(min(5, logits.shape[2]), dim=2).indices == target
         own = logits.log_softmax(dim=2).gather(2, target.expand(-1, logits.shape[1], 1))
@@ -217,7 +192,6 @@ def measure(
 
 STEPS, EPOCHS = 2000, 10  # at least so many of both, unless a grid says its epochs
 Setting = dict[str, Any]
-Progress = Callable[[int, int], object]
 
 _log = logging.getLogger(__name__)
 
@@ -229,7 +203,6 @@ class Grid:
     Attributes:
         learning_rates: At batch 256, scaled linearly with the batch.
         weight_decays: Of the weights, not of the bias.
-        normalizations: Of the features, see ``Scaling``; each is trained apart.
         epochs: None takes as many as 2,000 steps need, and at least 10.
         batch_size: Images per step; all of them if they are fewer.
 
@@ -239,17 +212,12 @@ class Grid:
 
     learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
-    normalizations: tuple[str, ...] = ("standardize",)
     epochs: int | None = None
     batch_size: int = 256
 
     def __post_init__(self) -> None:
         check_values("learning_rates", self.learning_rates, 1e-12)
         check_values("weight_decays", self.weight_decays, 0)
-        if not self.normalizations:
-            raise ConfigError("normalizations needs at least one value")
-        for kind in self.normalizations:
-            check_choice("normalizations", kind, NORMALIZATIONS)
         check_range("batch_size", self.batch_size, 1)
         check_range("epochs", 1 if self.epochs is None else self.epochs, 1)
         rate, decay = max(self.learning_rates), max(self.weight_decays)
@@ -265,10 +233,10 @@ class Grid:
         steps = n // min(self.batch_size, n)
         return self.epochs or max(EPOCHS, math.ceil(STEPS / steps))
 
-    def settings(self, normalization: str) -> list[Setting]:
-        """Return the settings of all heads of one normalisation, as tables name them."""
+    def settings(self) -> list[Setting]:
+        """Return the settings of all heads, as tables name them."""
         return [
-            {"learning_rate": rate, "weight_decay": decay, "normalization": normalization}
+            {"learning_rate": rate, "weight_decay": decay}
             for rate in self.learning_rates
             for decay in self.weight_decays
         ]
@@ -380,17 +348,6 @@ def choose(
     return {setting: best[setting] for setting in settings[0]}
 
 
-def ticks(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Return what tells ``progress`` at each call that one more of ``total`` parts is done."""
-    done = itertools.count(1)
-
-    def tick() -> None:
-        if progress is not None:
-            progress(next(done), total)
-
-    return tick
-
-
 def matrix(data: Examples) -> tuple[Any, Any]:
     """Return (n, D) float32 features of variance 1 and (n,) labels, for scikit-learn."""
     x, labels = (torch.cat(part) for part in zip(*data.in_order(), strict=True))
@@ -407,30 +364,24 @@ def fit(model: Any, x: Any, labels: Any) -> bool:
     return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
-def answers(model: Any) -> Callable[[Tensor], Tensor]:
-    """Turn a fitted model into a map from scaled features (B, D) to logits (B, 1, C)."""
-
-    def classify(x: Tensor) -> Tensor:
-        scaled = (x * math.sqrt(x.shape[1])).cpu().numpy()
-        logits = torch.from_numpy(model.decision_function(scaled)).to(x.device)
-        if logits.ndim == 1:  # of two classes, scikit-learn gives the second one's log-odds
-            logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
-        return logits[:, None]
-
-    return classify
-
-
-def folded(model: Any, scaling: Scaling) -> nn.Linear:
-    """Return a fitted model and the scaling before it as one layer on the CPU."""
-    weight, bias = (torch.from_numpy(part).double() for part in (model.coef_, model.intercept_))
+def as_heads(model: Any, data: Examples) -> Heads:
+    """Return a fitted model as one head on features as ``data`` gives them."""
+    x, _ = data.read(torch.zeros(1, dtype=torch.int64))
+    weight, bias = (torch.from_numpy(part) for part in (model.coef_, model.intercept_))
     if len(weight) == 1:  # of two classes, scikit-learn has the second one's log-odds
         weight, bias = (torch.cat([torch.zeros_like(part), part]) for part in (weight, bias))
-    weight = weight * scaling.factor.cpu() * math.sqrt(weight.shape[1])
+    weight = weight.T * math.sqrt(weight.shape[1])
+    return Heads(weight.to(x), bias.to(x), len(bias))
+
+
+def folded(heads: Heads, scaling: Scaling) -> nn.Linear:
+    """Return one head and the scaling before it as a layer on the CPU."""
+    weight = heads.weight.T.double() * scaling.factor
     # Without first weights of its own: those would take from the random numbers of what follows.
     head: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight))
     with torch.no_grad():
         head.weight.copy_(weight)
-        head.bias.copy_(bias - weight @ scaling.shift.cpu())
+        head.bias.copy_(heads.bias - weight @ scaling.shift)
     return head
 
 
@@ -468,7 +419,7 @@ class LogisticResult(ProbeResult):
     head: nn.Linear = field(repr=False, compare=False)
 
 
-def probe(  # noqa: PLR0913 - the data, and how they are learned
+def probe(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
@@ -478,7 +429,6 @@ def probe(  # noqa: PLR0913 - the data, and how they are learned
     *,
     seed: int = 0,
     held_out_share: float = 0.1,
-    progress: Progress | None = None,
 ) -> ProbeResult:
     """Train a grid of linear heads and test the one that ``choose`` takes on held-out images.
 
@@ -494,7 +444,6 @@ def probe(  # noqa: PLR0913 - the data, and how they are learned
         grid: None takes ``Grid()``.
         seed: Of what is held out, of the heads' first weights, and of the order of the images.
         held_out_share: Part of N, in (0, 0.5].
-        progress: Told after each epoch how many of how many are done.
 
     Raises:
         ConfigError: If the share is out of range.
@@ -504,26 +453,20 @@ def probe(  # noqa: PLR0913 - the data, and how they are learned
     check_labelled(train, train_labels, test, test_labels, classes)
     grid, labels = grid or Grid(), train_labels.to(train.device)
     kept, held = split(labels, classes, held_out_share, seed)
-    kinds = grid.normalizations if len(held) else ()
-    total = len(kinds) * grid.epochs_for(len(kept)) + grid.epochs_for(len(train))
-    tick = ticks(progress, total)
 
     def trained(rows: Tensor, settings: list[Setting]) -> tuple[Heads, Scaling]:
-        scaling = Scaling(settings[0]["normalization"], train, rows)
+        scaling = Scaling(train, rows)
         data, epochs = Examples(train, labels, rows, scaling), grid.epochs_for(len(rows))
         pairs = [(s["learning_rate"], s["weight_decay"]) for s in settings]
-        return train_heads(data, classes, pairs, epochs, grid.batch_size, seed, tick), scaling
+        return train_heads(data, classes, pairs, epochs, grid.batch_size, seed), scaling
 
-    held_out: list[Setting] = []
-    for kind in kinds:
-        settings = grid.settings(kind)
+    settings, held_out = grid.settings(), []
+    if len(held):
         heads, scaling = trained(kept, settings)
-        found = measure(heads, Examples(train, labels, held, scaling), len(heads.bias))
-        held_out += scored(settings, found)
-    settings = grid.settings(grid.normalizations[0])
+        held_out = scored(settings, measure(heads, Examples(train, labels, held, scaling)))
     best = choose(held_out, settings, len(held), "learning_rate", "learning_rates")
     heads, scaling = trained(torch.arange(len(train), device=train.device), [best])
-    top1, top5, _ = measure(heads, _all(test, test_labels, scaling), classes)
+    top1, top5, _ = measure(heads, _all(test, test_labels, scaling))
     setting = {**best, "epochs": grid.epochs_for(len(train))}
     return ProbeResult(top1.item(), top5.item(), setting, held_out)
 
@@ -539,7 +482,6 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     max_iter: int = 1000,
     seed: int = 0,
     held_out_share: float = 0.1,
-    progress: Progress | None = None,
 ) -> LogisticResult:
     """Fit scikit-learn's logistic regression (lbfgs) on features of mean 0 and variance 1.
 
@@ -557,7 +499,6 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
         max_iter: Iterations of a fit, at most.
         seed: Of what is held out.
         held_out_share: Part of N, in (0, 0.5].
-        progress: Told after each fit how many of how many are done.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -571,43 +512,27 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     labels = train_labels.to(train.device)
     kept, held = split(labels, classes, held_out_share, seed)
     settings: list[Setting] = [{"C": c} for c in sorted(cs)]
-    tick = ticks(progress, 1 + (len(settings) if len(held) else 0))
     held_out: list[Setting] = []
     if len(held):
-        scaling = Scaling("standardize", train, kept)
+        scaling = Scaling(train, kept)
         learned, asked = (Examples(train, labels, rows, scaling) for rows in (kept, held))
+        given = matrix(learned)
+        # From the smallest C up, each from where the last fit ended.
         model = LogisticRegression(max_iter=max_iter, warm_start=True)
-        held_out = _tried(model, settings, learned, asked, classes, tick)
+        for setting in settings:
+            converged = fit(model.set_params(**setting), *given)
+            found = measure(as_heads(model, asked), asked)
+            held_out += scored([setting | {"converged": converged}], found)
     best = choose(held_out, settings, len(held), "C", "cs")
-    every = torch.arange(len(train), device=train.device)
-    scaling = Scaling("standardize", train, every)
+    every = _all(train, labels, Scaling(train, torch.arange(len(train), device=train.device)))
     model = LogisticRegression(C=best["C"], max_iter=max_iter)
-    converged = fit(model, *matrix(Examples(train, labels, every, scaling)))
-    tick()
+    converged = fit(model, *matrix(every))
     if not converged:
         _log.warning("lbfgs with C=%g did not converge: raise max_iter=%d", best["C"], max_iter)
-    top1, top5, _ = measure(answers(model), _all(test, test_labels, scaling), classes)
-    head = folded(model, scaling)
+    heads = as_heads(model, every)
+    top1, top5, _ = measure(heads, _all(test, test_labels, every.scaling))
+    head = folded(heads, every.scaling)
     return LogisticResult(top1.item(), top5.item(), best, held_out, converged, head)
-
-
-def _tried(
-    model: Any,
-    settings: Sequence[Setting],
-    learned: Examples,
-    asked: Examples,
-    classes: int,
-    tick: Callable[[], None],
-) -> list[Setting]:
-    """Fit each C, from the smallest up, each from where the last fit ended, and test it."""
-    given = matrix(learned)
-    held_out: list[Setting] = []
-    for setting in settings:
-        converged = fit(model.set_params(**setting), *given)
-        found = measure(answers(model), asked, classes)
-        held_out += scored([setting | {"converged": converged}], found)
-        tick()
-    return held_out
 
 
 def _all(features: Tensor, labels: Tensor, scaling: Scaling) -> Examples:

@@ -102,30 +102,22 @@ def kmeans(
     return torch.from_numpy(ids[:, 0]).long(), torch.from_numpy(machine.centroids).clone()
 
 
-def nmi(clusters: Tensor, labels: Tensor) -> float:
-    """Mutual information of clusters and classes over the mean of their entropies.
+def agreement(clusters: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compare clusters with classes: ``nmi``, ``ari`` and, in percent, ``cluster_accuracy``.
 
-    Between 0 (independent) and 1 (the same partition). With many clusters of few images it is well
-    above 0 by chance alone, which the adjusted Rand index corrects for.
-
-    Args:
-        clusters: (N,) int64, numbered in any order.
-        labels: (N,) int64.
-    """
-    return float(normalized_mutual_info_score(labels.numpy(), clusters.numpy()))
-
-
-def ari(clusters: Tensor, labels: Tensor) -> float:
-    """Adjusted Rand index: pairs of images on which both agree, corrected for chance.
-
-    Hubert and Arabie, Comparing partitions, 1985. 0 is chance, 1 the same partition; it may be
-    below 0.
+    Normalised mutual information lies between 0 (independent) and 1 (the same partition). With many
+    clusters of few images it is well above 0 by chance alone, which the adjusted Rand index (Hubert
+    and Arabie, Comparing partitions, 1985) corrects for: 0 is chance, and it may be below.
 
     Args:
         clusters: (N,) int64, numbered in any order.
         labels: (N,) int64.
     """
-    return float(adjusted_rand_score(labels.numpy(), clusters.numpy()))
+    return {
+        "nmi": float(normalized_mutual_info_score(labels.numpy(), clusters.numpy())),
+        "ari": float(adjusted_rand_score(labels.numpy(), clusters.numpy())),
+        "cluster_accuracy": cluster_accuracy(clusters, labels),
+    }
 
 
 def cluster_accuracy(clusters: Tensor, labels: Tensor) -> float:

@@ -46,7 +46,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Request:
+class ProtocolRequest:
     """A checked command: what is measured, on what, with which settings.
 
     Attributes:
@@ -100,7 +100,7 @@ def _measured_from(file: Path) -> Path | None:
     return results.parent.parent if left and results.parent.name == "results" else None
 
 
-def configured(protocol: str, words: list[str]) -> Request:
+def parse_protocol(protocol: str, words: list[str]) -> ProtocolRequest:
     """Compose a protocol's configuration; without ``data=`` it has the encoder's own data.
 
     Args:
@@ -113,7 +113,7 @@ def configured(protocol: str, words: list[str]) -> Request:
     given = {o.key_or_group: o.value() for o in parse(words)}
     own: dict[str, Any] = {}
     if "data" not in given:
-        # Composed with any data set first, so that a mistyped key is told before what is missing.
+        # Composed with any data set first: a mistyped key is reported before what is missing.
         config, _ = compose(protocol, ["data=digits", *words])
         choice, own = _own_data(_origin(protocol, config))
         words = [f"data={choice}", *words]
@@ -125,7 +125,7 @@ def configured(protocol: str, words: list[str]) -> Request:
     check_range("seed", config.get("seed", 0), 0)
     check_range("chunk", config.chunk, 1)
     check_layout(config.data.name, config.data.root, config.data.download)
-    return Request(protocol, absolute(config), choices["data"], origin)
+    return ProtocolRequest(protocol, absolute(config), choices["data"], origin)
 
 
 def _origin(protocol: str, config: DictConfig) -> Origin:

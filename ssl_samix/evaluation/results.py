@@ -14,7 +14,7 @@ from typing import Any
 from ssl_samix.artifacts.results import NUMBERS, append_rows
 from ssl_samix.config.compose import plain
 from ssl_samix.errors import UserError
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.task import Task, data_fingerprint, encoder_fingerprint
 from ssl_samix.files import expanded, write_atomically
 from ssl_samix.trainer import describe_environment
@@ -45,7 +45,7 @@ class Report:
         UserError: If the folder cannot be made.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: ProtocolRequest) -> None:
         self.request = request
         self.home = request.origin.home
         self.folder = self._new_folder()

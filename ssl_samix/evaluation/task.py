@@ -19,7 +19,7 @@ from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import check_finite
-from ssl_samix.evaluation.request import Request
+from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.source import fingerprint, load_source
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _watched() -> bool:
     return sys.stderr.isatty()
 
 
-def open_task(request: Request, encoder: Encoder | None = None) -> Task:
+def open_task(request: ProtocolRequest, encoder: Encoder | None = None) -> Task:
     """Load the encoder and the images.
 
     Args:
@@ -108,7 +108,7 @@ def open_task(request: Request, encoder: Encoder | None = None) -> Task:
     return Task(encoder, splits, device, config.chunk, workers)
 
 
-def _source(request: Request) -> Encoder:
+def _source(request: ProtocolRequest) -> Encoder:
     config, data = request.config, request.config.data
     spec, own = SPECS[data.name], data.image_size
     size = own if own != "auto" else None
@@ -118,7 +118,7 @@ def _source(request: Request) -> Encoder:
     return load_source(request.origin, config, size or 224, spec.mean, spec.std)
 
 
-def _load(request: Request, size: int | str) -> Splits:
+def _load(request: ProtocolRequest, size: int | str) -> Splits:
     data = request.config.data
     return load_splits(
         data.name,

@@ -1,4 +1,4 @@
-"""Training on labels: heads on a frozen backbone, or the whole network.
+"""Training on labels as the papers do it: heads on a frozen backbone, or the whole network.
 
 Legend: B images, D feature width, C classes, K heads.
 """
@@ -6,9 +6,10 @@ Legend: B images, D feature width, C classes, K heads.
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,12 +19,19 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssl_samix.data.datamodule import LabelledData
+from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData
+from ssl_samix.data.images import ImageSet
+from ssl_samix.data.view_spec import scaled
 from ssl_samix.errors import ConfigError, check_choice, check_range
+from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.linear import split
+from ssl_samix.evaluation.task import Task
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.trainer import build_trainer, memory_format
 from ssl_samix.types import Batch
 
+_log = logging.getLogger(__name__)
 REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
 INIT_STD = 0.01  # of a head's weights, as in MoCo's main_lincls.py; its bias is 0
 
@@ -198,3 +206,138 @@ def fit(
     )
     trainer.fit(module, data)
     return module.to(device).eval()
+
+
+@torch.no_grad()
+def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tensor:
+    """Map features (N, D) to the logits of all heads, (K, N, C) on the CPU."""
+    device = next(module.heads.parameters()).device
+    parts = [module.logits(part.to(device)).cpu() for part in features.split(chunk)]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """Labelled training images, all of them or some, and how networks are trained on them.
+
+    Attributes:
+        task: Encoder and images.
+        picks: (n,) positions of the training images that keep their labels.
+        views: Has ``flip`` and ``crop_min``: what random crops and flips the data bear.
+        held_out: Share of the labels that chooses learning rates.
+        seed: Of held-out images, heads, order and views.
+        callbacks: Lightning's.
+    """
+
+    task: Task
+    picks: Tensor
+    views: Any
+    held_out: float
+    seed: int
+    callbacks: Sequence[pl.Callback] = ()
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Return the positions that are learned and those, maybe none, that choose."""
+        labels = self.task.labelled[0].labels[self.picks]
+        kept, held = split(labels, len(self.task.splits.classes), self.held_out, self.seed)
+        return self.picks[kept], self.picks[held]
+
+    def fit(self, backbone: Backbone, recipe: Recipe, picks: Tensor) -> Classifier:
+        """Train a copy of a backbone, or heads on it, on the training images at these positions."""
+        task, encoder = self.task, self.task.encoder
+        data = LabelledData(
+            task.labelled[0],
+            picks.tolist(),
+            scaled(CROP_AND_FLIP, encoder.image_size, self.views.flip, self.views.crop_min),
+            encoder.mean,
+            encoder.std,
+            batch_size=recipe.batch_size,
+            seed=self.seed,
+            workers=task.workers,
+        )
+        options: dict[str, Any] = {"device": task.device, "callbacks": self.callbacks}
+        return fit(backbone, len(task.splits.classes), recipe, data, seed=self.seed, **options)
+
+    def logits(self, module: Classifier, images: ImageSet, picks: Sequence[int]) -> Tensor:
+        """Return a fine-tuned network's logits, (len(picks), C), which may have diverged."""
+        task, encoder = self.task, self.task.encoder
+        options: dict[str, Any] = {"workers": task.workers, "chunk": task.chunk}
+        features = extract(
+            module.backbone, images, picks, encoder.mean, encoder.std, device=task.device, **options
+        )
+        return head_logits(module, features)[0]
+
+
+def augmented_probe(few: FewLabels, recipe: Recipe) -> tuple[float, float, dict[str, Any]]:
+    """Train heads on the frozen backbone and test the one of the chosen learning rate.
+
+    With several learning rates, a first training, of all heads at once, chooses on held-out labels;
+    the chosen one is then trained on all labels.
+
+    Returns:
+        Top-1 and top-5 of the last epoch, in percent, and the settings.
+    """
+    task, backbone = few.task, few.task.encoder.backbone
+    train, test = task.labelled
+    settings: dict[str, Any] = {}
+    if len(recipe.lr) > 1:
+        kept, held = few.split()
+        best = (len(recipe.lr) - 1) // 2
+        if len(held):
+            module = few.fit(backbone, recipe, kept)
+            logits = head_logits(module, task.embed(train, "held-out", held.tolist()))
+            top1s = [top1_top5(head, train.labels[held])[0] for head in logits]
+            settings["held_out"] = dict(zip(map(str, recipe.lr), top1s, strict=True))
+            best = max(range(len(top1s)), key=top1s.__getitem__)
+            lr, low, high = recipe.lr[best], min(recipe.lr), max(recipe.lr)
+            if lr in (low, high):
+                edge = "lowest" if lr == low else "highest"
+                _log.warning("lr=%g won and is the %s tried: widen preset.lr", lr, edge)
+        recipe = replace(recipe, lr=(recipe.lr[best],))
+    module = few.fit(backbone, recipe, few.picks)
+    top1, top5 = top1_top5(head_logits(module, task.embed(test, "test"))[0], test.labels)
+    return top1, top5, {"lr": recipe.lr[0], "epochs": recipe.epochs, **settings}
+
+
+def finetuned(
+    few: FewLabels, backbone: Backbone, recipes: Sequence[Recipe], say: Callable[[str], object]
+) -> tuple[float, float, dict[str, Any]]:
+    """Fine-tune a copy of a network, and test it.
+
+    Args:
+        few: Its labels.
+        backbone: Where it starts from.
+        recipes: The learning rates to choose from; all else is the same.
+        say: Told what is going on.
+
+    Returns:
+        Top-1 and top-5 on the test images after the last epoch, in percent, and the settings.
+    """
+    test = few.task.labelled[1]
+    recipe, tried = _chosen(few, backbone, recipes, say)
+    module = few.fit(backbone, recipe, few.picks)
+    top1, top5 = top1_top5(few.logits(module, test, range(len(test))), test.labels)
+    settings = {"backbone_lr": recipe.backbone_lr, "head_lr": recipe.lr[0]}
+    return top1, top5, settings | ({"held_out": tried} if tried else {})
+
+
+def _chosen(
+    few: FewLabels, backbone: Backbone, recipes: Sequence[Recipe], say: Callable[[str], object]
+) -> tuple[Recipe, dict[str, float]]:
+    """Return the recipe that is best on held-out labels, and what each gave there."""
+    if len(recipes) == 1:
+        return recipes[0], {}
+    images = few.task.labelled[0]
+    kept, held = few.split()
+    if len(held) == 0:
+        return recipes[(len(recipes) - 1) // 2], {}
+    tried: dict[str, float] = {}
+    for recipe in recipes:
+        logits = few.logits(few.fit(backbone, recipe, kept), images, held.tolist())
+        name = f"{recipe.backbone_lr:g} / {recipe.lr[0]:g}"
+        # A learning rate that diverges has no accuracy: it is not a candidate.
+        finite = logits.isfinite().all()
+        tried[name] = top1_top5(logits, images.labels[held])[0] if finite else -1.0
+        say(f"  lr {name} (backbone / head): {tried[name]:.1f}% of {len(held)} held-out images")
+    best = max(range(len(recipes)), key=[*tried.values()].__getitem__)
+    return recipes[best], tried

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssl_samix.artifacts.results import NUMBERS, read_rows
 from ssl_samix.artifacts.run_folder import FREE_KEYS, RunFolder, command_of
@@ -18,10 +18,13 @@ from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choi
 from ssl_samix.files import expanded, write_atomically
 from ssl_samix.reporting.tables import FORMATS, MISSING, Table
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 # What a resume may change does not change what is learned, but for the number of epochs.
 UNLEARNED = ("seed", *(key for key in FREE_KEYS if key != "trainer.max_epochs"))
 OF_THE_NETWORK = ("backbone.", "data.image_size")  # what an untrained network follows from
-# Of the groups that are told.
+# Groups whose choices stand in front, in this order.
 FIRST = ("method", "mixup", "data", "backbone", "views", "augment", "optimizer")
 
 
@@ -82,7 +85,7 @@ def differing(configurations: Sequence[Configuration]) -> list[str]:
     """Return the groups, then the keys, in which configurations differ.
 
     A key is left out where each configuration has the value that its choices bring along: that
-    ``method=moco`` has a queue and ``method=simclr`` has none is said by the method's name.
+    ``method=moco`` has a queue and ``method=simclr`` has none is known from the method's name.
     """
     names = {group for c in configurations for group in c.choices if group != "callbacks"}
     ordered = [g for g in FIRST if g in names] + sorted(names.difference(FIRST))
@@ -117,8 +120,7 @@ def _usual(choices: tuple[tuple[str, str | None], ...]) -> dict[str, Any]:
 NEEDED = (
     "protocol", "variant", "weights", "data", "seed", "encoder", "data_fingerprint", "folder",
 )  # fmt: skip
-UNTRAINED = "untrained"
-LONGEST_MARK = 6  # digits of a fingerprint
+FINGERPRINT_DIGITS = 6  # that tell images apart in a column's name
 # How numbers are called, and to how many decimals they are given.
 SHOWN = {
     "top1": ("top-1 %", 2),
@@ -132,8 +134,10 @@ SHOWN = {
     "fgsm_top1": ("FGSM top-1 %", 2),
     "corrupted_top1": ("corrupted top-1 %", 2),
 }
-# What a protocol is about that has accuracy.
+# What is shown of a protocol that has accuracy.
 OF_CLASSIFIERS = ("top1", "ece", "fgsm_top1", "corrupted_top1")
+# What a column of the table is: a number of one of a protocol's results.
+COLUMN = ["protocol", "variant", "data", "number"]
 
 
 @dataclass(frozen=True)
@@ -151,59 +155,23 @@ class Evaluated:
     configuration: Configuration | None
 
 
-class Column(NamedTuple):
-    """What is compared: a number of one of a protocol's results."""
-
-    protocol: str
-    variant: str
-    data: str
-    number: str
-
-
-class Measured(NamedTuple):
-    """One number of one evaluation."""
-
-    column: Column
-    value: float
-    encoder: str  # its fingerprint
-    seed: str  # of the evaluation
-    images: str  # fingerprint of the data
-
-
-@dataclass
-class Line:
-    """One configuration.
+class Line(NamedTuple):
+    """What a row of the table is about.
 
     Attributes:
-        encoder: What kind of encoder it is: trained, untrained, or somebody else's by name.
-        configuration: Of its runs; None for somebody else's.
-        folders: What was measured in each folder, the oldest first.
-        drawn: Whether every network counts that was measured in a folder: untrained ones are drawn
-            by the seed of the evaluation, a run has one encoder, its newest.
+        encoder: ``trained``, ``untrained``, or the name of weights from elsewhere.
+        identity: Of its configuration, or its folder.
     """
 
     encoder: str
-    configuration: Configuration | None
-    drawn: bool
-    folders: list[list[Measured]] = field(default_factory=list)
-
-    def values(self, column: Column) -> list[float]:
-        """Return one value per encoder; evaluations with several seeds are averaged."""
-        by_encoder: dict[str, dict[str, float]] = {}
-        for folder in self.folders:
-            found = [m for m in folder if m.column == column]
-            for measured in found:
-                if self.drawn or measured.encoder == found[-1].encoder:
-                    seeds = by_encoder.setdefault(measured.encoder, {})
-                    seeds[measured.seed] = measured.value
-        return [fmean(seeds.values()) for seeds in by_encoder.values()]
+    identity: str
 
 
 def read_evaluated(folder: Path) -> Evaluated:
     """Read the results in a folder.
 
     Raises:
-        UserError: If they are damaged or none, or the run's configuration is damaged.
+        UserError: If they are damaged or empty, or the run's configuration is damaged.
     """
     path, run = folder / "results.csv", RunFolder(folder)
     rows = read_rows(path)
@@ -211,7 +179,7 @@ def read_evaluated(folder: Path) -> Evaluated:
         raise CheckpointError(f"{path} is empty: measure the run first")
     missing = [name for name in NEEDED if any(row.get(name) is None for row in rows)]
     if missing:
-        raise UserError(f"{path} is damaged or no table of results: it lacks {missing[0]}")
+        raise UserError(f"{path} is damaged or not a table of results: it lacks {missing[0]}")
     configuration = read_configuration(run) if run.config.exists() else None
     return Evaluated(folder, rows, configuration)
 
@@ -225,37 +193,72 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
         without: Runs that have no results yet, to be named below the table.
 
     Raises:
-        UserError: If a number is none.
+        UserError: If a number is damaged.
     """
-    lines = _lines(runs, every)
-    apart = _tell_apart(lines)
-    seen = dict.fromkeys(m.column for line in lines for folder in line.folders for m in folder)
-    columns = sorted(seen, key=lambda column: (column.protocol, column.data))
-    configurations = [run.configuration for run in runs if run.configuration is not None]
-    keys = differing(configurations)
-    if configurations and not keys:
+    found, lines = _measured(runs, every)
+    ordered = sorted(lines, key=lambda line: line.encoder != "trained")
+    # In the table's order; what was measured later stays later.
+    found = found.sort_values("line", key=lambda of: of.map(ordered.index), kind="stable")
+    apart = _tell_apart(found)
+    unique = found[COLUMN].drop_duplicates().sort_values(["protocol", "data"], kind="stable")
+    columns, values = [*unique.itertuples(index=False)], _values(found)
+    keys = differing([run.configuration for run in runs if run.configuration is not None])
+    if not keys and any(run.configuration for run in runs):
         keys = ["method", "mixup"]
-    kinds = any(line.encoder != "trained" for line in lines)
-    values = [[line.values(column) for column in columns] for line in lines]
-    rows = [
-        [
-            *([line.encoder] if kinds else []),
-            *(_name(line, key) for key in keys),
-            *(_cell(v, c.number) for v, c in zip(numbers, columns, strict=True)),
-        ]
-        for line, numbers in zip(lines, values, strict=True)
-    ]
-    header = [[name] for name in (*(["encoder"] if kinds else []), *keys)]
-    several = any(len(v) > 1 for numbers in values for v in numbers)
-    notes = list(_notes(lines, columns, several, without))
+    kinds = ["encoder"] if any(line.encoder != "trained" for line in ordered) else []
+    rows = []
+    for line in ordered:
+        names = [line.encoder] * len(kinds) + [_name(lines[line], key) for key in keys]
+        rows.append(names + [_cell(values.get((line, *of), []), of.number) for of in columns])
+    header = [[name] for name in (*kinds, *keys)]
+    header += [[*place, SHOWN[number][0]] for *place, number in columns]
+    notes = []
+    if any(len(of) > 1 for of in values.values()):
+        notes.append("mean ± standard deviation (number of encoders)")
+    unlike = found.groupby(COLUMN)["data_fingerprint"].nunique() > 1
+    named = dict.fromkeys(" ".join(of[:3]) for of in columns if unlike[of])
+    if named:
+        notes.append(f"not all measured on the same images at the same size: {', '.join(named)}")
+    if without:
+        notes.append(f"not measured yet: {', '.join(map(str, without))}")
     if apart:
         notes.append("after a data set: data_fingerprint of results.csv, by which images differ")
-    names = len(header)
-    header += [[c.protocol, c.variant, c.data, SHOWN[c.number][0]] for c in columns]
-    return Table(header, rows, names, notes)
+    return Table(header, rows, len(kinds) + len(keys), notes)
 
 
-def _tell_apart(lines: Sequence[Line]) -> bool:
+def _measured(
+    runs: Sequence[Evaluated], every: bool
+) -> tuple[DataFrame, dict[Line, Configuration | None]]:
+    """Return a row per number of the results, the oldest of a run first, and all lines."""
+    from pandas import DataFrame
+
+    found: list[tuple[Any, ...]] = []
+    lines: dict[Line, Configuration | None] = {}
+    for run in runs:
+        for row in run.rows:
+            line, configuration = _line(run, row["weights"])
+            lines.setdefault(line, configuration)
+            shown = OF_CLASSIFIERS if row.get("top1") else [n for n in NUMBERS if n in SHOWN]
+            for number in (n for n in shown if row.get(n)):
+                value = _value(run.folder, number, row[number])
+                found.append((line, run.folder, number, value, *(row[name] for name in NEEDED)))
+    frame = DataFrame(found, columns=["line", "run", "number", "value", *NEEDED])
+    once = frame if every else frame.drop_duplicates(["run", "weights", "folder", "number"])
+    return once, lines
+
+
+def _values(found: DataFrame) -> dict[tuple[Any, ...], list[float]]:
+    """Return one value per encoder of each line and column; those of several seeds are averaged."""
+    # Untrained encoders are drawn by the seed of the evaluation; a run has one encoder, its newest.
+    newest = found.groupby(["run", "weights", *COLUMN])["encoder"].transform("last")
+    counting = found[(found["weights"] == "random") | (found["encoder"] == newest)]
+    cell = ["line", *COLUMN]
+    by_seed = counting.drop_duplicates([*cell, "encoder", "seed"], keep="last")
+    by_encoder = by_seed.groupby([*cell, "encoder"])["value"].agg(fmean)
+    return {key: [*of] for key, of in by_encoder.groupby(cell)}
+
+
+def _tell_apart(found: DataFrame) -> bool:
     """Give different images columns of their own where an encoder was measured on several.
 
     The newest would otherwise count alone. Different encoders may share a column all the same, as
@@ -264,70 +267,35 @@ def _tell_apart(lines: Sequence[Line]) -> bool:
     Returns:
         Whether there are any.
     """
-    images: dict[tuple[Column, str], set[str]] = {}
-    for each in (m for line in lines for folder in line.folders for m in folder):
-        images.setdefault((each.column, each.encoder), set()).add(each.images)
-    several = {column for (column, _), found in images.items() if len(found) > 1}
-
-    def told(measured: Measured) -> Measured:
-        column, mark = measured.column, measured.images[:LONGEST_MARK]
-        if column not in several:
-            return measured
-        return measured._replace(column=column._replace(data=f"{column.data} {mark}"))
-
-    for line in lines:
-        line.folders = [[told(measured) for measured in folder] for folder in line.folders]
-    return bool(several)
+    images = found["data_fingerprint"]
+    several = (
+        images.groupby([found[name] for name in (*COLUMN, "encoder")]).transform("nunique") > 1
+    )
+    marked = several.groupby([found[name] for name in COLUMN]).transform("any")
+    found.loc[marked, "data"] += " " + images.str[:FINGERPRINT_DIGITS]
+    return bool(marked.any())
 
 
-def _lines(runs: Sequence[Evaluated], every: bool) -> list[Line]:
-    """Return the configurations, trained ones first."""
-    lines: dict[tuple[str, str], Line] = {}
-    for run in runs:
-        for weights in dict.fromkeys(row["weights"] for row in run.rows):
-            line = _line(run, weights)
-            known = line.configuration
-            key = str(run.folder.resolve()) if known is None else known.identity
-            of_weights = [row for row in run.rows if row["weights"] == weights]
-            folder = list(_measured(run.folder, of_weights, every))
-            lines.setdefault((line.encoder, key), line).folders.append(folder)
-    return sorted(lines.values(), key=lambda line: line.encoder != "trained")
-
-
-def _line(run: Evaluated, weights: str) -> Line:
-    drawn = weights == "random"
+def _line(run: Evaluated, weights: str) -> tuple[Line, Configuration | None]:
     if run.configuration is None:
-        origin = {"random": f" ({UNTRAINED})", "own": ""}.get(weights, f" ({weights})")
-        return Line(f"{run.folder.resolve().name}{origin}", None, drawn)
-    if drawn:
-        return Line(UNTRAINED, run.configuration.network(), drawn)
-    return Line("trained", run.configuration, drawn)
+        origin = {"random": " (untrained)", "own": ""}.get(weights, f" ({weights})")
+        folder = run.folder.resolve()
+        return Line(f"{folder.name}{origin}", str(folder)), None
+    of = run.configuration.network() if weights == "random" else run.configuration
+    return Line("untrained" if weights == "random" else "trained", of.identity), of
 
 
-def _measured(folder: Path, rows: Iterable[dict[str, str]], every: bool) -> Iterator[Measured]:
-    told: set[tuple[str, str]] = set()
-    for row in rows:
-        shown = OF_CLASSIFIERS if row.get("top1") else [n for n in NUMBERS if n in SHOWN]
-        numbers = [n for n in shown if row.get(n)]
-        for number in numbers:
-            if every or (row["folder"], number) not in told:
-                column = Column(row["protocol"], row["variant"], row["data"], number)
-                value = _cell_number(folder, number, row[number])
-                yield Measured(column, value, row["encoder"], row["seed"], row["data_fingerprint"])
-            told.add((row["folder"], number))
-
-
-def _cell_number(folder: Path, name: str, text: str) -> float:
+def _value(folder: Path, name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
         raise UserError(
-            f"{folder / 'results.csv'} is damaged: {name} is no number, '{text}'"
+            f"{folder / 'results.csv'} is damaged: {name} is not a number, '{text}'"
         ) from error
 
 
-def _name(line: Line, key: str) -> str:
-    shown = line.configuration.shown(key) if line.configuration else None
+def _name(configuration: Configuration | None, key: str) -> str:
+    shown = configuration.shown(key) if configuration else None
     return MISSING if shown is None else shown
 
 
@@ -341,25 +309,6 @@ def _cell(values: Sequence[float], number: str) -> str:
     return f"{mean} ± {stdev(values):.{decimals}f} ({len(values)})"
 
 
-def _notes(
-    lines: Sequence[Line], columns: Sequence[Column], several: bool, without: Sequence[Path]
-) -> Iterator[str]:
-    if several:
-        yield "mean ± standard deviation (number of encoders)"
-    unlike = []
-    for column in columns:
-        every = (m for line in lines for folder in line.folders for m in folder)
-        if len({m.images for m in every if m.column == column}) > 1:
-            unlike.append(f"{column.protocol} {column.variant} {column.data}")
-    if unlike:
-        named = ", ".join(dict.fromkeys(unlike))
-        yield f"not all measured on the same images at the same size: {named}"
-    if without:
-        yield f"not measured yet: {', '.join(map(str, without))}"
-
-
-VARIANTS = ("headline", "all")
-KEYS = {"format": (*FORMATS,), "out": (), "variants": VARIANTS}
 HELP = """samix compare: the results of several runs as one table.
 
 Usage: samix compare <run>... [key=value]...
@@ -380,8 +329,8 @@ variants: headline  # headline: of each evaluation only its first row of each nu
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be compared, and how it is written."""
+class Comparison:
+    """A checked command: what is compared, and how the table is written."""
 
     paths: list[Path]
     format: str
@@ -401,45 +350,38 @@ def main(words: list[str]) -> str:
     """
     if {"-h", "--help"} & set(words):
         return HELP.rstrip()
-    request = configured(words)
-    runs, without = find_results(request.paths)
-    table = compared(runs, request.variants == "all", without)
-    text = FORMATS[request.format](table)
-    if request.out is None:
+    wanted = parse_comparison(words)
+    runs, without = find_results(wanted.paths)
+    text = FORMATS[wanted.format](compared(runs, wanted.variants == "all", without))
+    if wanted.out is None:
         return text
-    write_atomically(request.out, lambda temporary: temporary.write_text(text + "\n", "utf-8"))
-    return str(request.out)
+    write_atomically(wanted.out, lambda temporary: temporary.write_text(text + "\n", "utf-8"))
+    return str(wanted.out)
 
 
-def configured(words: list[str]) -> Request:
+def parse_comparison(words: list[str]) -> Comparison:
     """Tell folders from ``key=value`` words; a folder's name may hold a ``=`` too.
 
     Raises:
         ConfigError: For an unknown key or value, or when no folder is given.
     """
-    given: dict[str, str] = {}
+    given = {"format": "text", "out": "null", "variants": "headline"}
     paths = []
     for word in words:
         key, equals, value = word.partition("=")
         path = expanded(word)
-        if equals and key in KEYS:
+        if equals and key in given:
             given[key] = value
         elif word.startswith("-") or (equals and key.isidentifier() and not path.exists()):
-            raise ConfigError(nearest(key, KEYS, "key"))
+            raise ConfigError(nearest(key, given, "key"))
         else:
             paths.append(path)
-    for key, known in KEYS.items():
-        if key in given and known:
-            check_choice(key, given[key], known)
+    check_choice("format", given["format"], FORMATS)
+    check_choice("variants", given["variants"], ("headline", "all"))
     if not paths:
         raise ConfigError("compare needs runs: samix compare <run folder>...")
-    out = given.get("out", "null")
-    return Request(
-        paths,
-        given.get("format", "text"),
-        None if out in ("", "null") else expanded(out),
-        given.get("variants", "headline"),
-    )
+    out = None if given["out"] in ("", "null") else expanded(given["out"])
+    return Comparison(paths, given["format"], out, given["variants"])
 
 
 def find_results(paths: Sequence[Path]) -> tuple[list[Evaluated], list[Path]]:
@@ -463,7 +405,7 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Evaluated], list[Path]]:
             for run in inside:
                 (found if _has_results(run) else without).setdefault(run.resolve(), run)
     if not found:
-        raise CheckpointError(f"{paths[0]} is no folder: give run folders, or a folder of them")
+        raise CheckpointError(f"{paths[0]} is not a folder: give run folders, or a folder of them")
     return [read_evaluated(run) for run in found.values()], list(without.values())
 
 

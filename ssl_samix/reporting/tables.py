@@ -1,18 +1,12 @@
-"""A table as text for the screen, Markdown or LaTeX."""
+"""A table as text for the screen, Markdown or LaTeX; tabulate and pandas write it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MISSING = "–"
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
-    "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$",
-    MISSING: "--",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,78 +25,60 @@ class Table:
     names: int
     notes: Sequence[str] = ()
 
-    def header_rows(self) -> list[list[str]]:
-        """Return the header line by line; shorter names stand at the bottom."""
+    def padded(self) -> list[list[str]]:
+        """Return the columns' names with as many lines each; shorter names stand at the bottom."""
         height = max(map(len, self.header))
-        columns = [[""] * (height - len(name)) + list(name) for name in self.header]
-        return [list(row) for row in zip(*columns, strict=True)]
+        return [[""] * (height - len(name)) + list(name) for name in self.header]
 
 
 def text(table: Table) -> str:
     """Align the columns with spaces: names to the left, numbers to the right."""
-    head = table.header_rows()
-    rows = [[" ".join(cell.split()) for cell in row] for row in (*head, *table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned(row, widths, table.names) for row in rows]
-    lines.insert(len(head), "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join([*lines, *(["", *table.notes] if table.notes else [])])
+    from tabulate import tabulate
 
-
-def _aligned(row: Sequence[str], widths: Sequence[int], names: int) -> str:
-    cells = [
-        cell.ljust(width) if i < names else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()
+    header = ["\n".join(name) for name in table.padded()]
+    rows = [[*map(_one_line, row)] for row in table.rows]
+    alignment = ["left"] * table.names + ["right"] * (len(header) - table.names)
+    grid = tabulate(rows, header, disable_numparse=True, colalign=alignment)
+    return "\n".join([grid, *(["", *table.notes] if table.notes else [])])
 
 
 def markdown(table: Table) -> str:
-    """Write a table of GitHub's Markdown; a name of several lines becomes one."""
-    numbers = len(table.header) - table.names
-    lines = [
-        _piped(_in_markdown(" ".join(name)) for name in table.header),
-        _piped([":---"] * table.names + ["---:"] * numbers),
-        *(_piped(map(_in_markdown, row)) for row in table.rows),
-    ]
-    notes = [line for note in table.notes for line in ("", _in_markdown(note))]
-    return "\n".join([*lines, *notes])
+    """Write a table of GitHub's Markdown; a name of several lines becomes one.
 
-
-def _in_markdown(cell: str) -> str:
-    return re.sub(r"([\\|`*_~$<\[\]])", r"\\\1", " ".join(cell.split()))
-
-
-def _piped(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    Cells are not padded, so that a new row leaves the others as they are.
+    """
+    rule = [":---"] * table.names + ["---:"] * (len(table.header) - table.names)
+    head, *rows = (
+        [*map(_in_markdown, row)] for row in ([*map(" ".join, table.header)], *table.rows)
+    )
+    lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+    return "\n".join([*lines, *(f"\n{_in_markdown(note)}" for note in table.notes)])
 
 
 def latex(table: Table) -> str:
     """Write a tabular that needs the package booktabs; notes are comments above it."""
-    numbers = len(table.header) - table.names
-    comments = [r"needs \usepackage{booktabs}", *(" ".join(note.split()) for note in table.notes)]
-    return "\n".join(
-        [
-            *(f"% {comment}" for comment in comments),
-            rf"\begin{{tabular}}{{{'l' * table.names}{'r' * numbers}}}",
-            r"\toprule",
-            *map(_latex_row, table.header_rows()),
-            r"\midrule",
-            *map(_latex_row, table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
+    from pandas import DataFrame, MultiIndex
+
+    names = [tuple(name) for name in table.padded()]
+    frame = DataFrame([[*map(_one_line, row)] for row in table.rows])
+    frame.columns = MultiIndex.from_tuples(names) if len(names[0]) > 1 else [n for (n,) in names]
+    alignment = "l" * table.names + "r" * (len(names) - table.names)
+    tabular = frame.to_latex(
+        index=False, escape=True, column_format=alignment, multicolumn_format="c"
     )
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_in_latex, cells)) + r" \\"
-
-
-def _in_latex(cell: str) -> str:
-    escaped = "".join(_LATEX.get(letter, letter) for letter in " ".join(cell.split()))
-    escaped = re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)  # a minus, not a hyphen
+    tabular = re.sub(r"(?<![\w-])-(?=\d)", "$-$", tabular.strip())  # a minus, not a hyphen
     # The end of the row above would take a bracket or a star for its own argument.
-    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
+    tabular = re.sub(r"^([\[*])", r"{}\1", tabular, flags=re.MULTILINE)
+    comments = [r"needs \usepackage{booktabs}", *map(_one_line, table.notes)]
+    return "\n".join([*(f"% {comment}" for comment in comments), tabular])
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.split())
+
+
+def _in_markdown(cell: str) -> str:
+    return re.sub(r"([\\|`*_~$<\[\]])", r"\\\1", _one_line(cell))
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex}

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from ssl_samix.data import shards
+from ssl_samix.data.cache import cache_folder
 from ssl_samix.data.datamodule import StepLoader, StepReader, StepSampler
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
@@ -551,3 +552,14 @@ def test_the_early_check_imports_no_torch(tmp_path):
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_SAMIX_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("SSL_SAMIX_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "ssl_samix"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "ssl_samix"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ssl_samix.artifacts.encoder import load_encoder, save_encoder
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
-from ssl_samix.evaluation.request import configured, find_origin
+from ssl_samix.evaluation.request import find_origin, parse_protocol
 from ssl_samix.evaluation.source import fingerprint, load_source
 from ssl_samix.models.backbone import Backbone
 
@@ -275,18 +275,18 @@ def test_mistakes_are_told_before_anything_is_loaded(words, sentence, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=sentence):
-        configured("knn", words)
+        parse_protocol("knn", words)
 
 
 def test_an_encoder_that_names_its_data_needs_no_more(tmp_path):
     backbone = Backbone("resnet18", image_size=16, width=4)
     meta = {"backbone": backbone.settings, "image_size": 16, "mean": HALF, "std": HALF}
     save_encoder(tmp_path / "encoder.safetensors", backbone, {**meta, "data": "digits"})
-    found = configured("knn", [f"run='{tmp_path}/encoder.safetensors'", "data.limit=100"])
+    found = parse_protocol("knn", [f"run='{tmp_path}/encoder.safetensors'", "data.limit=100"])
     assert (found.data, found.config.data.limit) == ("digits", 100)
     (tmp_path / "encoder.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
-        configured("knn", [f"run='{tmp_path}/encoder.safetensors'"])
+        parse_protocol("knn", [f"run='{tmp_path}/encoder.safetensors'"])
 
 
 def test_a_network_whose_state_has_a_version_is_loaded_back(tmp_path):
