@@ -1,4 +1,4 @@
-"""Rows of image tiles as one picture, and how it is written.
+"""Pictures of image grids and confusion matrices, and writing them as PNG files.
 
 Legend: K images, S image side in px.
 """
@@ -20,13 +20,13 @@ Channels = tuple[float, float, float]
 LARGEST = 128  # px, up to which a small image is enlarged
 GAP, MARGIN = 4, 12  # px between tiles, and around all of them
 FONT, LINE = 14, 18  # px, size of the text and height of a line
-PAPER, INK = (236, 232, 222), (40, 40, 40)  # a paper on which black, grey and white stand out
+PAPER, INK = (236, 232, 222), (40, 40, 40)  # background unlike black, grey and white; text
 
 
 def paint(
     header: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Paint rows of tiles under a header, small ones enlarged by a whole factor.
+    """Return a picture of rows of tiles under a header, small ones enlarged by a whole factor.
 
     Args:
         header: A name for each column; it may have several lines.
@@ -58,14 +58,14 @@ def paint(
 
 
 def colours(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """Turn normalised images (K, 3, S, S) back into pixels, uint8 on the CPU."""
+    """Return normalised images (K, 3, S, S) as pixels, uint8 on the CPU."""
     images = images.float().cpu()
     shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     return _bytes(images * scale + shift)
 
 
 def greys(masks: Tensor) -> Tensor:
-    """Turn masks (K, 1, S, S) into pixels, uint8 on the CPU: white is the partner."""
+    """Return masks (K, 1, S, S) as pixels, uint8 on the CPU: white is the partner."""
     return _bytes(masks.float().cpu())
 
 
@@ -74,7 +74,7 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture, whole or not at all, and make its folder if there is none.
+    """Write a picture atomically, and make its folder if it does not exist.
 
     Raises:
         UserError: If it cannot be written.
@@ -88,10 +88,10 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 
 def paint_confusion(counts: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Paint a confusion matrix: a row per true class, darker where more of it went.
+    """Return a picture of a confusion matrix: a row per true class, darker for higher counts.
 
     Args:
-        counts: (C, C) int64, row the true class, column the answer.
+        counts: (C, C) int64, row the true class, column the prediction.
         classes: Their names; written beside the cells where there is room for them.
     """
     font = ImageFont.load_default(FONT)
@@ -112,7 +112,7 @@ def paint_confusion(counts: Tensor, classes: Sequence[str]) -> Image.Image:
             draw.text((left + (i + 0.5) * side, top - 4), short, font=font, fill=INK, anchor="mb")
         for j in range(total):
             dark = float(share[i, j])
-            # The diagonal is green, so that mistakes are what is red.
+            # The diagonal is green, errors are red.
             full = (30, 110, 60) if i == j else (170, 30, 30)
             colour = tuple(round(255 + (f - 255) * dark**0.5) for f in full)
             x, y = left + j * side, top + i * side

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm as trunks: maps of stages, pooled features."""
+"""Models of torchvision and timm without classifier: maps of stages, pooled features."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TorchvisionTrunk(nn.Module):
 
 
 def _remove_classifier(model: nn.Module) -> None:
-    """Replace the last linear layer by the identity (SqueezeNet has none: its pooling stays)."""
+    """Replace the last linear layer by the identity (SqueezeNet has none and keeps its pooling)."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         model.classifier = nn.AdaptiveAvgPool2d(1)
@@ -95,7 +95,7 @@ class TimmTrunk(nn.Module):
         name: A timm model name.
         image_size: Passed to models that are built for one size (ViT, Swin).
         options: Further keyword arguments of ``timm.create_model``, such as ``patch_size``.
-        checkpointing: Keep the inputs of blocks alone for the backward pass.
+        checkpointing: Store only the inputs of blocks for the backward pass.
 
     Raises:
         ValueError, TypeError, AssertionError: As timm raises them for sizes or options that the
@@ -125,7 +125,7 @@ class TimmTrunk(nn.Module):
                     f"backbone.checkpointing would move {name}'s normalisation statistics twice a "
                     "step: leave it out"
                 )
-            self.model.set_grad_checkpointing(True)  # raises where there is none
+            self.model.set_grad_checkpointing(True)  # raises if there is none
         self.checkpointing = checkpointing
 
     def _stage_blocks(self) -> list[int]:
@@ -138,7 +138,7 @@ class TimmTrunk(nn.Module):
         return [i for i, stride in enumerate(strides) if stride >= 4]
 
     def _now(self) -> Any:
-        """Return the model, which keeps all in evaluation.
+        """Return the model, with checkpointing switched off in eval mode.
 
         The Mixer's frozen pass is one, and what is computed again later would be in training mode.
         """

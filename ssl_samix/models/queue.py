@@ -12,7 +12,7 @@ from ssl_samix.errors import check_memory, check_range
 
 
 class Queue(nn.Module):
-    """A ring of the newest keys; unlike lightly's memory bank it is part of every checkpoint.
+    """A ring buffer of the newest keys; unlike lightly's memory bank it is saved in checkpoints.
 
     Args:
         size: Number of keys, shared by all ranks: each rank holds the same queue.
@@ -29,7 +29,7 @@ class Queue(nn.Module):
         super().__init__()
         check_range("method.queue_size", size, 1)
         check_memory(f"method.queue_size={size}", size * dim)
-        # Random unit vectors stand in until real keys have filled the ring.
+        # Random unit vectors until real keys have filled the buffer.
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
@@ -40,7 +40,7 @@ class Queue(nn.Module):
             keys = concat_all_gather(keys.contiguous())
         size = len(self.keys)
         keys = keys[-size:].to(self.keys.dtype)
-        # The pointer stays a tensor: reading it would make the device wait for the host.
+        # The pointer stays a tensor: reading it would synchronise host and device.
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, rows, keys)
         self.pointer.copy_((self.pointer + len(keys)) % size)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block kept for the backward pass is computed again there."""
+"""Activation checkpointing: activations of a block are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(block: nn.Module, images: Tensor) -> Tensor:
-    """Run a block, keep its input alone, and run it again in the backward pass.
+    """Run a block, store only its input, and run it again in the backward pass.
 
-    The second run finds the modes of the first, whatever they are by then, and leaves normalisation
-    statistics where they are: they would move twice.
+    The second run uses the train and eval modes of the first, and does not update normalisation
+    statistics a second time.
     """
     if not torch.is_grad_enabled():
         return block(images)
@@ -27,7 +27,7 @@ def recomputed(block: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def _as_before(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Give modules the modes that they had, and normalise without counting the batch once more."""
+    """Restore modules' train and eval modes, and freeze their normalisation statistics."""
     now = [(module, module.training) for module, _ in modes]
     norms = [module for module, training in modes if isinstance(module, _NormBase) and training]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -10,7 +10,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from ssl_samix.models.recomputing import recomputed
 
 # name -> block, blocks per stage, groups, width per group (torchvision.models.resnet; resnet10: one
-# block a stage, for studies on a processor)
+# block a stage, for studies on a CPU)
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], int, int]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
@@ -28,7 +28,7 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], i
 
 
 def weights_of(name: str, width: int) -> int:
-    """Count the weights of a ResNet without making them."""
+    """Return the number of weights of a ResNet without building it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in ResNetTrunk(name, width).parameters())
 
@@ -41,13 +41,13 @@ class ResNetTrunk(TorchvisionResNet):
         width: Channels of the first stage; 64 is the published network.
         small_stem: A 3x3 stem of stride 1 without max-pool, for images below 64 px (SimCLR,
             arXiv 2002.05709, appendix B.9), in place of the 7x7 stem of stride 2.
-        checkpointing: Keep each block's input alone for the backward pass.
+        checkpointing: Store only each block's input for the backward pass.
     """
 
     def __init__(
         self, name: str, width: int = 64, small_stem: bool = False, checkpointing: bool = False
     ) -> None:
-        # torchvision's constructor fixes the width at 64: only its layer maker is used.
+        # torchvision's constructor fixes the width at 64: only its ``_make_layer`` is used.
         nn.Module.__init__(self)
         self.checkpointing = checkpointing
         block, blocks, self.groups, self.base_width = RESNETS[name]
@@ -72,7 +72,7 @@ class ResNetTrunk(TorchvisionResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stage_maps(self, images: Tensor, last: int = 4) -> list[Tensor]:
-        """Return the maps of stages 1 to ``last``, each (B, C, h, w), and compute no further."""
+        """Return the maps of stages 1 to ``last``, each (B, C, h, w); compute no further."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
