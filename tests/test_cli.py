@@ -97,7 +97,7 @@ def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
     out = tmp_path / "out, too"
     samix_here("pretrain", *words, "trainer.max_epochs=1", f"out={out}", cwd=tmp_path)
     again = samix_here("pretrain", f"resume={out}", cwd=tmp_path)
-    assert f"{out}, continued from last.ckpt" in again
+    assert f"{out}, resumed from last.ckpt" in again
 
 
 def test_a_mistake_is_told_before_heavy_imports(tmp_path):

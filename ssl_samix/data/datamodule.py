@@ -1,4 +1,4 @@
-"""From a data set to batches of views on the device."""
+"""The Lightning data module: batches of views on the device."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class DataModule(pl.LightningDataModule):
     """The images of one run.
 
     Args:
-        views: Of which views a batch consists.
-        seed: Of the run: orders and views derive from it and from the step.
+        views: Settings of the views that a batch consists of.
+        seed: Seed of the run; orders and views derive from it and from the step.
         name: Data set name.
-        root: Its folder; of ``webdataset`` also a pattern or a URL.
+        root: Its folder; for ``webdataset`` also a pattern or a URL.
         image_size: Side of the views in px, or ``auto``.
         limit: Train on a class-balanced subset of at most this many images.
         batch_size: Images per step, over all devices.
-        flip: Whether a mirrored image still shows the same thing.
-        crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
+        flip: Whether views may be mirrored.
+        crop_min: Smallest area of a crop, if larger than that of the method's views.
         labels: ``auto``, true or false: whether sub-folders of a folder, or the ``.cls`` members
             of shards, are classes.
         download: Let torchvision download what is missing.
         workers: Processes that decode images, or ``auto``; none when all is in memory.
-        memory_gb: Hold data sets up to this many GiB in memory.
-        labelled: Train on labelled images alone.
+        memory_gb: Hold data sets of up to this many GiB in memory.
+        labelled: Train on labelled images only.
 
     Raises:
-        DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
+        DataError: As ``load_splits``, and for a batch size that does not fit data or devices.
     """
 
     def __init__(  # noqa: PLR0913 - the keys of the data configuration, by name
@@ -133,7 +133,7 @@ class DataModule(pl.LightningDataModule):
         """Draw the views on the device."""
         pixels, label, index, step = batch
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
-        # a resumed run draws what the uninterrupted one would have drawn.
+        # Seeds all random numbers of this step (views, lam, partners, dropout), so that a resumed
+        # run draws the same ones as an uninterrupted run.
         torch.manual_seed(step_seed(self.seed, int(step), rank))
         return Batch(views=self.views(pixels), label=label, index=index)

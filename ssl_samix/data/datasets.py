@@ -1,4 +1,4 @@
-"""The data sets: name -> how it is read, its statistics and its image size; and their splits."""
+"""The data sets: reader, statistics and image size of each by name, and their splits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ssl_samix.errors import DataError
 _log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
 
-IN_MEMORY_UP_TO = 96  # px; larger sets are decoded on demand, crops then see the full picture
-_SPLIT_SEED = 0  # of held-out images and limits: the same for every run, whatever its own seed
+IN_MEMORY_UP_TO = 96  # px; larger images are decoded on demand, and cropped from the full picture
+_SPLIT_SEED = 0  # of held-out images and limits; independent of a run's own seed
 _SMALLEST = 8  # px
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,13 +30,13 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the table."""
+    """Reader, statistics and image size of a data set."""
 
     read: Callable[[Request], Parts]
     mean: Channels = _IMAGENET_MEAN  # per channel, of pixels in 0..1
     std: Channels = _IMAGENET_STD
     image_size: int | None = None  # px when set to auto; None: from the files
-    hold_out: float = 0.0  # share of train that is validation where the set has none of its own
+    hold_out: float = 0.0  # share of train that becomes validation if the set has none
 
 
 SPECS: dict[str, Spec] = {
@@ -46,7 +46,7 @@ SPECS: dict[str, Spec] = {
     ),
     "folder": Spec(readers.read_folder, hold_out=0.1),
     "webdataset": Spec(readers.read_webdataset, hold_out=0.1),
-    # the usual ones: per channel over all pixels of the training images
+    # the usual values: per channel over all pixels of the training images
     "cifar10": Spec(
         readers.read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), image_size=32
     ),
@@ -54,7 +54,7 @@ SPECS: dict[str, Spec] = {
         readers.read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), image_size=32
     ),
     "stl10": Spec(readers.read_stl10, image_size=96),
-    # the usual ones, over all pixels of the 60,000 training images at their own 28 px
+    # the usual values, over all pixels of the 60,000 training images at 28 px
     "fashion_mnist": Spec(
         readers.read_fashion_mnist, (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530), 32
     ),
@@ -67,14 +67,14 @@ SPECS: dict[str, Spec] = {
 class Splits:
     """A data set, ready for training and evaluation."""
 
-    train: ImageSet  # what is pretrained on; labels may be -1
+    train: ImageSet  # training images; labels may be -1
     bank: ImageSet | None  # labelled images for nearest neighbours: train if labelled
     val: ImageSet | None  # labelled validation images
-    classes: tuple[str, ...]  # empty when unlabelled, as bank and val are None then
+    classes: tuple[str, ...]  # empty if unlabelled; bank and val are None then
     mean: Channels  # per channel, of pixels in 0..1
     std: Channels
     image_size: int  # S in pixels
-    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
+    notes: tuple[str, ...] = ()  # which folders are splits or classes, and what is left out
 
 
 def load_splits(
@@ -91,7 +91,7 @@ def load_splits(
     """Read a data set by name.
 
     A split is held in memory as uint8 if its images are at most 96 px and together at most
-    ``memory_gb``; else its images are decoded on demand, after a sample of them was looked at.
+    ``memory_gb``; else its images are decoded on demand, after a sample of them was checked.
 
     Args:
         name: One of ``SPECS``.
@@ -110,7 +110,7 @@ def load_splits(
     Raises:
         DataError: The data set is unknown, missing, damaged or without images; too many of its
             images are unreadable (see ``decode``); a setting is out of range.
-        UserError: No room for copies of remote shards.
+        UserError: No space for copies of remote shards.
     """
     check_layout(name, root, download)
     _check_settings(image_size, limit)
@@ -145,7 +145,7 @@ def _check_settings(image_size: int | str, limit: int | None) -> None:
 
 
 def _with_val(parts: Parts, share: float) -> Parts:
-    """Hold out ``share`` of a labelled train split that has no validation split."""
+    """Return train and validation, holding out ``share`` of a labelled set without validation."""
     if parts.val is not None or not parts.classes:
         return parts
     train, val = hold_out(parts.train.labels, share, _SPLIT_SEED)
@@ -180,7 +180,7 @@ def _image_set(part: Part, size: int, memory_gb: float) -> ImageSet:
         needed = len(source) * 3 * size * size / 2**30
         if needed <= memory_gb:
             return memory_images(source, part.labels, size)
-        if memory_gb > 0:  # else they are meant to stay on the disk
+        if memory_gb > 0:  # larger images are always decoded from disk
             _log.warning(
                 "%d images of %d px are %.3g GiB, more than data.memory_gb=%g: they are decoded "
                 "again in every epoch",

@@ -1,4 +1,4 @@
-"""Labelled images, one view of each, for training on labels."""
+"""Data module of labelled images with one view each, for probes and fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssl_samix.data.recipes import ViewSpec
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.types import Batch
 
-# Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
+# Random crops and flips only: the usual augmentation of frozen probes and fine-tuning.
 CROP_AND_FLIP = ViewSpec(
     crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
     grayscale=0.0, blur=0.0, solarize=0.0,
@@ -23,7 +23,7 @@ CROP_AND_FLIP = ViewSpec(
 
 
 class PickedSampler(Sampler[tuple[int, list[int]]]):
-    """Yields (step, indices into the data set), of the picked images only, shuffled per epoch."""
+    """Yields (step, indices into the data set) of the picked images, shuffled per epoch."""
 
     def __init__(self, picks: Sequence[int], batch_size: int, seed: int) -> None:
         self.picks = list(picks)
@@ -42,14 +42,14 @@ class PickedSampler(Sampler[tuple[int, list[int]]]):
 
 
 class LabelledData(pl.LightningDataModule):
-    """Some of a data set's images, with one augmented view and the label of each.
+    """A subset of a data set's images, with one augmented view and the label of each.
 
     Args:
         images: The data set.
-        picks: Which of its images.
-        spec: The recipe of the view, already scaled to the images.
-        mean: Of the normalisation, per channel.
-        std: Likewise.
+        picks: Indices of the images.
+        spec: Settings of the view, already scaled to the images.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
         batch_size: Images per step; a smaller set is one batch.
         seed: Orders and views derive from it and from the step.
         workers: Processes that decode images.
@@ -84,7 +84,7 @@ class LabelledData(pl.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Draw the views on the device; all that is drawn in a step follows from its number."""
+        """Draw the views on the device; random numbers are seeded by run seed and step."""
         pixels, label, index, step = batch
         torch.manual_seed(step_seed(self.seed, int(step), 0))
         return Batch(views=self.views(pixels), label=label, index=index)

@@ -1,7 +1,7 @@
-"""Folders are listed, and the listings of large trees are remembered between runs.
+"""Listings of folders; those of large trees are cached between runs.
 
-What is remembered of a folder holds while neither its times nor its inode have changed, so a warm
-look at a tree costs one ``stat`` per folder and none per file.
+A cached listing is valid while the folder's times and inode are unchanged, so a tree that was
+listed before costs one ``stat`` per folder and none per file.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from ssl_samix.data.image_files import endings, visible
 
 T = TypeVar("T")
 REMEMBERED_FROM = 50_000  # images; fewer are listed in less than a second
-_FORMAT = 2  # of the file
-# What this package writes beside pictures: of a run, of a protocol, of samix embed.
+_FORMAT = 2  # of the cache file's format
+# Files that mark output of this package: of a run, of a protocol, of samix embed.
 _MARKS = {
     "config.yaml": rb"^choices:",
     "results.json": rb'^  "protocol":',
     "paths.csv": rb"^row,path",
 }
-_HEAD = 2**12  # bytes of such a file that are looked at; the marks come first
-# A file that comes within the same tick of the clock leaves the folder's time as it is; 2 s is the
-# longest tick of a file system (FAT).
+_HEAD = 2**12  # bytes of such a file that are read; the marks come first
+# A file added within the same clock tick does not change the folder's time; 2 s is the longest
+# tick of a file system (FAT).
 _SETTLED_NS = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What one folder holds, sorted, without the hidden."""
+    """Entries of one folder, sorted, without hidden ones."""
 
     path: str
     folders: list[str]  # paths
     images: list[str]  # paths
-    others: dict[str, int]  # how many files that are not images, by the ending of their names
-    neither: list[str]  # paths of what is neither folder nor file, such as links to nothing
-    is_ours: bool  # whether it is a run folder, or holds what was measured or embedded
+    others: dict[str, int]  # number of files that are not images, by ending
+    neither: list[str]  # paths that are neither folder nor file, such as broken links
+    is_ours: bool  # whether it is a run folder, or holds results or embeddings
     identity: tuple[int, int]  # device and inode, the same through every link
 
 
 def remembered(root: str, look: Callable[[Listings], T]) -> T:
-    """Return ``look(listings)``, for a look at a tree of which much may be known.
+    """Return ``look(listings)``, where listings that are still valid come from the cache.
 
     Args:
         root: The top of the tree.
@@ -60,7 +60,7 @@ def remembered(root: str, look: Callable[[Listings], T]) -> T:
     except OSError:
         if not listings.reused:
             raise
-        # A folder that was remembered is gone, as behind a link: nothing of the rest is certain.
+        # A cached folder is gone, such as behind a link: discard the whole cache of this tree.
         listings = Listings(root, None)
         found = look(listings)
     if listings.changed and listings.images >= REMEMBERED_FROM:
@@ -69,16 +69,16 @@ def remembered(root: str, look: Callable[[Listings], T]) -> T:
 
 
 class Listings:
-    """Lists folders, each from what is remembered of it or else from the disk.
+    """Lists folders, from the cache or else from disk.
 
     Args:
         root: The top of the tree.
-        content: What ``content`` returned in an earlier process; anything else counts as nothing.
+        content: What ``content`` returned in an earlier process; anything else is ignored.
 
     Attributes:
-        images: How many were listed.
-        reused: Whether anything was remembered.
-        changed: Whether anything was not.
+        images: Number of images listed.
+        reused: Whether any listing came from the cache.
+        changed: Whether any did not.
     """
 
     def __init__(self, root: str, content: Any) -> None:
@@ -91,11 +91,11 @@ class Listings:
         self._new: dict[str, Any] = {}
 
     def __call__(self, path: str) -> Listing:
-        """List the folder at ``path``.
+        """Return the listing of the folder at ``path``.
 
         Raises:
-            DataError: If it may not be listed.
-            OSError: If it is not there or no folder.
+            DataError: If there is no permission to list it.
+            OSError: If it does not exist or is not a folder.
         """
         status = os.stat(path)
         key = path.removeprefix(self._root)
@@ -122,14 +122,14 @@ class Listings:
         )
 
     def content(self) -> dict[str, Any]:
-        """Return what may be remembered, for JSON."""
+        """Return what can be cached, as JSON values."""
         known = sorted(endings())
         return {"format": _FORMAT, "endings": known, "root": self._root, "folders": self._new}
 
 
 @dataclass(frozen=True)
 class _Names:
-    """What one folder holds, by names; the fields are those of `Listing`."""
+    """Entries of one folder by name; the fields are those of `Listing`."""
 
     folders: list[str]
     images: list[str]
@@ -143,7 +143,7 @@ def _file(root: str) -> Path:
 
 
 def _held(entry: Any, now: list[int]) -> _Names | None:
-    """Return what ``entry`` says of a folder, if it is sound and still holds."""
+    """Return the cached listing in ``entry``, if it is valid."""
     kinds = (list, list, dict, list, bool)
     if not isinstance(entry, list) or len(entry) != 1 + len(kinds) or entry[0] != now:
         return None
@@ -153,9 +153,9 @@ def _held(entry: Any, now: list[int]) -> _Names | None:
 
 
 def _list(path: str) -> tuple[_Names, bool]:
-    """Return what a folder holds, sorted, and whether only a change here changes it.
+    """Return a folder's entries, sorted, and whether they depend on this folder only.
 
-    A link's target can come, go or become a folder while the folder of the link stays as it is.
+    A link's target can appear, disappear or become a folder while the link's folder is unchanged.
     """
     names: dict[str, list[str]] = {"folder": [], "image": [], "other": [], "neither": []}
     others: Counter[str] = Counter()
@@ -172,7 +172,7 @@ def _list(path: str) -> tuple[_Names, bool]:
 
 
 def _is_ours(folder: str, name: str) -> bool:
-    """Say whether the file of that name is one that this package writes."""
+    """Return whether this package wrote the file of that name."""
     try:
         with open(os.path.join(folder, name), "rb") as file:
             return re.search(_MARKS[name], file.read(_HEAD), re.MULTILINE) is not None

@@ -1,4 +1,4 @@
-"""Whole batches by their step: the order and the randomness of a step depend on nothing else."""
+"""Loader of whole batches by step: images and random numbers depend on seed, step and rank only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ssl_samix.data.images import ImageSet
 
 
 class PerImageViews(Protocol):
-    """Draws the views of one image in a worker process."""
+    """Interface of a callable that draws the views of one image in a worker process."""
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Map uint8 (3, h, w) to uint8 (V, 3, S, S)."""
+        """Return the views (V, 3, S, S) of an image (3, h, w), both uint8."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix run seed, step and rank into a seed for torch (splitmix64's finaliser)."""
+    """Return a seed for torch, mixed from run seed, step and rank (splitmix64's finaliser)."""
     mixed = (
         seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     ) % 2**64
@@ -30,10 +30,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 class StepSampler(Sampler[tuple[int, list[int]]]):
-    """Yields (step, indices of this rank's part of that step's batch); drops the ragged end.
+    """Yields (step, indices of this rank's part of the batch); drops the last, incomplete batch.
 
-    The shuffled order comes from seed and epoch, and a global batch is the same whatever the number
-    of ranks; no index appears twice in an epoch. Lightning calls ``set_epoch``.
+    The order follows from seed and epoch, and a global batch is the same for any number of ranks;
+    no index appears twice in an epoch. Lightning calls ``set_epoch``.
 
     Args:
         size: N images.
@@ -78,11 +78,11 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
     """Reads the batch of one step: pixels, labels, indices and the step.
 
     Args:
-        images: Where they come from.
+        images: The data set.
         views: Draws the views per image here, in the worker, from each image's own pixels;
-            None leaves them to the device, on fitted images.
-        seed: Of the run.
-        rank: Of this process.
+            None: views are drawn on the device, from fitted images.
+        seed: Seed of the run.
+        rank: Rank of this process.
     """
 
     def __init__(self, images: ImageSet, views: PerImageViews | None, seed: int, rank: int) -> None:
@@ -103,10 +103,10 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+    """A DataLoader that does not call its sampler before the first batch is requested.
 
-    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
-    have begun to read the batches of epoch 0 by then.
+    Lightning creates the iterator of a resumed run before it calls ``set_epoch``; workers would
+    already be reading the batches of epoch 0.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

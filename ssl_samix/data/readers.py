@@ -1,4 +1,4 @@
-"""How each data set is read: its splits as undecoded pictures with labels."""
+"""Readers of the data sets: their splits as undecoded pictures with labels."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class Request:
-    """What a reader is asked for."""
+    """Arguments of a reader."""
 
-    root: Path  # as torchvision means it: the folder above the data set's own
-    download: bool  # torchvision may fetch what is missing
+    root: Path  # torchvision's root: the parent of the data set's own folder
+    download: bool  # torchvision may download what is missing
     labels: bool | str  # whether sub-folders or .cls members are classes
-    given: str = ""  # data.root as it was given: a pattern or a URL is no path
+    given: str = ""  # data.root as given; may be a pattern or a URL
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Parts:
 
     train: Part
     val: Part | None
-    classes: tuple[str, ...]  # empty when unlabelled
+    classes: tuple[str, ...]  # empty if unlabelled
     bank: Part | None = None  # labelled images beside an unlabelled train split
-    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
+    notes: tuple[str, ...] = ()  # which folders are splits or classes, and what is left out
 
 
 def read_digits(request: Request) -> Parts:
@@ -95,7 +95,7 @@ def read_stl10(request: Request) -> Parts:
 
     class Verified(STL10):
         def _check_integrity(self) -> bool:
-            return True  # 3 GB were hashed for the first split
+            return True  # already verified: hashing 3 GB again is slow
 
     with _sound("stl10", request):
         train = STL10(request.root, split="unlabeled", download=request.download)
@@ -157,7 +157,7 @@ def read_imagenet(request: Request) -> Parts:
 
 
 def read_folder(request: Request) -> Parts:
-    """Read a person's own folder, see ``ssl_samix.data.folder``."""
+    """Read a folder of images, see ``ssl_samix.data.folder``."""
     index = scan(request.root, request.labels)
     val = _files(index.val) if index.val else None
     return Parts(_files(index.train), val, index.classes, notes=index.notes)
@@ -188,7 +188,7 @@ def _cifar(kind: str, title: str, request: Request) -> Parts:
 def _array(
     pixels: np.ndarray[Any, Any], labels: Sequence[int] | np.ndarray[Any, Any], title: str
 ) -> Part:
-    """Join (N, h, w[, 3]) pixels and N labels."""
+    """Return a split from (N, h, w[, 3]) pixels and N labels."""
     if len(pixels) != len(labels):
         raise ValueError(f"{len(pixels)} images and {len(labels)} labels")
     source = ArraySource(pixels, title, range(len(pixels)))
@@ -210,12 +210,12 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _sound(name: str, request: Request) -> Iterator[None]:
-    """Turn whatever a damaged or unreachable data set raises into one sentence."""
+    """Convert exceptions of a damaged or unreachable data set into ``DataError``."""
     try:
         yield
     except (
-        OSError,  # also no connection
-        RuntimeError,  # torchvision's wrong checksum
+        OSError,  # includes connection errors
+        RuntimeError,  # torchvision: wrong checksum
         EOFError,
         LookupError,
         ValueError,

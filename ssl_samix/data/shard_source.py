@@ -1,4 +1,4 @@
-"""Pictures inside tar shards, at random places, in an order that suits shards."""
+"""Random access to pictures in tar shards, in an order that keeps to few shards at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ssl_samix.data.shard_index import Members
 from ssl_samix.data.shards import Shard
 from ssl_samix.data.sources import EncodedSource, open_image
 
-WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
-_OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
+WINDOW = 16  # shards whose images are shuffled together, and so read at the same time
+_OPEN = 2 * WINDOW  # files per process; a batch may span two windows
 
 
 class ShardSource(EncodedSource):
@@ -33,13 +33,13 @@ class ShardSource(EncodedSource):
     def __init__(
         self, shards: Sequence[Shard], names: Sequence[str], places: np.ndarray[Any, Any]
     ) -> None:
-        """Hold where the images are; nothing is opened yet."""
+        """Store the positions of the images; nothing is opened yet."""
         assert places.shape == (len(names), 3)
         self.shards, self.names, self.places = list(shards), list(names), places
 
     @classmethod
     def of(cls, indexed: Sequence[tuple[Shard, Members]]) -> ShardSource:
-        """Hold all members of some shards."""
+        """Return a source of all members of some shards."""
         rows = [
             np.stack([np.full(len(m.names), k), np.array(m.offsets), np.array(m.sizes)], axis=1)
             for k, (_, m) in enumerate(indexed)
@@ -53,35 +53,35 @@ class ShardSource(EncodedSource):
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Return the path or URL of the shard, and the member."""
+        """Return the path or URL of the shard, and the member's name."""
         return f"{self.shards[self.places[index, 0]].url}/{self.names[index]}"
 
     def open(self, index: int) -> Image.Image:
-        """Read one member; nothing but its header is decoded yet."""
+        """Return one member's picture, of which only the header is decoded yet."""
         shard, offset, size = self.places[index].tolist()
         file = _opened(self.shards[shard], os.getpid())
         return open_image(io.BytesIO(os.pread(file.number, size, offset)))
 
     def take(self, indices: Sequence[int]) -> ShardSource:
-        """Return the members at these positions."""
+        """Return a source of the members at these positions."""
         chosen = np.asarray(indices, dtype=np.int64)
         return ShardSource(self.shards, [self.names[i] for i in indices], self.places[chosen])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle the shards, then all images within each window of 16 shards."""
+        """Return an order: shuffled shards, and shuffled images within each window of 16 shards."""
         return windowed(torch.from_numpy(self.places[:, 0]), WINDOW, generator)
 
 
 def windowed(group: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """Shuffle N items so that those of few groups come at a time.
+    """Return a shuffle of N items in which those of few groups are near each other.
 
     Args:
         group: (N,) int64, the group of each item.
         window: Groups that are shuffled together.
-        generator: The order is a function of its state.
+        generator: Source of the random numbers.
 
     Returns:
-        (N,) int64, every position once.
+        (N,) int64, a permutation.
     """
     kinds, kind = torch.unique(group, return_inverse=True)
     turn = torch.randperm(len(kinds), generator=generator) // window  # (K,)
@@ -90,7 +90,7 @@ def windowed(group: Tensor, window: int, generator: torch.Generator) -> Tensor:
 
 
 class _File:
-    """An open file, closed when the last one who reads it has let go of it."""
+    """An open file, closed when the last reference to it is gone."""
 
     def __init__(self, path: str) -> None:
         self.number = -1
@@ -101,8 +101,8 @@ class _File:
             os.close(self.number)
 
 
-# Of the process and not of a source, so that nothing of it is ever pickled. A process has files of
-# its own (``process`` is its id), and pread, which moves no position, lets threads share them.
+# Per process, not per source, so that it is never pickled. A process opens its own files
+# (``process`` is its id), and threads share them by pread, which moves no file position.
 @lru_cache(maxsize=_OPEN)
 def _opened(shard: Shard, process: int) -> _File:
     return _File(shard.path)

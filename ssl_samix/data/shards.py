@@ -1,9 +1,9 @@
-"""Tar shards: which ones a pattern or a URL means, and a local file of each. Torch is not needed.
+"""Tar shards: resolve patterns and URLs, and copy remote shards; imports no torch.
 
-A shard on a local disk is read where it is. One behind a URL is fetched once, as a whole, into the
-user's cache folder: pictures are read at random places and again every epoch, and so no worker
-ever waits for a network. fsspec's own file cache does not keep two processes from writing the same
-file, or one from truncating what the other reads; here a file is moved into place under a lock.
+A shard on a local disk is read in place. One behind a URL is copied once, as a whole, into the
+user's cache folder: pictures are read in random order and again every epoch, so that no worker
+waits for a network. fsspec's own file cache does not keep two processes from writing the same
+file, or one from truncating what the other reads; here a file is renamed into place under a lock.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ssl_samix.errors import DataError, UserError, nearest
 from ssl_samix.files import write_atomically
 
 SUFFIX = ".tar"
-CONNECTIONS = 8  # shards that are looked at or fetched at once
+CONNECTIONS = 8  # shards that are read or copied in parallel
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_CACHES = re.compile(r"((filecache|simplecache|blockcache|cached)::)+")  # ours is one already
-# what says, in any file system of fsspec, that a file is another one now
+_CACHES = re.compile(r"((filecache|simplecache|blockcache|cached)::)+")  # copies are cached already
+# fields of fsspec's file systems that change when a file changes
 _VERSION = (
     "size", "mtime", "created", "ETag", "etag", "md5Hash", "Content-MD5", "LastModified",
     "Last-Modified", "last_modified", "updated",
@@ -47,19 +47,19 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 class Shard:
     """One tar file."""
 
-    url: str  # what a person finds it by; a path, if it is local
-    version: str  # another one when its content is another
-    path: str  # where it is read: itself, or its copy in the cache folder
+    url: str  # its name in messages; a path if it is local
+    version: str  # changes when its content changes
+    path: str  # file that is read: itself, or its copy in the cache folder
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is read from the cache folder."""
+        """Whether ``path`` is a copy in the cache folder."""
         return self.path != self.url
 
 
 @dataclass(frozen=True)
 class Found:
-    """A shard with the way to fetch it."""
+    """A shard and its fsspec source."""
 
     shard: Shard
     fs: Any  # of fsspec
@@ -67,12 +67,12 @@ class Found:
 
 
 def is_url(root: str) -> bool:
-    """Say whether ``data.root`` is for fsspec and no local path."""
+    """Return whether ``data.root`` is a URL for fsspec, not a local path."""
     return "://" in root or "::" in root
 
 
 def find(root: str) -> list[Found]:
-    """Return the shards that ``root`` means, sorted by name; none is opened.
+    """Return the shards that match ``root``, sorted by name; none is opened.
 
     Args:
         root: A folder of ``*.tar``, a file, or a pattern with braces (``{000..099}``, ``{a,b}``)
@@ -85,7 +85,7 @@ def find(root: str) -> list[Found]:
     root = _CACHES.sub("", root, count=1) if is_url(root) else os.path.expanduser(root)
     with _told(root):
         found = list(_places(root))
-        with ThreadPoolExecutor(CONNECTIONS) as pool:  # a request each, where they are remote
+        with ThreadPoolExecutor(CONNECTIONS) as pool:  # one request each if remote
             shards = list(pool.map(lambda place: _described(*place), found))
     if not shards:
         raise DataError(
@@ -96,10 +96,10 @@ def find(root: str) -> list[Found]:
 
 
 def fetch(found: Found) -> None:
-    """Copy a remote shard into the cache folder, unless it is there; a local one is left alone.
+    """Copy a remote shard into the cache folder if needed; nothing to do for a local one.
 
     Raises:
-        UserError: It cannot be fetched, or there is no room for it.
+        UserError: It cannot be copied, or there is no space for it.
     """
     from filelock import FileLock
 
@@ -124,19 +124,19 @@ def fetch(found: Found) -> None:
         raise
     except (UserError, OSError, NotImplementedError) as error:
         raise UserError(
-            f"shards are copied to {path.parent}, and that is not possible ({_line(error)}): "
-            f"set {VARIABLE} to a folder with room for them"
+            f"cannot copy shards to {path.parent} ({_line(error)}): "
+            f"set {VARIABLE} to a folder with enough space"
         ) from error
 
 
 def index_file(shard: Shard) -> Path:
-    """Return where the list of a shard's members is kept."""
+    """Return the cache file of a shard's index."""
     return _cached(shard.url, shard.version, ".json")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Write out every ``{a,b}`` and ``{000..099}``; a number keeps the width of the first one."""
-    parts = _BRACES.split(pattern)  # text and what stood in braces, in turn
+    """Return all expansions of ``{a,b}`` and ``{000..099}``; numbers as wide as the first one."""
+    parts = _BRACES.split(pattern)  # text and brace contents, alternating
     choices = [_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
@@ -150,7 +150,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _places(root: str) -> Iterator[tuple[Any, str, str]]:
-    """Yield file system, path there and the rest of a chained URL, for all that may be a shard."""
+    """Yield file system, path and the rest of a chained URL for every candidate shard."""
     from fsspec.core import url_to_fs
 
     literal = not is_url(root) and os.path.exists(root)  # a path may hold braces and brackets
@@ -185,7 +185,7 @@ def _cached(url: str, version: str, suffix: str) -> Path:
 
 @contextmanager
 def _told(root: str) -> Iterator[None]:
-    """Turn whatever a file system raises, each its own kinds, into one sentence."""
+    """Convert exceptions of any fsspec file system into ``DataError``."""
     protocol = re.match(r"(\w+)(?:://|::)", root)
     name = protocol[1] if protocol else "file"
     try:
@@ -204,10 +204,10 @@ def _told(root: str) -> Iterator[None]:
             if error.__cause__ is None:
                 missing = error.filename or _line(error)
                 raise DataError(f"data.root={root}: {missing} does not exist") from error
-            reason = error.__cause__  # over HTTP any failure is a file that is not found
+            reason = error.__cause__  # over HTTP every failure is a FileNotFoundError
         raise DataError(f"data.root={root} cannot be read: {_line(reason)}") from error
 
 
 def _line(error: BaseException) -> str:
-    """Return what an error says, or else is, on one line."""
+    """Return an error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where pictures come from, one at a time: files, or an array that is already in memory."""
+"""Sources of single pictures: files, or an array in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ssl_samix.errors import check_range
 VARIABLE = "SSL_SAMIX_MAX_MEGAPIXELS"
 _MAX_MEGAPIXELS = 500  # more than any camera's; in RGB, 2 GB
 
-# what Pillow raises for a damaged file, depending on the format and on where the damage is
+# exceptions of Pillow for damaged files, depending on format and damage
 UNREADABLE = (
     OSError,  # truncated data, PIL.UnidentifiedImageError, files that may not be read
     SyntaxError,  # broken PNG and TIFF headers
@@ -34,24 +34,24 @@ UNREADABLE = (
     EOFError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,  # too many pixels to be a picture
+    Image.DecompressionBombError,  # too many pixels
 )
 
 
-class UnusableImage(OSError):  # noqa: N818  nothing went wrong, the file is what it is
-    """A file that cannot be used as a picture; the message says why, for its owner."""
+class UnusableImage(OSError):  # noqa: N818  not an error: the file is intact, but unusable
+    """A file that cannot be used as a picture; the message says why."""
 
 
 def described(name: str, error: Exception) -> str:
-    """Return the name of an unreadable picture, and the reason where it is not mere damage."""
+    """Return the name of an unreadable picture, with the reason if it is not damaged."""
     return f"{name} ({error})" if isinstance(error, UnusableImage) else name
 
 
 def set_up_pillow() -> None:
-    """Set how large pictures may be, and keep Pillow's remarks on odd files off the screen.
+    """Set the largest picture size, and silence Pillow's warnings about damaged files.
 
-    What cannot be read is reported by us, by name. Filters and limits are the process's: those
-    that hold for a block only would not be safe with threads.
+    Unreadable files are reported by name elsewhere. Filters and limits are set for the process:
+    context managers would not be thread-safe.
 
     Raises:
         ConfigError: ``$SSL_SAMIX_MAX_MEGAPIXELS`` is not a number from 1 on.
@@ -61,16 +61,16 @@ def set_up_pillow() -> None:
         given = float(str(given))
     check_range(VARIABLE, given, 1)
     assert isinstance(given, float)
-    Image.MAX_IMAGE_PIXELS = int(given * 1e6 / 2)  # Pillow warns from here on, refuses twice it
+    Image.MAX_IMAGE_PIXELS = int(given * 1e6 / 2)  # Pillow raises above twice this
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-set_up_pillow()  # in workers too: they import this module when they are given a source
+set_up_pillow()  # in workers too: they import this module when they unpickle a source
 
 
 def open_image(file: str | IO[bytes]) -> Image.Image:
-    """Read the header of a picture.
+    """Open a picture and read its header.
 
     Raises:
         One of ``UNREADABLE``.
@@ -91,16 +91,16 @@ def _too_large(error: Image.DecompressionBombError) -> UnusableImage:
 
 
 class Source(Protocol):
-    """N pictures that are decoded on request."""
+    """Interface of N pictures that are decoded on request."""
 
     def __len__(self) -> int:
         """Return N."""
 
     def name(self, index: int) -> str:
-        """Return what a person finds the picture by: its path, or its place in a data set."""
+        """Return the picture's name in messages: its path, or its position in a data set."""
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Decode one picture.
+        """Return one decoded picture.
 
         Args:
             index: Position in 0..N-1.
@@ -119,7 +119,7 @@ class Source(Protocol):
 
 
 class EncodedSource(ABC):
-    """N pictures that are stored one by one, in any format that Pillow reads."""
+    """N separately encoded pictures, in any format that Pillow reads."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -127,11 +127,11 @@ class EncodedSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what a person finds the picture by."""
+        """Return the picture's name in messages."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Return one picture of which the header alone has been decoded.
+        """Return one picture of which only the header is decoded.
 
         Raises:
             One of ``UNREADABLE`` for a damaged one.
@@ -142,7 +142,7 @@ class EncodedSource(ABC):
         """Return the pictures at these positions."""
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Fully decode one picture, so that a truncated one is found here."""
+        """Return one fully decoded picture; a truncated one raises here."""
         with self.open(index) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # JPEG only: decodes at 1/2, 1/4 or 1/8
@@ -155,7 +155,7 @@ class EncodedSource(ABC):
                 raise OSError(str(error)) from error
             if halved and _is_dark(image):
                 raise UnusableImage(
-                    "of its 16 bits per channel Pillow reads the upper 8, which are all but empty: "
+                    "Pillow reads only the upper 8 of its 16 bits per channel, here nearly empty: "
                     "convert it to 8 bits"
                 )
             return image
@@ -166,13 +166,13 @@ class EncodedSource(ABC):
 
 
 def _is_16_bit_colour(image: Image.Image) -> bool:
-    """Say of a picture that is not loaded yet whether Pillow will drop half of its bits."""
+    """Return whether Pillow will drop half of the bits of a picture that is not loaded yet."""
     tiles = getattr(image, "tile", [])  # codec, box, offset, arguments; gone after loading
     return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in tiles)
 
 
 def _is_dark(image: Image.Image) -> bool:
-    """Say whether all channels but alpha lie in the lowest eighth."""
+    """Return whether all channels except alpha lie in the lowest eighth."""
     channels = [image.getchannel(band) for band in image.getbands() if band != "A"]
     return all(np.asarray(channel).max() < 32 for channel in channels)
 
@@ -181,7 +181,7 @@ class PathSource(EncodedSource):
     """Image files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Hold N paths; nothing is opened yet."""
+        """Store N paths; nothing is opened yet."""
         self.paths = list(paths)
 
     def __len__(self) -> int:
@@ -202,10 +202,10 @@ class PathSource(EncodedSource):
 
 
 class ArraySource:
-    """Pictures that a data set gives as one array."""
+    """Pictures in one array."""
 
     def __init__(self, pixels: np.ndarray[Any, Any], title: str, numbers: Sequence[int]) -> None:
-        """Hold the pictures.
+        """Store the pictures.
 
         Args:
             pixels: (N, h, w, 3) or gray (N, h, w), uint8.
@@ -225,17 +225,17 @@ class ArraySource:
         return f"{self.title} {self.numbers[index]}"
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Return one picture; it costs nothing to decode, so ``at_least`` is not used."""
+        """Return one picture; it needs no decoding, so ``at_least`` is ignored."""
         return Image.fromarray(np.ascontiguousarray(self.pixels[index]))
 
     def stacked(self) -> Tensor:
-        """Copy all pictures into one (N, 3, h, w) uint8 tensor, gray repeated three times."""
+        """Return a copy of all pictures, (N, 3, h, w) uint8, gray repeated three times."""
         pixels = self.pixels
         colour = pixels[..., None].repeat(3, axis=-1) if pixels.ndim == 3 else pixels
         return torch.from_numpy(colour.transpose(0, 3, 1, 2).copy())
 
     def take(self, indices: Sequence[int]) -> ArraySource:
-        """Copy the pictures at these positions."""
+        """Return a source with copies of the pictures at these positions."""
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
 

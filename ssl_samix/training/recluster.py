@@ -1,4 +1,4 @@
-"""Clusters the training set with the teacher's features, for mixing by clusters."""
+"""Callback that clusters the training set with the teacher's features, for SAMix-C."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ssl_samix.evaluation.measures import kmeans
 
 
 class Recluster(pl.Callback):
-    """Every ``cluster_every`` epochs of a mixing objective that has it, where it mixes."""
+    """Clusters every ``cluster_every`` epochs of a ``ClusterObjective`` while it mixes."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Embed all training images and hand their clusters to the objective."""
+        """Embed and cluster all training images, and set the clusters of the objective."""
         mixing = getattr(pl_module, "mixing", None)
         every = getattr(mixing, "cluster_every", None)
         if mixing is None or every is None:
@@ -36,5 +36,5 @@ class Recluster(pl.Callback):
                 workers=data.worker_count(),
             )
         found = kmeans(features, mixing.clusters, start=mixing.centroids)
-        # One process decides: sums in another order might move an image to another cluster.
+        # One process clusters for all: rounding could put an image into another cluster elsewhere.
         mixing.assign(*trainer.strategy.broadcast(found))

@@ -523,10 +523,10 @@ def test_an_unreachable_server_is_a_sentence():
 )
 def test_truncated_shards_and_other_files(content, tmp_path, memory, cache):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.tar is truncated or no uncompressed tar file"):
+    with pytest.raises(DataError, match=r"a\.tar is truncated or not an uncompressed tar file"):
         load_splits("webdataset", tmp_path, "auto", None)
     memory.pipe("/a.tar", content)
-    with pytest.raises(DataError, match=r"a\.tar is truncated or no uncompressed tar file"):
+    with pytest.raises(DataError, match=r"a\.tar is truncated or not an uncompressed tar file"):
         load_splits("webdataset", "memory://a.tar", "auto", None)
     assert not list(cache.glob("*.tar")), "a damaged copy is not kept"
 
@@ -534,7 +534,7 @@ def test_truncated_shards_and_other_files(content, tmp_path, memory, cache):
 def test_compressed_and_empty_shards(tmp_path, caplog):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         archive.add(__file__)
-    with pytest.raises(DataError, match="no uncompressed tar"):
+    with pytest.raises(DataError, match="not an uncompressed tar"):
         load_splits("webdataset", tmp_path, "auto", None)
     (tmp_path / "a.tar").write_bytes(tar(("notes.txt", b"words")))
     with pytest.raises(DataError, match="no image in the 1 shards"):
