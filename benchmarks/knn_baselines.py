@@ -1,8 +1,8 @@
-"""What a pretrained encoder has to beat: raw pixels and the same encoder untrained.
+"""Baselines of a pretrained encoder: raw pixels, and the same encoder untrained.
 
     python benchmarks/knn_baselines.py [--device cuda] data=folder data.root=<folder>
 
-The words are keys of `samix pretrain`, any of them.
+The arguments are any keys of `samix pretrain`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ssl_samix.config.compose import build, compose
 
 
 def rows(words: Sequence[str], device: str) -> list[list[str]]:
-    """Measure both encoders on the data that the words choose."""
+    """Return kNN and RankMe of both on the chosen data."""
     config, _ = compose("pretrain", list(words))
     data = build(config.data, views=build(config.views), seed=config.seed)
     monitor = build(config.callbacks.knn)
