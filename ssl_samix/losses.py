@@ -164,11 +164,11 @@ def cross_correlation(query: Tensor, positives: Tensor, redundancy: float) -> Te
     Returns:
         (K, P) losses.
     """
-    columns = [_one(query, positive, redundancy) for positive in positives.unbind(dim=1)]
+    columns = [_per_sample(query, positive, redundancy) for positive in positives.unbind(dim=1)]
     return torch.stack(columns, dim=1)
 
 
-def _one(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
+def _per_sample(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
     first, second = _standardised(query), _standardised(positive)  # (K, D)
     identity = torch.eye(first.shape[1], device=first.device)
     with torch.no_grad():

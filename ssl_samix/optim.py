@@ -17,7 +17,7 @@ MIXER = "mixing."  # parameter prefix of the mixing objective
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters: encoder with weight decay, encoder without it, and Mixer.
+    """Return parameter groups: encoder with weight decay, encoder without it, and Mixer.
 
     Weight matrices have weight decay; biases, normalisation and the Mixer have none. lightly's LARS
     also leaves groups without decay unscaled, as SimCLR and BYOL require.
@@ -40,16 +40,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-SHARED = "encoder"
+ENCODER_OPTIMIZER = "encoder"
 # The Mixer has 20,000 weights, and its gradients have another scale than the encoder's. Adam's
 # second moment decays fast because the teacher whose features it reads keeps changing.
-OWN: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+MIXER_OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}),
     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99), "fused": True}),
     "sgd": (torch.optim.SGD, {"momentum": 0.0, "fused": True}),
 }
-CHOICES = (SHARED, *OWN)
-FINAL = 0.01  # factor on the Mixer's learning rate at the end of its cosine
+CHOICES = (ENCODER_OPTIMIZER, *MIXER_OPTIMIZERS)
+MIXER_FINAL_LR = 0.01  # factor on the Mixer's learning rate at the end of its cosine
 
 
 class MixerOptimizer:
@@ -65,7 +65,7 @@ class MixerOptimizer:
         ConfigError: For an unknown name, or a rate that is not positive.
     """
 
-    def __init__(self, name: str = SHARED, lr: float = 1.0) -> None:
+    def __init__(self, name: str = ENCODER_OPTIMIZER, lr: float = 1.0) -> None:
         check_choice("mixup.optimizer", name, CHOICES)
         check_range("mixup.lr", lr, 1e-8)
         self.name, self.lr = name, lr
@@ -73,11 +73,11 @@ class MixerOptimizer:
     @property
     def shared(self) -> bool:
         """Whether the encoder's optimizer also updates the Mixer."""
-        return self.name == SHARED
+        return self.name == ENCODER_OPTIMIZER
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """Build the Mixer's separate optimizer for these parameter groups."""
-        kind, settings = OWN[self.name]
+        kind, settings = MIXER_OPTIMIZERS[self.name]
         return kind(groups, lr=self.lr, **settings)  # type: ignore[call-arg]
 
 
@@ -198,7 +198,7 @@ class OptimizerRecipe:
         schedules = [cosine(total_steps, self.final, warmup) for _ in shared]
         if own:
             parts.append(mixer.build(own))
-            schedules += [cosine(total_steps, FINAL) for _ in own]
+            schedules += [cosine(total_steps, MIXER_FINAL_LR) for _ in own]
         optimizer = parts[0] if len(parts) == 1 else JointOptimizer(parts)
         schedule = LambdaLR(optimizer, schedules)
         return {

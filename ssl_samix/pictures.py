@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_samix.files import write_atomically
 
 Channels = tuple[float, float, float]
-LARGEST = 128  # px, up to which a small image is enlarged
+MAX_TILE = 128  # px, up to which a small image is enlarged
 GAP, MARGIN = 4, 12  # px between tiles, and around all of them
 FONT, LINE = 14, 18  # px, size of the text and height of a line
 PAPER, INK = (236, 232, 222), (40, 40, 40)  # background unlike black, grey and white; text
@@ -34,7 +34,7 @@ def paint(
         captions: A text to the left of each row; none if it is empty.
     """
     font = ImageFont.load_default(FONT)
-    factor = max(1, LARGEST // rows[0][0].shape[-1])
+    factor = max(1, MAX_TILE // rows[0][0].shape[-1])
     side = factor * rows[0][0].shape[-1]
     lines = [line for caption in captions for line in caption.splitlines()]
     left = MARGIN + math.ceil(max((font.getlength(line) + MARGIN for line in lines), default=0))

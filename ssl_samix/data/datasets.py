@@ -88,7 +88,7 @@ def load_splits(
     memory_gb: float = 4.0,
     labelled: bool = False,
 ) -> Splits:
-    """Read a data set by name.
+    """Return the splits of a data set, by its name.
 
     A split is held in memory as uint8 if its images are at most 96 px and together at most
     ``memory_gb``; else its images are decoded on demand, after a sample of them was checked.

@@ -28,7 +28,7 @@ _WORTH_THREADS = 1e-3  # seconds per image
 
 
 def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
-    """Decode all pictures into memory; unreadable ones are skipped and named in a warning.
+    """Return all pictures decoded into memory; unreadable ones are skipped with a warning.
 
     Args:
         source: N pictures.

@@ -179,7 +179,7 @@ def _straight(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block leaves the picture as it is stored."""
+    """Return the picture rotated by its EXIF orientation; unchanged if the EXIF block is damaged."""
     try:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image
@@ -327,7 +327,7 @@ class FileImages(ImageSet):
         return self.source.name(index)
 
     def load(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Decode and fit the images at ``indices`` to (B, 3, S, S) uint8.
+        """Return the decoded and fitted images at ``indices``, (B, 3, S, S) uint8.
 
         Raises:
             DataError: Every image of a class is damaged.
@@ -337,7 +337,7 @@ class FileImages(ImageSet):
         return torch.from_numpy(np.stack([image.numpy() for image in images]))
 
     def original(self, index: int) -> Tensor:
-        """Decode one image to (3, h, w) uint8.
+        """Return one decoded image, (3, h, w) uint8.
 
         Raises:
             DataError: Every image of a class is damaged.

@@ -172,7 +172,7 @@ def _sound(content: Any) -> Members | None:
 
 
 def read_members(shard: Shard) -> Members:
-    """Read the headers of a tar file, seeking from one to the next.
+    """Return the images of a tar file, from its headers.
 
     Raises:
         DataError: It cannot be read, is truncated or not a plain tar; a sample has several

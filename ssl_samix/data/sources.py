@@ -161,7 +161,7 @@ class EncodedSource(ABC):
             return image
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
+        """Return a random order of all pictures."""
         return torch.randperm(len(self), generator=generator)
 
 
@@ -240,5 +240,5 @@ class ArraySource:
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle all pictures."""
+        """Return a random order of all pictures."""
         return torch.randperm(len(self), generator=generator)

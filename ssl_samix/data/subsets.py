@@ -41,7 +41,7 @@ def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split N images into train and validation, each class in proportion.
+    """Return positions of train and validation out of N images, each class in proportion.
 
     A class with a single image stays in train, since it can be learned but not checked.
 

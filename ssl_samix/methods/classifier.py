@@ -102,12 +102,12 @@ class LinearHeads(BaseMethod):
             online.append(self.mixed_projector)
             average.append(self.mixed_twin.module)
         return {
-            "": nn.Sequential(self.backbone, _SideBySide(online)),
-            "ema_": nn.Sequential(self.teacher_backbone, _SideBySide(average)),
+            "": nn.Sequential(self.backbone, _ConcatenatedHeads(online)),
+            "ema_": nn.Sequential(self.teacher_backbone, _ConcatenatedHeads(average)),
         }
 
 
-class _SideBySide(nn.Module):
+class _ConcatenatedHeads(nn.Module):
     def __init__(self, heads: list[nn.Module]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)

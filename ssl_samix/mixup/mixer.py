@@ -12,15 +12,15 @@ from ssl_samix.errors import check_choice, check_range
 from ssl_samix.mixup.plan import blend, flat, share
 from ssl_samix.types import Mixed, MixPlan
 
-MOST_POSITIONS = 784  # 28 x 28; above it, attention is computed in chunks of queries
+MOST_POSITIONS = 784  # 28 x 28: attention is computed for so many queries at a time
 FORMS = ("exact", "paper", "anchored")
 UPSAMPLING = ("bilinear", "nearest")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
-SMALL_WEIGHTS = 1e-3  # standard deviation of the last layer of the forms that start as plain mixup
-EDGE = 1e-4  # lam is clamped to [EDGE, 1 - EDGE] before its logit is taken
-CONTRAST = 8.0  # bound of the exact form's logits around their mean; e^-16 is negligible
-HALVINGS, NEWTON_STEPS = 6, 3  # bisection from a bracket of 16 to 1/4, then Newton to rounding
-FLATTEST = 1e-4  # lower bound of the mean slope of the sigmoids that the gradient is divided by
+SMALL_STD = 1e-3  # of the weights of the last layer of the forms that start as plain mixup
+LAM_EPS = 1e-4  # lam is clamped to [LAM_EPS, 1 - LAM_EPS] before its logit is taken
+MAX_LOGIT = 8.0  # bound of the exact form's logits around their mean; e^-16 is negligible
+BISECTIONS, NEWTON_STEPS = 6, 3  # from a bracket of 16 to 1/4, then to rounding
+MIN_SLOPE = 1e-4  # lower bound of the mean slope of the sigmoids that the gradient is divided by
 
 
 class MixBlock(nn.Module):
@@ -91,7 +91,7 @@ class MixBlock(nn.Module):
         for conv in (self.query, self.key, self.value[0]):
             nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")  # type: ignore[arg-type]
         last: nn.Conv2d = self.value[3]  # type: ignore[assignment]
-        deviation = 0.1 if self.form == "paper" else SMALL_WEIGHTS
+        deviation = 0.1 if self.form == "paper" else SMALL_STD
         nn.init.normal_(last.weight, std=deviation)
         for conv in (self.query, self.key, last):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ class MixBlock(nn.Module):
         return self.gamma + (self.gamma.clamp(0, 1) - self.gamma).detach()
 
     def forward(self, own: Tensor, partner: Tensor, lam: Tensor, size: int) -> Tensor:
-        """Predict the share of the partner in each pixel.
+        """Return masks: the predicted share of the partner in each pixel.
 
         Args:
             own: (K, C, h, w) feature maps of the images.
@@ -131,7 +131,7 @@ class MixBlock(nn.Module):
         if self.form == "exact":
             return balanced(output, lam)
         if self.form == "anchored":
-            anchor = torch.logit(1 - lam, eps=EDGE).to(output.dtype)
+            anchor = torch.logit(1 - lam, eps=LAM_EPS).to(output.dtype)
             output = output + anchor[:, None, None, None]
         return output.sigmoid()
 
@@ -170,11 +170,11 @@ def balanced(logits: Tensor, lam: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         shape, logits = logits.shape, wide(logits).flatten(1)  # (K, S^2)
         logits = logits - logits.mean(dim=1, keepdim=True)
-        logits = CONTRAST * (logits / CONTRAST).tanh()
-        wanted = (1 - lam.to(logits.dtype)).clamp(EDGE, 1 - EDGE)[:, None]
+        logits = MAX_LOGIT * (logits / MAX_LOGIT).tanh()
+        wanted = (1 - lam.to(logits.dtype)).clamp(LAM_EPS, 1 - LAM_EPS)[:, None]
         level = _level(logits.detach(), wanted)
         mask = (level + logits).sigmoid()
-        slope = (mask * (1 - mask)).detach().mean(dim=1, keepdim=True).clamp_min(FLATTEST)
+        slope = (mask * (1 - mask)).detach().mean(dim=1, keepdim=True).clamp_min(MIN_SLOPE)
         share = mask.mean(dim=1, keepdim=True)
         # Its value is 0; its gradient is that of the level in the logits.
         answer = (share.detach() - share) / slope
@@ -194,7 +194,7 @@ def _level(logits: Tensor, wanted: Tensor) -> Tensor:
     low = goal - logits.amax(dim=1, keepdim=True)
     high = goal - logits.amin(dim=1, keepdim=True)
     level = (low + high) / 2
-    for _ in range(HALVINGS):
+    for _ in range(BISECTIONS):
         over = (level + logits).sigmoid().mean(dim=1, keepdim=True) > wanted
         low, high = torch.where(over, low, level), torch.where(over, level, high)
         level = (low + high) / 2
@@ -271,7 +271,7 @@ class SAMix(nn.Module):
     def attached(
         self, images: Tensor, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor]
     ) -> Mixed:
-        """Mix for the Mixer's own loss, with gradient: no flat masks, and the drawn ratio."""
+        """Return mixtures for the Mixer's loss, with gradient: no flat masks, the drawn ratios."""
         masks = self.masks(plan, maps, images.shape[-1])
         return blend(images, partners, plan, masks, plan.lam)
 
@@ -284,7 +284,7 @@ class SAMix(nn.Module):
         maps: tuple[Tensor, Tensor] | None,
         plain: Tensor | None = None,
     ) -> Mixed:
-        """Mix for the encoder: no gradient reaches the Mixer.
+        """Return mixtures for the encoder; no gradient reaches the Mixer.
 
         Args:
             images: (B, 3, S, S).

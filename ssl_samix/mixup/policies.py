@@ -218,8 +218,8 @@ def shrink(images: Tensor, corner: Tensor, side: Tensor) -> Tensor:
     return small.to(images.dtype)
 
 
-SHARES = (8, 4, 2)  # surroundings are an eighth, a quarter and half of the image's side wide
-FINEST = 64  # px; larger images are reduced to this size, at a fraction of the cost
+DIVISORS = (8, 4, 2)  # the image's side over that of the surroundings
+MAX_SIDE = 64  # px; larger images are reduced to this size, at a fraction of the cost
 
 
 def local_mean(images: Tensor, window: int) -> Tensor:
@@ -233,13 +233,13 @@ def local_mean(images: Tensor, window: int) -> Tensor:
 def saliency(images: Tensor) -> Tensor:
     """Return how much each pixel differs from its surroundings, (B, S, S).
 
-    Absolute differences from local means, summed over ``SHARES`` and the channels.
+    Absolute differences from local means, summed over ``DIVISORS`` and the channels.
 
     Args:
         images: (B, 3, S, S).
     """
     contrast = torch.zeros_like(images)
-    for part in SHARES:
+    for part in DIVISORS:
         contrast += (images - local_mean(images, images.shape[-1] // part | 1)).abs()
     return contrast.sum(dim=1)
 
@@ -247,7 +247,7 @@ def saliency(images: Tensor) -> Tensor:
 def peak(images: Tensor) -> Tensor:
     """Return row and column of the most salient pixel of images (B, 3, S, S), (B, 2) float32."""
     size = images.shape[-1]
-    side = min(size, FINEST)
+    side = min(size, MAX_SIDE)
     found = saliency(F.adaptive_avg_pool2d(images.detach().float(), side)).flatten(1).argmax(dim=1)
     cell = torch.stack([found // side, found % side], dim=1)
     return ((cell + 0.5) * (size / side)).floor()

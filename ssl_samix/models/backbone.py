@@ -34,7 +34,7 @@ WIDEST = 65536  # first stage of a ResNet
 SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
 
 # Exceptions that models raise for options and sizes that they do not check.
-UNBUILDABLE = (
+MODEL_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
@@ -122,10 +122,10 @@ class Backbone(nn.Module):
             return TorchvisionTrunk(name)
         except ConfigError:
             raise
-        except UNBUILDABLE as error:
-            raise self._unfit(error) from error
+        except MODEL_ERRORS as error:
+            raise self._size_error(error) from error
 
-    def _unfit(self, error: Exception) -> ConfigError:
+    def _size_error(self, error: Exception) -> ConfigError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         return ConfigError(
             f"backbone {self.name} cannot take images of {self.image_size} px with these settings "
@@ -139,19 +139,19 @@ class Backbone(nn.Module):
         image = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
             maps, pooled = self._both(image)
-        except UNBUILDABLE as error:
-            raise self._unfit(error) from error
+        except MODEL_ERRORS as error:
+            raise self._size_error(error) from error
         if pooled.ndim != 2 or any(0 in m.shape for m in maps):
-            raise self._unfit(ValueError("the feature map of its last stage is empty"))
+            raise self._size_error(ValueError("the feature map of its last stage is empty"))
         self.trunk.train()
         return maps, pooled
 
-    def _laid_out(self, images: Tensor) -> Tensor:
+    def _in_memory_format(self, images: Tensor) -> Tensor:
         # A convolution computes in the layout of its images, not of its weights.
         return images.contiguous() if self._contiguous else images
 
     def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        images = self._laid_out(images)
+        images = self._in_memory_format(images)
         if isinstance(self.trunk, ResNetTrunk):
             maps = self.trunk.stage_maps(images)
             return maps, self.trunk.pool(maps[-1])
@@ -197,7 +197,7 @@ class Backbone(nn.Module):
 
     def stage_map(self, images: Tensor, stage: int) -> Tensor:
         """Return one stage's map (B, C, h, w), computing no further than that stage."""
-        return self.trunk.stage_maps(self._laid_out(images), stage)[stage - 1]  # type: ignore[operator]
+        return self.trunk.stage_maps(self._in_memory_format(images), stage)[stage - 1]  # type: ignore[operator]
 
     def map_and_features(self, images: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Return one stage's map and the pooled features of one pass."""
@@ -211,7 +211,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to the pooled features (B, feature_dim)."""
-        return self.trunk(self._laid_out(images))
+        return self.trunk(self._in_memory_format(images))
 
 
 def _library(name: str) -> str:

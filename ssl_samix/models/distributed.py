@@ -22,7 +22,7 @@ def offset(rows: Tensor) -> int:
 def in_groups(
     encode: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor, groups: int
 ) -> tuple[Tensor, ...]:
-    """Encode each of ``groups`` consecutive parts of the batch and concatenate the results.
+    """Return the concatenated outputs of ``encode`` for ``groups`` consecutive parts of the batch.
 
     BatchNorm sees one part at a time. A group has at least two images; a batch that is too small is
     split into fewer groups.

@@ -137,7 +137,7 @@ class TimmTrunk(nn.Module):
             return [round(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         return [i for i, stride in enumerate(strides) if stride >= 4]
 
-    def _now(self) -> Any:
+    def _model_in_mode(self) -> Any:
         """Return the model, with checkpointing switched off in eval mode.
 
         The Mixer's frozen pass is one, and what is computed again later would be in training mode.
@@ -153,7 +153,7 @@ class TimmTrunk(nn.Module):
 
     def stage_maps(self, images: Tensor, last: int) -> list[Tensor]:
         """Return the maps of stages 1 to ``last``, each (B, C, h, w)."""
-        return self._now().forward_intermediates(
+        return self._model_in_mode().forward_intermediates(
             images,
             indices=self._blocks[:last],
             stop_early=True,
@@ -163,11 +163,11 @@ class TimmTrunk(nn.Module):
 
     def forward_both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps of all stages and the pooled features (B, C) of one pass."""
-        final, maps = self._now().forward_intermediates(
+        final, maps = self._model_in_mode().forward_intermediates(
             images, indices=self._blocks, output_fmt="NCHW"
         )
         return maps, self.model.forward_head(final, pre_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C)."""
-        return self._now()(images)
+        return self._model_in_mode()(images)

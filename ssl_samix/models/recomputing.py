@@ -21,12 +21,12 @@ def recomputed(block: nn.Module, images: Tensor) -> Tensor:
         return block(images)
     modes = [(module, module.training) for module in block.modules()]
     return checkpoint(
-        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_before(modes))
+        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored(modes))
     )
 
 
 @contextmanager
-def _as_before(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+def _restored(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     """Restore modules' train and eval modes, and freeze their normalisation statistics."""
     now = [(module, module.training) for module, _ in modes]
     norms = [module for module, training in modes if isinstance(module, _NormBase) and training]
