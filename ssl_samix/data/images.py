@@ -179,7 +179,7 @@ def _straight(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the picture rotated by its EXIF orientation; unchanged if the EXIF block is damaged."""
+    """Return the picture rotated by its EXIF orientation; a damaged EXIF block is ignored."""
     try:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image
