@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import print_table, progress, refusing
+from common import exit_on_error, print_table, progress
 
 from ssl_samix.artifacts.results import read_rows
 from ssl_samix.artifacts.run_folder import RunFolder
@@ -202,7 +202,7 @@ def add(
     return False
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing in the table, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -66,7 +66,7 @@ class Options(argparse.ArgumentParser):
         torch.manual_seed(0)
         return args
 
-    def some(self, option: str, given: str, known: Iterable[str]) -> list[str]:
+    def names(self, option: str, given: str, known: Iterable[str]) -> list[str]:
         """Return a comma-separated list; exit if it has unknown names."""
         known, names = list(known), given.split(",")
         for name in names:
@@ -76,7 +76,7 @@ class Options(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Decorate ``main``: a ``UserError`` is printed in one sentence, with exit status 2."""
     try:
         yield

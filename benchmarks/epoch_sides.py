@@ -43,7 +43,7 @@ class LightlyEpochs:
             self.side.step(tuple(view.to(self.device) for view in views))
 
 
-class Turns(pl.Callback):
+class EpochTimes(pl.Callback):
     """Times the epochs of our trainer, and runs one of lightly's after each.
 
     Args:

@@ -19,9 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from common import METHODS, Options, print_header, print_table, progress, refusing
+from common import METHODS, Options, exit_on_error, print_header, print_table, progress
 from epoch_data import TimedLoader, random_splits, words
-from epoch_sides import LightlyEpochs, Turns
+from epoch_sides import EpochTimes, LightlyEpochs
 from flop_model import POLICIES
 from goals import print_goals
 from our_step import configuration, our_method
@@ -34,7 +34,7 @@ from ssl_samix.trainer import PRECISIONS, choose_precision, quieten
 COLUMNS = ("method", "side", "epoch s", "images/s", "lightly / ours", "waiting %", "views %")
 
 
-def contest(method: str, splits: Splits | None, args: argparse.Namespace) -> tuple[Turns, int]:
+def compare(method: str, splits: Splits | None, args: argparse.Namespace) -> tuple[EpochTimes, int]:
     """Train both sides of a method; return the timings, and the number of images of an epoch."""
     chosen = [*words(args.data, args.images, args.size), f"data.batch_size={args.batch}"]
     config = configuration(
@@ -49,17 +49,17 @@ def contest(method: str, splits: Splits | None, args: argparse.Namespace) -> tup
     config.trainer.accelerator = {"cuda": "gpu"}.get(args.device, args.device)
     config.trainer.devices = 1
     config.trainer.precision = args.precision
-    turns = Turns(LightlyEpochs(method, data, args), build(config.callbacks.knn))
+    times = EpochTimes(LightlyEpochs(method, data, args), build(config.callbacks.knn))
     trainer = build(
         config.trainer,
         wants_sync_batchnorm=False,
-        callbacks=[turns],
+        callbacks=[times],
         logger=False,
         enable_checkpointing=False,
     )
     with patch("ssl_samix.data.datamodule.DataLoader", TimedLoader):
         trainer.fit(our_method(config, args.size, args.device), data)
-    return turns, trainer.num_training_batches * args.batch
+    return times, trainer.num_training_batches * args.batch
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="ours")
     parser.add_argument("--data", metavar="FOLDER", help="of images; random ones without it")
     args = parser.read(arguments)
-    args.methods = parser.some("methods", args.methods, METHODS)
+    args.methods = parser.names("methods", args.methods, METHODS)
     if args.precision == "auto":
         args.precision = choose_precision(args.device)
     if not 8 <= args.batch <= args.images:
@@ -92,20 +92,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     quieten()
     splits = None if args.data else random_splits(args.images, args.size)
     print_header("An epoch with views and loader", args)
-    every: list[Turns] = []
+    every: list[EpochTimes] = []
 
     def rows() -> Iterator[list[str]]:
         for method in args.methods:
             progress(method)
-            turns, images = contest(method, splits, args)
-            every.append(turns)
-            yield from turns.rows(method, images)
+            times, images = compare(method, splits, args)
+            every.append(times)
+            yield from times.rows(method, images)
 
     try:  # print now: the next method may fail
         print_table(COLUMNS, rows())
@@ -113,14 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_goals(goals(every, args.device))
 
 
-def goals(every: Sequence[Turns], device: str) -> dict[str, float]:
+def goals(every: Sequence[EpochTimes], device: str) -> dict[str, float]:
     """Return the values of the targets: the worst over all methods."""
     if not every:
         return {}
     return {
-        f"epoch {device}": min(turns.ratio for turns in every),
-        "wait": max(turns.waiting for turns in every),
-        "monitor": max(turns.monitoring for turns in every),
+        f"epoch {device}": min(times.ratio for times in every),
+        "wait": max(times.waiting for times in every),
+        "monitor": max(times.monitoring for times in every),
     }
 
 

@@ -71,8 +71,8 @@ class Features:
         epochs = HEADS.epochs_for(len(rows))
         heads = train_heads(data, self.classes, pairs, epochs, HEADS.batch_size, seed=0)
         every = torch.arange(len(self.test), device=rows.device)
-        asked = Examples(self.test, self.answers.to(rows.device), every, scaling)
-        return float(measure(heads, asked, len(heads.bias))[0].max())
+        test = Examples(self.test, self.answers.to(rows.device), every, scaling)
+        return float(measure(heads, test, len(heads.bias))[0].max())
 
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

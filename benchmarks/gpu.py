@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(known), help="comma-separated")
     parser.add_argument("--limit", type=int, help="seconds for a part, in place of its own")
     args = parser.read(arguments)
-    chosen = parser.some("parts", args.parts, known)
+    chosen = parser.names("parts", args.parts, known)
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget
     ended: dict[str, tuple[str, float]] = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from torch import nn
 
 from ssl_samix.config.compose import build, compose
@@ -33,7 +33,7 @@ def rows(words: Sequence[str], device: str) -> list[list[str]]:
     return measured
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(__doc__, cpu={}, cuda={}, about={})
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of samix pretrain")

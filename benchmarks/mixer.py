@@ -185,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sides", default=",".join(SIDES), help="of the maps, likewise")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     args = parser.read(arguments)
-    args.channels = parser.some("channels", args.channels, CHANNELS)
-    args.sides = parser.some("sides", args.sides, SIDES)
+    args.channels = parser.names("channels", args.channels, CHANNELS)
+    args.sides = parser.names("sides", args.sides, SIDES)
     if args.batch < 2:
         parser.error("--batch is at least 2")
     if args.precision == "auto":

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
-from common import Options, print_header, print_table, progress, refusing
+from common import Options, exit_on_error, print_header, print_table, progress
 from torch import Tensor
 
 from ssl_samix.artifacts.checkpoints import read_checkpoint
@@ -122,7 +122,7 @@ def pretrained(config: Any, weights: dict[str, Tensor], mixup: Any) -> BaseMetho
     return method.to(memory_format=memory_format(method))  # type: ignore[call-overload, no-any-return]
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train each Mixer, and print a row for each."""
     default = {"epochs": 3}

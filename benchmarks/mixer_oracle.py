@@ -31,7 +31,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from encoders import Table
 from torch import Tensor
 
@@ -244,7 +244,7 @@ def train(args: Any) -> None:
     print_table(table.columns[:-1], table.shown())
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score Mixers, or train encoders with the oracle."""
     sizes = {"steps": 8, "batches": 4}

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import truth_scenes
-from common import Options, print_header, print_table, progress, refusing
+from common import Options, exit_on_error, print_header, print_table, progress
 from torch import Tensor
 
 from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
@@ -367,7 +367,7 @@ def _add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, int, str]
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about}; {default}")
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the data set, or measure Mixers on it."""
     args = options().read(arguments)

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from encoders import Table
 from torch import Tensor, nn
 
@@ -156,7 +156,7 @@ def made(name: str, backbone: Any) -> MixObjective | None:
     return objective(policy(), backbone=backbone, **settings)
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain with each rival and seed, measure, and print the table."""
     parser = Options(__doc__, cpu={}, cuda={}, about={})
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", help="table of the rows")
     parser.add_argument("words", nargs="+", help="arguments of samix pretrain")
     args = parser.read(arguments)
-    names = parser.some("rivals", args.rivals, ("none", *RIVALS))
+    names = parser.names("rivals", args.rivals, ("none", *RIVALS))
     print_header("Encoders that learn from a Mixer's rivals", args)
     path = Path(args.csv) if args.csv else Path(args.out) / "rivals.csv"
     table = Table(path, ("method", "rival", "seed"))

@@ -19,7 +19,16 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 import torch
-from common import METHODS, MIB, Options, print_header, print_table, progress, refusing, warm_cublas
+from common import (
+    METHODS,
+    MIB,
+    Options,
+    exit_on_error,
+    print_header,
+    print_table,
+    progress,
+    warm_cublas,
+)
 from flop_model import POLICIES
 from goals import print_goals
 from lightly_examples import LightlySide
@@ -35,7 +44,7 @@ COLUMNS = (
 LIGHTLY = "lightly"
 
 
-class Contest:
+class Comparison:
     """Runs all sides of one method.
 
     Args:
@@ -160,9 +169,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.read(arguments)
-    args.methods = parser.some("methods", args.methods, METHODS)
-    args.policies = parser.some("policies", args.policies, POLICIES)
-    names = parser.some("precision", args.precision, PRECISIONS)
+    args.methods = parser.names("methods", args.methods, METHODS)
+    args.policies = parser.names("policies", args.policies, POLICIES)
+    names = parser.names("precision", args.precision, PRECISIONS)
     full = {"auto": choose_precision(args.device), "32": "32-true"}
     args.precision = list(dict.fromkeys(full.get(name, name) for name in names))
     if args.batch < 8:
@@ -175,15 +184,15 @@ def rows(
 ) -> Iterator[list[str]]:
     """Yield the rows of each method as soon as it is measured; add the values of the targets."""
     for method in args.methods:
-        contest = Contest(method, args)
+        comparison = Comparison(method, args)
         for number in range(args.rounds + 1):
             progress(f"{method}: round {number} of {args.rounds}")  # round 0 warms up
-            contest.round(warm=number > 0)
-        found.update(contest.goals())
-        yield from contest.rows(memory)
+            comparison.round(warm=number > 0)
+        found.update(comparison.goals())
+        yield from comparison.rows(memory)
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     quieten()

@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--sizes", default="32,96,224", help="of the views in px, likewise")
     args = parser.read(arguments)
-    args.methods = parser.some("methods", args.methods, METHODS)
-    args.sizes = [int(size) for size in parser.some("sizes", args.sizes, SIZES)]
+    args.methods = parser.names("methods", args.methods, METHODS)
+    args.sizes = [int(size) for size in parser.names("sizes", args.sizes, SIZES)]
     args.batch = max(args.batch, args.pictures)
     torch.set_num_threads(1)
     # After freeing a large block once, malloc keeps large blocks, as after a first training step.
