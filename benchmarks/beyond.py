@@ -1,13 +1,13 @@
-"""What encoders are worth beyond their training set: corruptions, other data, few labels.
+"""Measure encoders outside their training set: corruptions, other data, few labels.
 
     python benchmarks/beyond.py runs/study/simclr-none-e12-s0 runs/study/simclr-samix-e12-s0 \
         --reference simclr-none-e12 --fashion /where/FashionMNIST/is --csv beyond.csv
 
-Runs that differ in nothing but their seed are called <name>-s<seed>, as those of a study are. A
-number is a row of the table as soon as it is known, and is not measured again. At the end the whole
-table is printed: means and standard deviations over seeds, and differences to the reference, paired
-by seed, with their 95% confidence intervals. Beside the table a picture shows top-1 against the
-strength of each corruption.
+Runs that differ only in their seed are named <name>-s<seed>, as in a study. Each result is written
+to the table at once, and not measured again. At the end the whole table is printed: means and
+standard deviations over seeds, and differences to the reference, paired by seed, with their 95%
+confidence intervals. A picture beside the table shows top-1 against the strength of each
+corruption.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import print_table, progress, refusing
+from common import exit_on_error, print_table, progress
 
 from ssl_samix.artifacts.results import read_rows
 from ssl_samix.artifacts.run_folder import RunFolder
@@ -38,18 +38,18 @@ CORRUPTIONS = {
 }  # fmt: skip
 CLEAN = "clean images, L-BFGS"
 STRENGTHS = range(1, 6)
-STRENGTH = ", strength "  # between a corruption and its strength: such rows are for the picture
+STRENGTH = ", strength "  # between corruption and strength; rows for the picture only
 NAME = re.compile(r"(.+)-s(\d+)")
 Values = dict[str, dict[str, dict[str, float]]]
-Record = dict[str, dict[str, float]]  # the numbers of a results.json, by variant
+Record = dict[str, dict[str, float]]  # results of a results.json, by variant
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One command of evaluation and the numbers that are kept of it.
+    """An evaluation command and the results that the table keeps of it.
 
     Attributes:
-        words: Of the command; {here} is the folder that holds the results of all commands.
+        words: Arguments of the command; {here} is the results folder of all commands.
         numbers: Name in the table -> (variant, number) of results.json.
     """
 
@@ -58,7 +58,7 @@ class Measure:
 
 
 def transfer(data: str, *words: str) -> dict[str, Measure]:
-    """Return kNN and linear probe of another data set."""
+    """Return measures by kNN and linear probe on another data set."""
     return {
         f"{data}-{command}": Measure(
             (command, f"data={data}", *words), {f"{data}, {command}": (variant, "top1")}
@@ -68,7 +68,7 @@ def transfer(data: str, *words: str) -> dict[str, Measure]:
 
 
 def few_labels(percent: int) -> dict[str, Measure]:
-    """Return fine-tuning with a share of the labels."""
+    """Return measures by fine-tuning on ``percent`` of the labels."""
     words = ("semi", f"percent={percent}", f"finetune=openmixup_{percent}")
     kept = {"fine-tuned": "fine-tuned", "L-BFGS on frozen features": "linear"}
     numbers = {f"{percent}% of labels, {n}": (f"{v} {percent}%", "top1") for n, v in kept.items()}
@@ -86,7 +86,7 @@ def measures(fashion: str | None) -> dict[str, Measure]:
     clothes = (f"data.root={fashion}", "data.limit=10000")
     return {
         "linear": Measure(("linear",), {"linear": ("heads", "top1")}),
-        "robustness": Measure(  # of what the one before has fitted
+        "robustness": Measure(  # of the classifier fitted by the previous command
             ("robustness", "run={here}/linear", "corruptions=true"),
             {name: ("linear", number) for name, number in robust.items()},
         ),
@@ -98,7 +98,7 @@ def measures(fashion: str | None) -> dict[str, Measure]:
 
 
 def measured(run: Path, name: str, measure: Measure) -> Record:
-    """Return what a command measures of a run, from its results if they are there already."""
+    """Return a command's results for a run; they are read if they exist already."""
     here = run / "results" / "beyond"
     record = here / name / "results.json"
     if not record.exists():
@@ -117,21 +117,21 @@ def measured(run: Path, name: str, measure: Measure) -> Record:
 
 
 def parts_of(run: Path) -> tuple[str, str]:
-    """Split a folder's name into that of the runs like it, and the seed.
+    """Return the name and the seed in a run folder's name.
 
     Raises:
-        UserError: If it is not called so, or holds no encoder.
+        UserError: If the name has another form, or there is no encoder.
     """
     match = NAME.fullmatch(run.name)
     if match is None:
-        raise UserError(f"{run}: a run is to be called <name>-s<seed>")
+        raise UserError(f"{run} is not named <name>-s<seed>: rename it")
     if not RunFolder(run).encoder.exists():
         raise UserError(f"{run} holds no encoder.safetensors")
     return match[1], match[2]
 
 
 def by_measure(rows: Sequence[dict[str, str]]) -> Values:
-    """Sort the values of the table: measure -> kind of run -> seed."""
+    """Return the table's values by measure, kind of run and seed."""
     values: Values = {}
     for row in rows:
         of_measure = values.setdefault(row["measure"], {})
@@ -140,7 +140,7 @@ def by_measure(rows: Sequence[dict[str, str]]) -> Values:
 
 
 def paint(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Write a panel per corruption: mean and standard deviation over seeds at its strengths."""
+    """Write a picture with a panel per corruption: mean and deviation over seeds by strength."""
     values = by_measure(rows)
     panels = []
     for corruption in CORRUPTIONS:
@@ -152,7 +152,7 @@ def paint(rows: Sequence[dict[str, str]], path: Path) -> None:
             points = [(float(i), mean.mean) for i, mean in enumerate(means)]
             series.append(Series(kind, points, [mean.deviation or 0.0 for mean in means]))
         if series:
-            panels.append(Panel(corruption, series, least=5.0))  # a seed is worth a point
+            panels.append(Panel(corruption, series, least=5.0))  # seeds differ by about one point
     if panels:
         write_figure(path, chart(panels, "strength (0: clean images)", "top-1 %"))
 
@@ -162,7 +162,7 @@ def table(rows: Sequence[dict[str, str]], reference: str) -> list[tuple[str, ...
     values = by_measure([row for row in rows if STRENGTH not in row["measure"]])
     runs = list(dict.fromkeys([reference, *(row["run"] for row in rows)]))
     header = ["", *(cell for run in runs for cell in (run, "difference"))]
-    del header[2]  # the reference's to itself
+    del header[2]  # the reference itself
 
     def line(name: str, of_measure: dict[str, dict[str, float]]) -> tuple[str, ...]:
         cells = [name]
@@ -202,15 +202,15 @@ def add(
     return False
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing in the table, and print it."""
+    """Measure what is missing in the table, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="folders of samix pretrain")
     parser.add_argument("--reference", required=True, help="name of the runs to compare with")
-    parser.add_argument("--csv", required=True, type=Path, help="the table; it is continued")
-    parser.add_argument("--fashion", help="folder that holds FashionMNIST; not measured without")
-    parser.add_argument("--only", help="some of the measures, with commas between")
+    parser.add_argument("--csv", required=True, type=Path, help="the table; new rows are added")
+    parser.add_argument("--fashion", help="folder that holds FashionMNIST; optional")
+    parser.add_argument("--only", help="comma-separated measures")
     args = parser.parse_args(arguments)
     known = measures(args.fashion)
     names = args.only.split(",") if args.only else list(known)
@@ -219,10 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--only: {name!r} is not one of {', '.join(known)}")
     rows = read_rows(args.csv)
     if any(row.get(name) is None for row in rows for name in COLUMNS):
-        raise UserError(f"{args.csv} is damaged or another table")
+        raise UserError(f"{args.csv} is damaged or not a table of this benchmark")
     runs = {run: parts_of(run) for run in args.runs}
     if args.reference not in {row["run"] for row in rows} | {kind for kind, _ in runs.values()}:
-        raise UserError(f"--reference: no run is called {args.reference}")
+        raise UserError(f"--reference: there is no run {args.reference}")
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         while add(rows, runs, name, known[name]):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, their clock, their header and their tables."""
+"""Code of all benchmarks: options, timing, headers and tables."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ssl_samix.errors import UserError
 METHODS = ("moco", "simclr", "byol")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as lightly's default
 MIB = 2**20
-HIDDEN = ("device", "threads")  # options whose effect the header states
+HIDDEN = ("device", "threads")  # options that the header shows in another form
 
 
 class Options(argparse.ArgumentParser):
-    """The options of a benchmark: the device, the threads, and what has a default per device.
+    """Options of a benchmark: device, threads, and options with a default per device.
 
     Args:
-        description: Of the benchmark; its first line is shown.
-        cpu: Option -> default on a CPU, where everything ends within minutes on two cores.
+        description: Description of the benchmark; its first line is shown.
+        cpu: Option -> default on a CPU; the benchmark takes minutes on two cores.
         cuda: Option -> default on a GPU, likewise.
-        about: Option -> what it is.
+        about: Option -> its help text.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Options(argparse.ArgumentParser):
             self.add_argument(f"--{name}", type=int, help=values)
 
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, fill in the device's defaults, set the threads, and refuse what cannot be."""
+        """Return the options with the device's defaults; set the threads; exit if invalid."""
         args = self.parse_args(arguments)
         for name, value in self.defaults[args.device].items():
             if getattr(args, name) is None:
@@ -66,8 +66,8 @@ class Options(argparse.ArgumentParser):
         torch.manual_seed(0)
         return args
 
-    def some(self, option: str, given: str, known: Iterable[str]) -> list[str]:
-        """Split what stands between commas; refuse what is not known."""
+    def names(self, option: str, given: str, known: Iterable[str]) -> list[str]:
+        """Return a comma-separated list; exit if it has unknown names."""
         known, names = list(known), given.split(",")
         for name in names:
             if name not in known:
@@ -76,8 +76,8 @@ class Options(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """End with one sentence and status 2 where a user's words cannot be followed; decorates."""
+def exit_on_error() -> Iterator[None]:
+    """Decorate ``main``: a ``UserError`` is printed in one sentence, with exit status 2."""
     try:
         yield
     except UserError as error:
@@ -86,10 +86,10 @@ def refusing() -> Iterator[None]:
 
 
 def seconds(work: Callable[[], object], device: str, *, wall: bool = False) -> float:
-    """Return what ``work`` takes.
+    """Return the seconds that ``work`` takes.
 
-    One thread of a CPU is timed in process CPU seconds, which other work on the machine weighs on
-    less; a GPU, several threads, and what has other processes, in wall-clock seconds.
+    One thread of a CPU is timed in CPU seconds of the process, which depend less on other work on
+    the machine; a GPU, several threads, and several processes, in wall-clock seconds.
     """
     clock = time.perf_counter
     if device == "cpu" and not wall and torch.get_num_threads() == 1:
@@ -102,7 +102,7 @@ def seconds(work: Callable[[], object], device: str, *, wall: bool = False) -> f
 
 
 def synchronize(device: str) -> None:
-    """Wait until a GPU has done all it was given."""
+    """Wait until a GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -116,7 +116,7 @@ def smooth_images(count: int, size: int) -> Tensor:
 
 
 def warm_cublas(device: str) -> None:
-    """Let cuBLAS allocate its workspace, which it keeps from its first use on: nobody's memory."""
+    """Make cuBLAS allocate its permanent workspace, so that it is not counted for a side."""
     if device == "cuda":
         for kind in (torch.float32, torch.bfloat16):
             square = torch.ones(64, 64, device=device, dtype=kind)
@@ -124,12 +124,12 @@ def warm_cublas(device: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Say on standard error what is being done."""
+    """Print progress on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_header(what: str, args: argparse.Namespace, **facts: object) -> None:
-    """Print what is measured, where, when, and with which settings."""
+    """Print a header: benchmark, machine, date and settings."""
     print(f"## {what}\n")
     print(f"torch {torch.__version__} on {args.device} ({device_name(args.device)}), ", end="")
     print(f"threads {torch.get_num_threads()}, {datetime.date.today()}")
@@ -139,21 +139,21 @@ def print_header(what: str, args: argparse.Namespace, **facts: object) -> None:
 
 
 def shown(value: object) -> str:
-    """Write the value of an option."""
+    """Return the value of an option as text."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "" if value is None or isinstance(value, bool) else str(value)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a Markdown table, each row as soon as there is one."""
+    """Print a Markdown table, each row as soon as it is known."""
     for row in itertools.chain((columns, ["---"] * len(columns)), rows):
         assert len(row) == len(columns)
         print(f"| {' | '.join(row)} |", flush=True)
 
 
 def device_name(device: str) -> str:
-    """Name the processor."""
+    """Return the name of the processor."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

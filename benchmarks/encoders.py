@@ -1,4 +1,4 @@
-"""Train and measure encoders by mixing objectives that the package does not have."""
+"""Train and measure encoders with mixing objectives that are not part of the package."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Make = Callable[[Backbone], MixObjective | None]
 
 
 class Table:
-    """Rows of runs in a CSV file; a run that has a row is not done again.
+    """Rows of runs in a CSV file; a run with a row is not repeated.
 
     Args:
         path: The file.
-        keys: Columns that, with the words of the run, tell runs apart.
+        keys: Number of columns that identify a run, together with its arguments.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
@@ -38,20 +38,20 @@ class Table:
         self.rows = list(csv.reader(path.open()))[1:] if path.exists() else []
 
     def train(self, key: Sequence[str], make: Make, words: Sequence[str], out: Path) -> None:
-        """Pretrain with what ``make`` makes, measure, and write a row, if there is none."""
-        said = " ".join(word for word in words if not word.startswith("data.root="))
-        if any(row[: self.keys] == list(key) and row[-1] == said for row in self.rows):
+        """Pretrain with the objective of ``make``, measure, and write a row, unless it exists."""
+        shown = " ".join(word for word in words if not word.startswith("data.root="))
+        if any(row[: self.keys] == list(key) and row[-1] == shown for row in self.rows):
             return
         progress(f"{' '.join(key)} ...")
-        with contextlib.redirect_stdout(sys.stderr):  # a table is on standard output
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
             seconds = pretrained([*words, f"seed={key[-1]}", f"out={out}"], make)
             tops = [top1(out, protocol) for protocol in ("knn", "linear")]
-        self.rows.append([*key, *tops, f"{seconds:.0f}", said])
+        self.rows.append([*key, *tops, f"{seconds:.0f}", shown])
         text = "\n".join(",".join(row) for row in [self.columns, *self.rows]) + "\n"
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
     def shown(self) -> Iterable[list[str]]:
-        """Return the rows, without their words."""
+        """Return the rows, without the arguments."""
         return [row[:-1] for row in self.rows]
 
 
@@ -71,7 +71,7 @@ def pretrained(words: list[str], make: Make) -> float:
 
 
 def top1(run: Path, protocol: str) -> str:
-    """Measure the encoder of a run by a protocol."""
+    """Return the top-1 of a run's encoder by a protocol."""
     result = run / "results" / f"benchmark-{protocol}"
     command: Any = SUBCOMMANDS[protocol]
     command.job([f"run={run}", f"out={result}"])

@@ -1,4 +1,4 @@
-"""The images of an epoch, for both sides, and loaders that say how long one waited for them."""
+"""Images of an epoch for both sides, and a loader that measures waiting time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = 10
 
 
 class TimedLoader(DataLoader[Any]):
-    """A loader that adds up the seconds that its batches were waited for."""
+    """A loader that sums the seconds of waiting for its batches."""
 
     waited = 0.0
 
@@ -34,11 +34,11 @@ class TimedLoader(DataLoader[Any]):
 
 
 class PILImages(Dataset[tuple[list[Tensor], int]]):
-    """Images as torchvision's data sets give them to lightly's transform: PIL pictures.
+    """Data set of PIL pictures, as lightly's transform gets them from torchvision.
 
     Args:
-        images: Ours, in memory or files.
-        transform: A picture to its views.
+        images: Our image set, in memory or files.
+        transform: Maps a picture to its views.
     """
 
     def __init__(self, images: ImageSet, transform: Callable[..., list[Tensor]]) -> None:
@@ -59,7 +59,7 @@ class PILImages(Dataset[tuple[list[Tensor], int]]):
 
 
 def random_splits(count: int, size: int) -> Splits:
-    """Return random images in memory, a fifth as many for validation."""
+    """Return random images in memory, with a fifth as many for validation."""
     train, val = (
         MemoryImages(
             torch.randint(256, (n, 3, size, size), dtype=torch.uint8),
@@ -73,7 +73,7 @@ def random_splits(count: int, size: int) -> Splits:
 
 
 def words(folder: str | None, count: int, size: int) -> list[str]:
-    """Return the words that choose the data; of random ones, those of the set they stand for."""
+    """Return the arguments that choose the data; for random images, those of a similar set."""
     if folder is None:
         return ["data=cifar10", f"data.image_size={size}"]
     chosen = ["data=cifar10" if (Path(folder) / "cifar-10-batches-py").is_dir() else "data=folder"]

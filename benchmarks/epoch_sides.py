@@ -1,4 +1,4 @@
-"""The two sides of an epoch: lightly's example, and a callback that times ours and lets it in."""
+"""Epochs of lightly's example, and a callback that times ours and alternates with it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LightlyEpochs:
     """Epochs of lightly's example.
 
     Args:
-        method: Its name.
-        data: Ours, whose images it takes.
-        args: The command line.
+        method: Name of the method.
+        data: Our data module, whose images it uses.
+        args: The options.
     """
 
     def __init__(self, method: str, data: DataModule, args: argparse.Namespace) -> None:
@@ -43,19 +43,19 @@ class LightlyEpochs:
             self.side.step(tuple(view.to(self.device) for view in views))
 
 
-class Turns(pl.Callback):
-    """Times the epochs of our trainer, and lets lightly's side have one after each.
+class EpochTimes(pl.Callback):
+    """Times the epochs of our trainer, and runs one of lightly's after each.
 
     Args:
-        lightly: The other side.
-        monitor: The kNN monitor, which looks once, at the end.
+        lightly: lightly's side.
+        monitor: The kNN monitor, which measures once, at the end.
     """
 
     def __init__(self, lightly: LightlyEpochs, monitor: KNNMonitor) -> None:
         self.lightly, self.monitor = lightly, monitor
-        self.ours: list[tuple[float, float]] = []  # seconds of an epoch, and of waiting in it
+        self.ours: list[tuple[float, float]] = []  # seconds per epoch, and of waiting in it
         self.theirs: list[tuple[float, float]] = []
-        self.views = self.look = 0.0  # seconds: of an epoch's views, of a look of the monitor
+        self.views = self.look = 0.0  # seconds of an epoch's views, of a measurement
         self.start = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -65,7 +65,7 @@ class Turns(pl.Callback):
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop it; then it is lightly's turn."""
+        """Stop the clock, and run an epoch of lightly's."""
         device = module.device.type
         synchronize(device)
         spent = time.perf_counter() - self.start
@@ -78,7 +78,7 @@ class Turns(pl.Callback):
             self._look(trainer, module)
 
     def _look(self, trainer: pl.Trainer, module: Any) -> None:
-        """Time, apart from everything else, the views of an epoch and a look of the monitor."""
+        """Time the views of an epoch and one measurement of the monitor, separately."""
         data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
         device = module.device.type
         if data.views.per_image is None:
@@ -93,7 +93,7 @@ class Turns(pl.Callback):
             ) / self.monitor.interval(data)
 
     def rows(self, method: str, images: int) -> list[list[str]]:
-        """Return lightly's row of the table and ours."""
+        """Return lightly's and our row of the table."""
         rows = []
         for side, epochs in (("lightly as shipped", self.theirs), ("ours", self.ours)):
             spent, waiting = median(e for e, _ in epochs[1:]), share(epochs)
@@ -106,18 +106,18 @@ class Turns(pl.Callback):
 
     @property
     def ratio(self) -> float:
-        """lightly's time over ours."""
+        """lightly's time divided by ours."""
         pairs = zip(self.theirs[1:], self.ours[1:], strict=True)
         return median(theirs[0] / ours[0] for theirs, ours in pairs)
 
     @property
     def waiting(self) -> float:
-        """Share of our epoch, in percent."""
+        """Share of waiting in our epoch, in percent."""
         return share(self.ours)
 
     @property
     def monitoring(self) -> float:
-        """Share of the monitor in training time at its own interval, in percent."""
+        """Share of the monitor in training time at its automatic interval, in percent."""
         return 100 * self.look / median(spent for spent, _ in self.ours[1:])
 
 

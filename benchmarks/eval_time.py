@@ -1,10 +1,10 @@
-"""What the protocols cost once the features are there: kNN search and votes, heads, L-BFGS.
+"""Time the protocols on given features: kNN search and votes, heads, L-BFGS.
 
     python benchmarks/eval_time.py [--device cuda] [--train 50000] [--classes 10]
 
-Features are clusters with noise, so that nothing is separable and nothing is lost. Seconds are
-wall-clock seconds; CPU seconds, of all threads, are what other work on the machine weighs on less:
-of one thread, the target is held to them.
+Features are noisy clusters, neither separable nor random. Seconds are wall-clock seconds; CPU
+seconds, of all threads, depend less on other work on the machine: with one thread, they are
+compared with the target.
 kNN and L-BFGS (faiss, scikit-learn) compute on the CPU wherever the features are.
 """
 
@@ -36,10 +36,10 @@ HEADS_ROW = "24 heads on all images"
 
 
 class Features:
-    """Labelled features, on the device.
+    """Random labelled features, on the device.
 
     Args:
-        args: The command line: their counts, their width, the classes.
+        args: The options: counts, width, classes.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -71,17 +71,17 @@ class Features:
         epochs = HEADS.epochs_for(len(rows))
         heads = train_heads(data, self.classes, pairs, epochs, HEADS.batch_size, seed=0)
         every = torch.arange(len(self.test), device=rows.device)
-        asked = Examples(self.test, self.answers.to(rows.device), every, scaling)
-        return float(measure(heads, asked)[0].max())
+        test = Examples(self.test, self.answers.to(rows.device), every, scaling)
+        return float(measure(heads, test)[0].max())
 
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """The arguments of the protocols."""
+        """Arguments of the protocols."""
         return self.train, self.labels, self.test, self.answers, self.classes
 
 
 def row(name: str, work: Callable[[], float], device: str, spent: dict[str, float]) -> list[str]:
-    """Return a row of the table, and keep the seconds that a target is held to."""
+    """Return a row of the table, and store the seconds for the targets."""
     progress(name)
     top1: list[float] = []
     cpu = time.process_time()

@@ -1,8 +1,8 @@
-"""How many passes a step takes, in F: one forward pass over one view of the batch.
+"""Number of passes of a step, in F: one forward pass over one view of the batch.
 
 Forward and backward take 3F; through frozen weights, with gradient to the images, 2F; forward
-alone 1F; the first three of a ResNet's four stages, for the Mixer's maps, 0.7F. What the Mixer
-itself takes (`mixer.py`), losses and optimizer are left out.
+alone 1F; the first three of a ResNet's four stages, for the Mixer's maps, 0.7F. The Mixer itself
+(`mixer.py`), losses and optimizer are left out.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ PLAIN = {"moco": 4.0, "simclr": 6.0, "byol": 8.0}
 
 @dataclass(frozen=True)
 class Policy:
-    """A setting of mixing, and what it adds to the plain method.
+    """A mixing setting, and the passes that it adds to the plain method.
 
     Attributes:
-        words: Of the command line.
-        beside: Whether mixtures come beside the plain views, or in their place.
-        every: The Mixer learns in every n-th step; 0: there is none.
-        maps: Passes for the Mixer's maps that no other pass gives, per method.
+        words: Arguments of the command line.
+        beside: Whether mixtures are used beside the plain views, or in their place.
+        every: The Mixer is trained in every n-th step; 0: there is no Mixer.
+        maps: Additional passes for the Mixer's maps, per method.
         targets: Forward passes for targets that the plain method does not make, per method.
     """
 
@@ -33,7 +33,7 @@ class Policy:
     targets: tuple[int, int, int] = (0, 0, 0)
 
     def passes(self, method: str) -> float:
-        """Return the passes of a mean step, in F."""
+        """Return the mean passes of a step, in F."""
         total = PLAIN[method]
         if "mixup=none" in self.words:
             return total
@@ -60,5 +60,5 @@ POLICIES = {
 
 
 def ratio(method: str, policy: str) -> float:
-    """Return a step's passes over those of the plain method."""
+    """Return a step's passes divided by those of the plain method."""
     return POLICIES[policy].passes(method) / PLAIN[method]

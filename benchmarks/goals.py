@@ -1,4 +1,4 @@
-"""What this package wants to reach, and how a benchmark says whether it did."""
+"""Performance targets of this package, and a table of whether they are met."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAMES = {"moco": "MoCo", "simclr": "SimCLR", "byol": "BYOL"}
 
 @dataclass(frozen=True)
 class Goal:
-    """A number and the side of it that is wanted.
+    """A target: an upper or lower bound of a measurement.
 
     Attributes:
-        what: Is measured.
+        what: What is measured.
         bound: The target.
-        least: Whether at least this much is wanted; else at most.
-        unit: Of both.
+        least: Whether the target is a lower bound; else an upper bound.
+        unit: Unit of both.
     """
 
     what: str
@@ -60,7 +60,7 @@ GOALS = _goals()
 
 
 def print_goals(measured: Mapping[str, float]) -> None:
-    """Print target, measured and met of what was measured, keyed as ``GOALS``."""
+    """Print target, measured value and whether it is met; ``measured`` is keyed as ``GOALS``."""
     if measured:
         print()
         print_table(COLUMNS, [GOALS[key].row(value) for key, value in measured.items()])

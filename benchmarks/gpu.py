@@ -1,12 +1,12 @@
-"""All that is to be measured on a GPU, for when there is one for some minutes only.
+"""Run all GPU measurements within a few minutes of GPU time.
 
     python benchmarks/gpu.py results/ [--budget 570] [--parts step,epoch]
 
 Runs the tests that need a GPU, every benchmark, and the throughput of ResNet-18 at 32 px and of
-ResNet-50 at 224 px. Each part has its own time limit and its own files in the folder (`<part>.md`,
-what it prints; `<part>.log`, its progress and errors), so that none takes the others with it; what
-does not fit into the budget is named as left out. `summary.md` says how each part ended, and
-`targets.md` what of the targets is met. Exit status 1: a part failed, or was left out.
+ResNet-50 at 224 px. Each part has its own time limit and its own files in the folder (`<part>.md`:
+its output; `<part>.log`: progress and errors), so that a failure does not affect the others; parts
+that do not fit into the budget are listed as left out. `summary.md` lists how each part ended, and
+`targets.md` which targets are met. Exit status 1: a part failed, or was left out.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import targets
 from common import METHODS, Options, print_table, progress
 
 HERE = Path(__file__).resolve().parent
-GRACE = 10  # seconds that a part has to end in
-SHORTEST = 10  # seconds: with less left, a part is not begun
+GRACE = 10  # seconds that a part has to terminate
+SHORTEST = 10  # seconds; with less time left, no part is started
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Part:
     """A command and its limit.
 
     Attributes:
-        words: Of the command, without the interpreter.
-        limit: Seconds.
+        words: The command, without the interpreter.
+        limit: Time limit in seconds.
     """
 
     words: tuple[str, ...]
@@ -48,13 +48,13 @@ def benchmark(line: str, limit: int) -> Part:
 
 
 def throughput(backbone: str, size: int, batch: int, rounds: int) -> str:
-    """Return the command of images per second, with and without SAMix."""
+    """Return the command that measures images per second, with and without SAMix."""
     sizes = f"--backbone {backbone} --size {size} --batch {batch} --rounds {rounds}"
     return f"step_time.py --no-lightly --no-goals --policies none,samix {sizes}"
 
 
 def parts(device: str) -> dict[str, Part]:
-    """Return the parts, what matters most first."""
+    """Return the parts, the most important first."""
     tests = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(HERE.parent / "tests"))
     small, large = throughput("resnet18", 32, 512, 5), throughput("resnet50", 224, 128, 3)
     found = {
@@ -77,7 +77,7 @@ def parts(device: str) -> dict[str, Part]:
 
 
 def run(name: str, part: Part, folder: Path, limit: float) -> tuple[str, float]:
-    """Run a part; return how it ended, and the seconds."""
+    """Run a part; return how it ended, and its seconds."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     with (folder / f"{name}.md").open("w") as out, (folder / f"{name}.log").open("w") as log:
@@ -87,7 +87,7 @@ def run(name: str, part: Part, folder: Path, limit: float) -> tuple[str, float]:
             stderr=log,
             cwd=HERE.parent,
             env=environment,
-            start_new_session=True,  # so that its own processes can be ended with it
+            start_new_session=True,  # so that its child processes can be ended with it
         )
         try:
             code = process.wait(timeout=limit)
@@ -100,8 +100,8 @@ def run(name: str, part: Part, folder: Path, limit: float) -> tuple[str, float]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part and the processes that it started, if any are left."""
-    for wish in (signal.SIGINT, signal.SIGKILL):  # upon the first, it prints what it has
+    """End a part and its remaining child processes."""
+    for wish in (signal.SIGINT, signal.SIGKILL):  # at the first, it prints its results
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, wish)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -114,7 +114,7 @@ def _paths() -> list[str]:
 
 
 def summary(ended: dict[str, tuple[str, float]], folder: Path) -> None:
-    """Write how the parts ended, and the targets."""
+    """Write the summary of the parts, and the targets."""
     rows = [[name, how, f"{spent:.0f}"] for name, (how, spent) in ended.items()]
     with (folder / "summary.md").open("w") as out, contextlib.redirect_stdout(out):
         print_table(("part", "end", "seconds"), rows)
@@ -132,10 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(device="cuda")
     parser.add_argument("folder", type=Path, help="is filled")
     known = parts("cuda")
-    parser.add_argument("--parts", default=",".join(known), help="with commas between")
+    parser.add_argument("--parts", default=",".join(known), help="comma-separated")
     parser.add_argument("--limit", type=int, help="seconds for a part, in place of its own")
     args = parser.read(arguments)
-    chosen = parser.some("parts", args.parts, known)
+    chosen = parser.names("parts", args.parts, known)
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget
     ended: dict[str, tuple[str, float]] = {}
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             ended[name] = run(name, part, args.folder, min(left, args.limit or part.limit))
         progress(f"{name}: {ended[name][0]}, {ended[name][1]:.0f} s")
-        summary(ended, args.folder)  # after every part: what is there stays there
+        summary(ended, args.folder)  # after every part, so that nothing is lost
     print((args.folder / "summary.md").read_text())
     print((args.folder / "targets.md").read_text(), end="")
     return 0 if all(how == "done" for how, _ in ended.values()) else 1

@@ -1,8 +1,8 @@
-"""What a pretrained encoder has to beat: raw pixels and the same encoder untrained.
+"""Baselines of a pretrained encoder: raw pixels, and the same encoder untrained.
 
     python benchmarks/knn_baselines.py [--device cuda] data=folder data.root=<folder>
 
-The words are keys of `samix pretrain`, any of them.
+The arguments are any keys of `samix pretrain`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from torch import nn
 
 from ssl_samix.config.compose import build, compose
 
 
 def rows(words: Sequence[str], device: str) -> list[list[str]]:
-    """Measure both encoders on the data that the words choose."""
+    """Return kNN and RankMe of both on the chosen data."""
     config, _ = compose("pretrain", list(words))
     data = build(config.data, views=build(config.views), seed=config.seed)
     monitor = build(config.callbacks.knn)
@@ -33,7 +33,7 @@ def rows(words: Sequence[str], device: str) -> list[list[str]]:
     return measured
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(__doc__, cpu={}, cuda={}, about={})
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of samix pretrain")

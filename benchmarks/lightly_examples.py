@@ -1,4 +1,4 @@
-"""lightly's PyTorch examples of MoCo, SimCLR and BYOL: a step as shipped, of a given network."""
+"""Training steps of lightly's PyTorch examples of MoCo, SimCLR and BYOL, for any ResNet."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ssl_samix.models.backbone import SMALL_IMAGE
 from ssl_samix.models.resnet import ResNetTrunk
 
 QUEUE = 4096
-BLURRED_FROM = 64  # px; what is smaller is not blurred, on our side neither
+BLURRED_FROM = 64  # px; smaller images are not blurred, as on our side
 
 
 def resnet(name: str, size: int, width: int) -> nn.Module:
-    """Return torchvision's ResNet without classifier, with the stem that fits the images.
+    """Return torchvision's ResNet without classifier, with the stem for the image size.
 
-    Only narrower ones, which torchvision cannot make, are our own.
+    Narrower networks, which torchvision does not have, are those of this package.
     """
     if width != 64:
         return ResNetTrunk(name, width, small_stem=size < SMALL_IMAGE)
@@ -45,8 +45,8 @@ class LightlySide:
     """A method as lightly's example trains it: float32, default memory layout, plain SGD.
 
     Args:
-        method: Its name.
-        backbone: The name of a ResNet.
+        method: Name of the method.
+        backbone: Name of a ResNet.
         size: Side of the images in px.
         width: Channels of the first stage.
         device: ``cpu`` or ``cuda``.
@@ -68,7 +68,7 @@ class LightlySide:
         if method == "byol":
             self.model["predictor"] = BYOLPredictionHead(256, 1024, 256)
         self.model.to(device)
-        # The examples leave the criterion where it was made, so a memory bank stays on the CPU.
+        # The examples do not move the criterion to the device, so the memory bank stays on the CPU.
         self.criterion: nn.Module = {
             "moco": lambda: NTXentLoss(memory_bank_size=(QUEUE, 128)),
             "simclr": NTXentLoss,
@@ -78,7 +78,7 @@ class LightlySide:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.06)
 
     def step(self, views: tuple[Tensor, ...]) -> None:
-        """Train on one batch; the twin moves first, as in the examples."""
+        """Train on one batch; the momentum encoder is updated first, as in the examples."""
         if "twin" in self.model:
             for online, twin in zip(self.model["online"], self.model["twin"], strict=True):
                 update_momentum(online, twin, m=0.996)
@@ -101,7 +101,7 @@ class LightlySide:
 
 
 def lightly_transform(method: str, size: int) -> Callable[..., list[Tensor]]:
-    """Return the transform of lightly's example: a PIL picture to its two views."""
+    """Return the transform of lightly's example: maps a PIL picture to its two views."""
     blur = {} if size >= BLURRED_FROM else {"gaussian_blur": 0.0}
     if method == "moco":
         return MoCoV2Transform(input_size=size, **blur)

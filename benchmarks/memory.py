@@ -1,8 +1,8 @@
-"""What a training step has to hold in memory, counted and not measured: no GPU is needed.
+"""Count the memory of a training step, without a GPU.
 
-Every tensor that autograd keeps for the backward pass is counted once, in the precision that it is
-kept in, by tracing one step on tensors without contents; weights, gradients, SGD's momentum and the
-momentum encoder are added. What it leaves out: workspaces of the libraries, fragments, and views.
+Every tensor that autograd saves for the backward pass is counted once, in its precision, by tracing
+one step on meta tensors; weights, gradients, SGD's momentum and the momentum encoder are added.
+Workspaces of the libraries, fragmentation, and views are left out.
 
     python benchmarks/memory.py [--batch 256] [--checkpointing] [--precision bf16|32]
 """
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssl_samix.config.compose import build, compose
 from ssl_samix.types import Batch
 
-NETWORKS = {  # name -> words, side of the images in px
+NETWORKS = {  # name -> arguments, side of the images in px
     "ResNet-18, 32 px": (["backbone=resnet18", "backbone.stem=small"], 32),
     "ResNet-50, 224 px": (["backbone=resnet50"], 224),
     "ViT-S/16, 224 px": (["backbone=vit_small"], 224),
@@ -28,7 +28,7 @@ NETWORKS = {  # name -> words, side of the images in px
 POLICIES = {
     "none": ["mixup=none"],
     "mixup": ["mixup=mixup"],
-    "samix": ["mixup=samix", "mixup.update_every=1"],  # the step in which the Mixer learns
+    "samix": ["mixup=samix", "mixup.update_every=1"],  # a step in which the Mixer is trained
     "samix, replace": ["mixup=samix", "mixup.update_every=1", "mixup.placement=replace"],
 }
 METHODS = ("moco", "simclr", "byol")
@@ -36,10 +36,10 @@ METHODS = ("moco", "simclr", "byol")
 
 @contextmanager
 def counted(own: nn.Module) -> Iterator[dict[int, int]]:
-    """Count the bytes that autograd keeps, by storage, those of the weights left out."""
+    """Count the bytes that autograd saves, by storage, without the weights."""
     weights = {tensor.untyped_storage()._cdata for tensor in own.state_dict().values()}
     kept: dict[int, int] = {}
-    held: list[Tensor] = []  # a storage that is freed would give its number to another
+    held: list[Tensor] = []  # the id of a freed storage could be used again
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -53,7 +53,7 @@ def counted(own: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def bytes_of(words: list[str], size: int, batch: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes that a step keeps for its backward pass, and those that always stay."""
+    """Return the bytes that a step saves for its backward pass, and those held permanently."""
     config, _ = compose("pretrain", words)
     backbone = build(config.backbone, image_size=size)
     mixing = build(config.mixup, backbone=backbone) if config.mixup else None
@@ -83,9 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images per GPU")
     parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument(
-        "--networks", type=int, default=len(NETWORKS), help="only the first so many"
-    )
+    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="number of networks")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     print(f"GiB at {args.batch} images per GPU, {args.precision}, ", end="")

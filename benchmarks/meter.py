@@ -1,4 +1,4 @@
-"""What the steps of one side take: seconds, FLOPs and memory."""
+"""Measure the steps of one side: seconds, FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Views = tuple[Tensor, ...]
 
 
 class Meter:
-    """Runs one side, and keeps what it took.
+    """Runs one side, and records time, FLOPs and memory.
 
     Args:
-        make: Makes the side, so that what it allocates is known.
+        make: Creates the side, so that its allocations can be measured.
         device: ``cpu`` or ``cuda``.
         period: Steps of a round.
-        compiled: How ``torch.compile`` is to go about our side: ``default`` or
-            ``reduce-overhead``; ``no`` leaves it as it is, as lightly's always is.
+        compiled: Mode of ``torch.compile`` for our side: ``default`` or ``reduce-overhead``;
+            ``no``: not compiled, as lightly's side always.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class Meter:
         self.device, self.period, self.compiled = device, period, compiled
         before = self._allocated()
         self.side = make()
-        self.held = self._allocated() - before  # bytes; the other sides' are not this one's peak
+        self.held = self._allocated() - before  # bytes of the other sides, which do not count
         self.seconds: list[float] = []  # of a mean step of each round
         self.peak = 0  # bytes, without the views
         self.flops = 0.0
 
     def warm_up(self, views: Views) -> None:
-        """Make the steps that do not count, and count their FLOPs."""
+        """Run the warm-up steps, and count their FLOPs."""
         before = self._allocated()
         with FlopCounterMode(display=False) as counter:
             self._period(views)
         self.flops = counter.get_total_flops() / self.period
         if self.compiled != "no" and isinstance(self.side, OurSide):
-            # After counting, which sees nothing inside of compiled code.
+            # After counting, which cannot see operations inside compiled code.
             self.side.model.compile_passes(mode=self.compiled)
             self._period(views)
         self.held += self._allocated() - before
 
     def run(self, views: Views) -> None:
-        """Make a period of steps."""
+        """Run a period of steps."""
         before = self._allocated()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ class Meter:
 
 
 def resident(script: str, words: Sequence[str]) -> float:
-    """Return the MiB that a script prints of a process of its own."""
+    """Return the MiB that a script prints, run in a separate process."""
     command = [sys.executable, script, *words]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 

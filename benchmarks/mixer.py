@@ -1,14 +1,14 @@
-"""The Mixer alone: milliseconds and memory by channels and positions, and by form of attention.
+"""Time and memory of the Mixer, by channels and positions, and by form of attention.
 
     python benchmarks/mixer.py [--device cuda] [--channels 256,1024] [--sides 8,14]
 
 A pass is forward and backward of a `MixBlock` on maps of some images. Its attention is the explicit
 matrix of all positions, our `attend` (the same in chunks of queries from 28 x 28 positions on), or
-torch's `scaled_dot_product_attention`, on a GPU with the value padded to 8 channels, since its
-fused kernels take no fewer. The three take turns, and the median round counts. Memory is what a
-pass needs beyond its maps and the network: of CUDA's allocator, or the growth of the resident size
-(Linux only). The last table sets the Mixer's forward pass for one mixture beside the backbone's for
-one image.
+torch's `scaled_dot_product_attention`, on a GPU with the value padded to 8 channels, the minimum of
+its fused kernels. The three alternate, and the median round counts. Memory is that of a pass
+without its maps and the network: of CUDA's allocator, or the growth of the resident size (Linux
+only). The last table compares the Mixer's forward pass for one mixture with the backbone's for one
+image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ssl_samix.trainer import PRECISIONS, choose_precision
 
 CHANNELS = ("64", "128", "256", "512", "1024")
 SIDES = ("4", "8", "14", "28", "56")
-SCALE = 8  # pixels per position: what is up-sampled to, as with a small stem's third stage
+SCALE = 8  # pixels per position of the up-sampled mask, as for a small stem's third stage
 PADDED = 8  # channels
 NETWORKS = (("resnet18", 32), ("resnet18", 224), ("resnet50", 32), ("resnet50", 224))
 KINDS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -42,7 +42,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend with the whole matrix at once."""
+    """Return attention by the whole matrix at once."""
     with patch.object(mixer, "MOST_POSITIONS", query.shape[2]):
         return chunked(query, key, value)
 
@@ -51,7 +51,7 @@ chunked = mixer.attend
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend with torch's own function, (K, N) as ``attend``."""
+    """Return attention by torch's function, (K, N) as ``attend``."""
     q, k, v = (part.transpose(1, 2).unsqueeze(1) for part in (query, key, value))  # (K, 1, N, d)
     if v.is_cuda:
         v = F.pad(v, (0, PADDED - v.shape[-1]))
@@ -64,12 +64,12 @@ COLUMNS = ("channels", "positions", *TIMES, "fastest", *MEMORY)
 
 
 class Passes:
-    """Passes of one Mixer on maps of one shape.
+    """Runs passes of one Mixer on maps of one shape.
 
     Args:
         channels: C of the maps.
         side: Positions along one side.
-        args: The command line.
+        args: The options.
     """
 
     def __init__(self, channels: int, side: int, args: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ class Passes:
         self.mixed = args.precision in KINDS
 
     def run(self, attention: Attention) -> None:
-        """Make a pass."""
+        """Run a pass."""
         kind = KINDS["bf16-mixed"] if not self.mixed else self.maps[0].dtype
         with (
             patch.object(mixer, "attend", attention),
@@ -93,7 +93,7 @@ class Passes:
         self.block.zero_grad()
 
     def memory(self, attention: Attention) -> float:
-        """Return the MiB that a pass needs; nan where that is not known."""
+        """Return the MiB of a pass; NaN if unknown."""
         with peak_of(self.device) as found:
             self.run(attention)
         return found[0]
@@ -101,7 +101,7 @@ class Passes:
 
 @contextlib.contextmanager
 def peak_of(device: str) -> Iterator[list[float]]:
-    """Measure by how much memory grows at most, in MiB: gives a list that is filled at the end."""
+    """Measure the peak growth of memory in MiB; yields a list that is filled at the end."""
     found: list[float] = []
     before = start_peak(device)
     yield found
@@ -109,32 +109,32 @@ def peak_of(device: str) -> Iterator[list[float]]:
 
 
 def start_peak(device: str) -> float:
-    """Forget the peak so far; return what is held now."""
+    """Reset the peak; return the memory in use."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / MIB
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as new when it comes again
+        ctypes.CDLL(None).malloc_trim(0)  # count memory freed before when it is reused
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def peak(device: str) -> float:
-    """Return the largest memory since ``start_peak``."""
+    """Return the peak memory since ``start_peak``."""
     return torch.cuda.max_memory_allocated() / MIB if device == "cuda" else status("VmHWM")
 
 
 def status(key: str) -> float:
-    """Read a size of this process from the kernel, in MiB."""
+    """Return a memory size of this process from /proc, in MiB."""
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(x.split()[1]) / 2**10 for x in lines if x.startswith(key)), float("nan"))
 
 
 def shares() -> list[list[str]]:
-    """Return, per network, the FLOPs of its forward pass and of the Mixer's on its third stage."""
+    """Return per network the FLOPs of its forward pass, and of the Mixer on its third stage."""
     rows = []
     for name, size in NETWORKS:
         backbone = Backbone(name, size).eval()
@@ -161,7 +161,7 @@ def row(channels: int, side: int, args: argparse.Namespace) -> list[str]:
     progress(f"{channels} channels, {side} x {side}")
     passes = Passes(channels, side, args)
     memory = []
-    for attention in ATTENTIONS.values():  # warms up, too
+    for attention in ATTENTIONS.values():  # also the warm-up
         passes.run(attention)
         memory.append(passes.memory(attention))
     rounds = [
@@ -181,12 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cuda={"batch": 64, "rounds": 10},
         about={"batch": "images", "rounds": "passes that count"},
     )
-    parser.add_argument("--channels", default=",".join(CHANNELS), help="with commas between")
+    parser.add_argument("--channels", default=",".join(CHANNELS), help="comma-separated")
     parser.add_argument("--sides", default=",".join(SIDES), help="of the maps, likewise")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     args = parser.read(arguments)
-    args.channels = parser.some("channels", args.channels, CHANNELS)
-    args.sides = parser.some("sides", args.sides, SIDES)
+    args.channels = parser.names("channels", args.channels, CHANNELS)
+    args.sides = parser.names("sides", args.sides, SIDES)
     if args.batch < 2:
         parser.error("--batch is at least 2")
     if args.precision == "auto":

@@ -1,12 +1,12 @@
-"""What a Mixer learns while the encoder stands still: its own losses, beside those of flat masks.
+"""Train Mixers on a frozen encoder, and compare their losses with those of flat masks.
 
     python benchmarks/mixer_learning.py --epochs 3 runs/simclr mixup.mask=anchored mixup.stage=2
 
-The encoder, its projector and its data are those of a run of `samix pretrain`. Each word (several
-settings of one Mixer: words in quotes) is one Mixer, trained from its first step on by the run's
-optimizer; without words it is that of `mixup=samix`. All numbers are means over the last epoch.
-Flat masks, plain mixup, take the same pairs and ratios in every step: a Mixer whose losses are not
-below theirs has learned nothing that its own loss asks for.
+The encoder, its projector and its data are those of a run of `samix pretrain`. Each argument
+(several settings of one Mixer: in quotes) is one Mixer, trained from its first step on by the run's
+optimizer; without arguments it is that of `mixup=samix`. All values are means over the last epoch.
+Flat masks, plain mixup, use the same pairs and ratios in every step: a Mixer whose losses are not
+below theirs has learned nothing useful by its own loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
-from common import Options, print_header, print_table, progress, refusing
+from common import Options, exit_on_error, print_header, print_table, progress
 from torch import Tensor
 
 from ssl_samix.artifacts.checkpoints import read_checkpoint
@@ -42,7 +42,7 @@ NAMES = ("local", "flat local", "global", "flat global", "slope", "mask_std", "o
 
 
 class OnFrozenEncoder(pl.LightningModule):
-    """Trains the Mixer of a method and nothing else.
+    """Trains only the Mixer of a method.
 
     Args:
         method: Pretrained, with an untrained Mixer.
@@ -56,7 +56,7 @@ class OnFrozenEncoder(pl.LightningModule):
         self.seen: dict[str, list[float]] = {}
 
     def configure_optimizers(self) -> Any:
-        """Take the run's recipe."""
+        """Return the run's optimizer and schedule."""
         steps = int(self.trainer.estimated_stepping_batches)
         epochs = self.trainer.max_epochs or 1
         batch: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -69,11 +69,11 @@ class OnFrozenEncoder(pl.LightningModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Forget the epoch before."""
+        """Reset the means."""
         self.seen = defaultdict(list)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Let the Mixer learn, and write down its losses and those of flat masks."""
+        """Return the Mixer's loss, and record its losses and those of flat masks."""
         done = self.global_step / int(self.trainer.estimated_stepping_batches)
         plan = self.mixing.draw(batch.views[0])
         with self.method.memory.step(), patch.object(self.mixing, "draw", lambda images: plan):
@@ -86,7 +86,7 @@ class OnFrozenEncoder(pl.LightningModule):
 
     @torch.no_grad()
     def compared(self, batch: Batch, plan: MixPlan) -> dict[str, Tensor]:
-        """Return the losses of flat masks, and how the Mixer's follow the ratio."""
+        """Return the losses of flat masks, and the slope of the Mixer's masks on the ratio."""
         method, mixing = self.method, self.mixing
         images, partners = mixing.sources(method, batch, 0, 1)
         size = images.shape[-1]
@@ -109,7 +109,7 @@ class OnFrozenEncoder(pl.LightningModule):
 
 
 def pretrained(config: Any, weights: dict[str, Tensor], mixup: Any) -> BaseMethod:
-    """Build the method of a run with its weights and a new Mixer."""
+    """Return the method of a run with its weights and a new Mixer."""
     pl.seed_everything(config.seed, verbose=False)
     backbone = build(config.backbone, image_size=config.data.image_size)
     mixing = build(mixup, backbone=backbone)
@@ -122,13 +122,13 @@ def pretrained(config: Any, weights: dict[str, Tensor], mixup: Any) -> BaseMetho
     return method.to(memory_format=memory_format(method))  # type: ignore[call-overload, no-any-return]
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train each Mixer and print a row."""
+    """Train each Mixer, and print a row for each."""
     default = {"epochs": 3}
     parser = Options(__doc__, cpu=default, cuda=default, about={"epochs": "of each Mixer"})
     parser.add_argument("run", help="folder of a run of samix pretrain")
-    parser.add_argument("settings", nargs="*", help="words of a Mixer, such as mixup.mask=anchored")
+    parser.add_argument("settings", nargs="*", help="of a Mixer, such as mixup.mask=anchored")
     args = parser.read(arguments)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     folder = RunFolder(args.run)

@@ -1,4 +1,4 @@
-"""What can masks win at all? Masks that are optimised pair by pair, through the frozen teacher.
+"""Compare masks with an oracle: masks optimised for each pair, through the frozen teacher.
 
     python benchmarks/mixer_oracle.py score runs/simclr-samix
     python benchmarks/mixer_oracle.py train --objective both --seeds 0,1,2 --out runs/oracle \
@@ -6,17 +6,17 @@
 
 `score`: the Mixer's own loss (local + eta * global) on the same pairs and ratios, for flat masks
 (plain mixup), the Mixer of a run of `samix pretrain mixup=samix`, and the oracle: the logits
-of each pair's mask, one per position of the Mixer's maps, moved by Adam for `--steps` steps, every
-mask of the share that was drawn. `encoder's loss` and `gradient` say what the encoder would learn
-from these mixtures: the method's loss of them and the norm of its gradient in the backbone's
-weights. The last column is the share of the oracle's gain that is reached.
+of each pair's mask, one per position of the Mixer's maps, optimised by Adam for `--steps` steps,
+with the drawn ratio as every mask's share. `encoder's loss` and `gradient` are the encoder's loss
+on these mixtures and the norm of its gradient in the backbone's weights. The last column is the
+share of the oracle's gain that is reached.
 
-`train`: pretraining as `samix pretrain` does it with these words, with the oracle's masks as the
-mixing policy (slow: each step holds `--steps` passes of the teacher, forward and backward), then
-`samix knn` and `samix linear`. What the masks seek is the objective: `both` the published loss,
-`local` (the default Mixer's) or `global` one of its terms, `hard` a mixture between its parents but
-far from both (local - eta * global), `random` nothing (smooth random masks of the drawn share),
-`flat` plain mixup.
+`train`: pretraining as by `samix pretrain` with these arguments, with the oracle's masks as mixing
+policy (slow: each step has `--steps` passes of the teacher, forward and backward), then
+`samix knn` and `samix linear`. The masks minimise the objective: `both` the published loss, `local`
+(the default Mixer's) or `global` one of its terms, `hard` local - eta * global (a mixture between
+its parents but far from both), `random` none (smooth random masks of the drawn ratio), `flat` none
+(plain mixup).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from encoders import Table
 from torch import Tensor
 
@@ -57,21 +57,22 @@ OBJECTIVES: dict[str, Seek] = {
     "hard": lambda local, global_: local - ETA * global_,
 }
 WITHOUT_STEPS = ("random", "flat")
-ETA, TEMPERATURE = 0.5, 0.2  # as published; of the local term
-LR = 1.0  # of Adam on the logits
+ETA, TEMPERATURE = 0.5, 0.2  # as published; temperature of the local term
+LR = 1.0  # learning rate of Adam on the logits
 STRENGTH = 2.0  # standard deviation of the random masks' logits
 
 
 class Oracle(MixObjective):
-    """Mixes by masks that are sought for each pair anew.
+    """Mixes by masks that are optimised for each pair.
 
     Args:
-        objective: What they seek, a name or a function of both terms; or ``random`` or ``flat``.
-        steps: Of Adam.
+        objective: The minimised objective, a name or a function of both terms; or ``random`` or
+            ``flat``.
+        steps: Steps of Adam.
         **mixing: Arguments of ``MixObjective``.
     """
 
-    learns = True  # so that every method has a teacher
+    learns = True  # every method gets a teacher
 
     def __init__(self, objective: str | Seek, steps: int, **mixing: Any) -> None:
         super().__init__(Mixup(), stage=3, **mixing)
@@ -83,7 +84,7 @@ class Oracle(MixObjective):
     def mixtures(
         self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
     ) -> Mixed:
-        """Seek the masks, and mix."""
+        """Return mixtures by optimised masks."""
         images, partners = self.sources(method, batch, first, second)
         targets = self.both_targets(method, batch, method.targets(batch.views[second]), first)
         masks = self.masks(method, images, partners, plan, targets)
@@ -97,7 +98,7 @@ class Oracle(MixObjective):
         plan: MixPlan,
         targets: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Seek the masks (K, 1, S, S)."""
+        """Return the optimised masks (K, 1, S, S)."""
         size = images.shape[-1]
         if self.objective == "flat":
             return flat(plan.lam, size)
@@ -119,7 +120,7 @@ class Oracle(MixObjective):
 
 
 def upsampled(logits: Tensor, size: int) -> Tensor:
-    """Bring logits (K, 1, h, w) to pixels (K, 1, S, S)."""
+    """Return logits (K, 1, h, w), up-sampled to pixels (K, 1, S, S)."""
     return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
 
@@ -134,7 +135,7 @@ def terms(
 
 
 def trained(path: str) -> tuple[BaseMethod, DataModule]:
-    """Load method and data of a run, with a Mixer that has learned nothing where it has none.
+    """Return method and data of a run, with an untrained Mixer if it has none.
 
     Raises:
         UserError: If there is no run, or no checkpoint in it.
@@ -162,8 +163,8 @@ def trained(path: str) -> tuple[BaseMethod, DataModule]:
 
 
 def score(args: Any) -> None:
-    """Print the table of one or several runs."""
-    print_header("The Mixer's own loss, and the least that masks can have", args)
+    """Print the table of the given runs."""
+    print_header("The Mixer's own loss, and the minimum over masks", args)
     measured = ("local", "global", "own loss", "mask_std", "encoder's loss", "gradient")
     columns = ("run", "masks", *measured, "share of the gain")
 
@@ -180,7 +181,7 @@ def score(args: Any) -> None:
 
 
 def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[float]]:
-    """Measure flat masks, the Mixer's and the oracle's on the same pairs of some batches."""
+    """Return measurements of flat masks, the Mixer's and the oracle's, on the same pairs."""
     mixing: SAMixObjective = method.mixing  # type: ignore[assignment]
     spec = {"backbone": method.backbone, "pairs": mixing.pairs, "targets": mixing.targets}
 
@@ -220,7 +221,7 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
 def taught(
     method: BaseMethod, mixed: Tensor, plan: MixPlan, targets: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the encoder's loss of mixtures (K, 3, S, S), and its gradient's norm."""
+    """Return the encoder's loss on mixtures (K, 3, S, S), and its gradient's norm."""
     with torch.enable_grad():
         losses = towards(method.pair_loss, method.mixed_query(mixed), targets, plan.parents)
         loss = weighted(losses, plan.lam).mean()
@@ -243,18 +244,18 @@ def train(args: Any) -> None:
     print_table(table.columns[:-1], table.shown())
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score Mixers, or train encoders with the oracle."""
     sizes = {"steps": 8, "batches": 4}
     about = {"steps": "of Adam for each mask", "batches": "that score is measured on"}
     parser = Options(__doc__, cpu=sizes, cuda=sizes, about=about)
-    parser.add_argument("--objective", default="both", help="what masks seek")
-    parser.add_argument("--seeds", default="0", help="with commas between (train)")
+    parser.add_argument("--objective", default="both", help="objective of the masks")
+    parser.add_argument("--seeds", default="0", help="comma-separated (train)")
     parser.add_argument("--out", default="runs/oracle", help="folder of the runs (train)")
     parser.add_argument("--csv", help="table of the rows (train)")
     parser.add_argument("command", choices=("score", "train"))
-    parser.add_argument("words", nargs="+", help="runs (score), or words of samix pretrain (train)")
+    parser.add_argument("words", nargs="+", help="runs (score), or keys of samix pretrain (train)")
     args = parser.read(arguments)
     check_choice("--objective", args.objective, (*OBJECTIVES, *WITHOUT_STEPS))
     args.runs = args.words

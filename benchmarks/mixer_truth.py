@@ -1,19 +1,19 @@
-"""Do a Mixer's masks know the objects? Digits on photos, whose true masks are known.
+"""Compare a Mixer's masks with objects: digits on photos, whose true masks are known.
 
     python benchmarks/mixer_truth.py make data/digits48
     samix pretrain method=simclr mixup=samix data=folder data.root=data/digits48 out=runs/digits48
     python benchmarks/mixer_truth.py measure data/digits48 runs/digits48 --picture masks.png
 
-`measure` mixes validation images as they are, each with another, by ratios from Beta(2, 2) and by
+`measure` mixes pairs of validation images without augmentation, by ratios from Beta(2, 2) and by
 0.5. A mask is the share of the partner in each pixel. The object contrast is its mean inside the
-partner's object less its mean inside the image's own: 0 for plain mixup, 1 for a mask that keeps
-both objects whole. Pixels of both objects count in neither; a pair of which an object is left
-without pixels is skipped. What follows ± is the standard error over pairs.
+partner's object minus its mean inside the image's own: 0 for plain mixup, 1 for a mask that keeps
+both objects complete. Pixels of both objects are ignored; a pair is skipped if an object has no
+other pixels. ± is the standard error over pairs.
 
-Below the Mixers are masks that show what their numbers are worth. The perfect one gives each object
-its own pixels, and is plain mixup elsewhere. The coarse one decides so for squares of 4 px, the
-positions that a Mixer sees in the third stage of a ResNet with the small stem, and is enlarged as
-masks of Mixers are. Smooth noise and FMix's regions know nothing of the images.
+Reference masks follow below the Mixers. The perfect one gives each object its own pixels, and is
+plain mixup elsewhere. The coarse one does the same for squares of 4 px, the positions of a Mixer in
+the third stage of a ResNet with the small stem, and is up-sampled as a Mixer's masks. Smooth noise
+and FMix's regions are independent of the images.
 
 Legend: K pairs, R sets of ratios, S image side in px.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import truth_scenes
-from common import Options, print_header, print_table, progress, refusing
+from common import Options, exit_on_error, print_header, print_table, progress
 from torch import Tensor
 
 from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
@@ -52,7 +52,7 @@ SHOWN_LAMS = (0.3, 0.5, 0.7)  # of the picture
 
 @dataclass(frozen=True)
 class Pairs:
-    """K pairs of images of which all is known."""
+    """K pairs of images with their objects."""
 
     own: Tensor  # (K, 3, S, S) uint8
     other: Tensor  # (K, 3, S, S) uint8, the partners
@@ -60,17 +60,17 @@ class Pairs:
     other_object: Tensor  # (K, S, S)
 
     def regions(self) -> tuple[Tensor, Tensor]:
-        """Return where only the image's own object is, and only the partner's, (K, S, S) bool."""
+        """Return pixels of the image's own object only, of the partner's only, (K, S, S) bool."""
         own, other = self.own_object >= 0.5, self.other_object >= 0.5
         return own & ~other, other & ~own
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What masks do, for each of K pairs by one set of ratios."""
+    """Measurements of masks, for each of K pairs by one set of ratios."""
 
-    lam: Tensor  # (K,) the ratio asked for
-    left: Tensor  # (K,) share that the mask leaves the image
+    lam: Tensor  # (K,) the requested ratio
+    left: Tensor  # (K,) share that the mask gives the image
     spread: Tensor  # (K,) spatial standard deviation of the mask
     in_other: Tensor  # (K,) mean of the mask inside the partner's object
     in_own: Tensor  # (K,) mean inside the image's own object
@@ -85,7 +85,7 @@ Masks = Callable[[Pairs, Tensor], Tensor]  # pairs, ratios (R, K) -> masks (R, K
 
 
 def slope(seen: Seen) -> str:
-    """Fit by least squares how the masks' share follows the ratio; nothing for one ratio."""
+    """Return the slope of the masks' share on the ratio as text; empty for a single ratio."""
     off = seen.lam - seen.lam.mean()
     if not off.abs().max() > 1e-6:
         return "-"
@@ -93,7 +93,7 @@ def slope(seen: Seen) -> str:
 
 
 def with_error(values: Tensor) -> str:
-    """Write a mean and its standard error."""
+    """Return a mean and its standard error as text."""
     if not len(values):
         return "-"
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -101,11 +101,11 @@ def with_error(values: Tensor) -> str:
 
 
 def mean_inside(values: Tensor, counted: Tensor) -> str:
-    """Write the mean over the pairs that count."""
+    """Return the mean over the pairs that count as text."""
     return f"{float(values[counted].mean()):.3f}" if counted.any() else "-"
 
 
-# A further number of the same masks is one more entry.
+# Add an entry for another number of the same masks.
 NUMBERS: Mapping[str, Callable[[Seen], str]] = {
     "slope": slope,
     "mask_std": lambda seen: f"{float(seen.spread.mean()):.3f}",
@@ -119,10 +119,10 @@ NUMBERS: Mapping[str, Callable[[Seen], str]] = {
 
 
 def observe(pairs: Pairs, lam: Tensor, masks: Tensor) -> Seen:
-    """Look at the masks of one set of ratios.
+    """Return the measurements of the masks of one set of ratios.
 
     Args:
-        pairs: K of them.
+        pairs: K pairs.
         lam: (K,).
         masks: (K, 1, S, S), the share of the partner.
     """
@@ -150,14 +150,14 @@ def plain(pairs: Pairs, lam: Tensor) -> Tensor:
 
 
 def perfect(pairs: Pairs, lam: Tensor) -> Tensor:
-    """Return masks that give each object its own pixels, and are flat elsewhere."""
+    """Return masks that give each object its own pixels and are flat elsewhere."""
     own, other = (region[:, None].float() for region in pairs.regions())
     free = 1 - own - other
     return other + free * plain(pairs, lam)
 
 
 def coarse(pairs: Pairs, lam: Tensor) -> Tensor:
-    """Return masks that give each position to the object that has more of it."""
+    """Return masks that give each position to the object that covers more of it."""
     own, other = (F.avg_pool2d(region[:, None].float(), POSITION) for region in pairs.regions())
     side = pairs.own.shape[-1]
     sets = []
@@ -203,12 +203,12 @@ def learned(mixer: TrainedMixer, pairs: Pairs, lam: Tensor) -> Tensor:
 
 
 class Validation:
-    """The validation images of a set, and who is mixed with whom.
+    """The validation images of a set, and the pairs to mix.
 
     Args:
-        root: Of the data set.
-        pairs: K, how many are drawn: every image once before one is drawn again.
-        device: Where masks are computed.
+        root: Folder of the data set.
+        pairs: K, the number of pairs: every image is drawn once before one is drawn again.
+        device: Device that computes the masks.
 
     Raises:
         DataError: If there is no such set.
@@ -216,7 +216,7 @@ class Validation:
 
     def __init__(self, root: Path, pairs: int, device: str) -> None:
         self.root, self.device = root, device
-        self.sets: dict[int | None, tuple[Tensor, Tensor]] = {}  # by size asked for
+        self.sets: dict[int | None, tuple[Tensor, Tensor]] = {}  # by requested size
         total = len(self.images(None)[0])
         torch.manual_seed(0)
         plans = [draw_plan(total, 2.0, torch.device("cpu")) for _ in range(-(-pairs // total))]
@@ -226,7 +226,7 @@ class Validation:
         self.lam = torch.stack([drawn, torch.full_like(drawn, 0.5)])  # (R, K), as RATIOS
 
     def images(self, size: int | None) -> tuple[Tensor, Tensor]:
-        """Return images and objects, of a size asked for or their own."""
+        """Return images and objects, of the requested size or their own."""
         if size not in self.sets:
             self.sets[size] = truth_scenes.read_val(self.root, size)
         return self.sets[size]
@@ -239,7 +239,7 @@ class Validation:
         return Pairs(*(part.to(self.device) for part in parts))
 
     def look(self, masks: Masks, size: int | None) -> list[Seen]:
-        """Return what masks do, for each set of ratios."""
+        """Return the measurements of masks, for each set of ratios."""
         found: list[list[Seen]] = [[] for _ in RATIOS]
         torch.manual_seed(0)
         for first in range(0, len(self.rows), CHUNK):
@@ -258,7 +258,7 @@ def _joined(parts: Sequence[Seen]) -> Seen:
 def paint_masks(
     validation: Validation, mixers: Mapping[str, TrainedMixer], rows: int, path: Path
 ) -> None:
-    """Paint each Mixer's masks of the first pairs; the true objects as a perfect mask shows them.
+    """Write a picture of each Mixer's masks of the first pairs, with the true objects.
 
     Raises:
         UserError: If the picture cannot be written.
@@ -299,18 +299,20 @@ def make(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print the table, and paint the picture.
+    """Print the table, and write the picture.
 
     Raises:
-        UserError: For a set or a Mixer that is not there, or a number out of range.
+        UserError: For a missing set or Mixer, or a number out of range.
     """
     check_range("--pairs", args.pairs, 2)
     check_range("--rows", args.rows, 1, 64)
     picture = None if args.picture is None else Path(args.picture)
     if picture is not None and picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture {picture}: it is a PNG, give it a name that ends in .png")
+        raise ConfigError(
+            f"--picture {picture}: the picture is a PNG: give a name that ends in .png"
+        )
     if len(set(args.runs)) < len(args.runs):
-        raise ConfigError("a run is named twice: name each once")
+        raise ConfigError("a run is given twice: give each once")
     mixers = {name: load_mixer(name).to(args.device) for name in args.runs}
     validation = Validation(Path(args.root).resolve(), args.pairs, args.device)
     print_header("Masks and true objects", args)
@@ -365,7 +367,7 @@ def _add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, int, str]
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about}; {default}")
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the data set, or measure Mixers on it."""
     args = options().read(arguments)

@@ -1,4 +1,4 @@
-"""Our step of MoCo, SimCLR and BYOL, with any policy and precision, outside of a trainer."""
+"""Our training step of MoCo, SimCLR and BYOL, with any policy and precision, without a trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
 from ssl_samix.types import Batch
 
-# The sizes of lightly's examples; a projector's hidden width is the features', as is our default.
+# The sizes of lightly's examples; a projector's hidden width is the feature width, our default.
 SIZES = {
     "moco": ["method.hidden_dim=null", "method.output_dim=128", f"method.queue_size={QUEUE}"],
     "simclr": ["method.hidden_dim=null", "method.output_dim=128"],
@@ -32,7 +32,7 @@ def configuration(method: str, backbone: str, width: int, words: Sequence[str]) 
 
 
 def our_method(config: Any, size: int, device: str) -> BaseMethod:
-    """Build what a run with this configuration would train."""
+    """Build the module that a run with this configuration trains."""
     backbone = build(config.backbone, image_size=size)
     mixing = build(config.mixup, backbone=backbone) if config.mixup else None
     optimizer = build(config.optimizer)
@@ -43,11 +43,10 @@ def our_method(config: Any, size: int, device: str) -> BaseMethod:
 class OurSide:
     """A method as `samix pretrain` trains it, in the order of Lightning's automatic optimization.
 
-    What Lightning's loop adds around the step is left out, as is what a plain loop adds around
-    lightly's.
+    The overhead of Lightning's loop is left out, as is that of a plain loop for lightly's side.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         size: Side of the images in px.
         batch: Images per step.
         precision: Lightning's name of it.
@@ -56,9 +55,9 @@ class OurSide:
 
     def __init__(self, config: Any, size: int, batch: int, precision: str, device: str) -> None:
         self.model = our_method(config, size, device)
-        # What methods ask of a trainer; a real one would not let several sides take turns.
+        # The part of a trainer that methods use; with a real one, sides could not alternate.
         self.trainer = SimpleNamespace(
-            global_step=STEPS // 2,  # the Mixer no longer learns in every step
+            global_step=STEPS // 2,  # after the part in which the Mixer is trained in every step
             estimated_stepping_batches=STEPS,
             max_epochs=10,
             accumulate_grad_batches=1,

@@ -1,10 +1,10 @@
-"""Cheap rivals of a Mixer, in the same pretraining: what do they give the encoder?
+"""Pretrain encoders with cheap alternatives to a Mixer, and measure them.
 
     python benchmarks/rivals.py --rivals same,unmix,imix,sdmp --seeds 0,1,2 --out runs/rivals \
         --csv docs/results/rivals.csv method=simclr data=folder data.root=cifar10
 
-Each is pretrained as `samix pretrain` does it with these words, then measured by `samix knn` and
-`samix linear`. None has a network of its own:
+Each is pretrained as by `samix pretrain` with these arguments, then measured by `samix knn` and
+`samix linear`. None has an additional network:
 
 `none`          no mixing
 `mixup`         plain mixup as shipped: the partner is of the other view
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Options, print_header, print_table, refusing
+from common import Options, exit_on_error, print_header, print_table
 from encoders import Table
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ from ssl_samix.types import Batch, Method, Mixed, MixPlan, Terms
 
 
 class Alternating(nn.Module):
-    """Mixup and CutMix by turns, a batch each."""
+    """Mixup and CutMix, alternating by batch."""
 
     needs_maps = False
 
@@ -59,7 +59,7 @@ class Alternating(nn.Module):
 
 
 class BatchNegatives:
-    """MoCo with the keys of the batch as negatives beside the queue; all else is the method's.
+    """MoCo with the keys of the batch as negatives beside the queue.
 
     Args:
         method: MoCo.
@@ -72,13 +72,13 @@ class BatchNegatives:
         return getattr(self.method, name)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the queue and the other images' keys, (K, P)."""
+        """Return InfoNCE against the queue and the other images' keys, (K, P)."""
         queue = query @ self.method.queue.keys.T
         return info_nce_in_batch(query, target, parents, queue, self.method.temperature)
 
 
 class IMix(MixObjective):
-    """Mixtures that are mostly the image itself, in place of the queries."""
+    """Mixtures with at least half of the image itself, in place of the queries."""
 
     def forward(self, method: Any, batch: Batch, step: int, total_steps: int) -> Terms:
         """Return the losses of a batch."""
@@ -86,13 +86,13 @@ class IMix(MixObjective):
         return super().forward(wrapped, batch, step, total_steps)
 
     def draw(self, images: Tensor) -> MixPlan:
-        """Draw ratios of a half or more."""
+        """Return a plan with ratios of at least 1/2."""
         plan = super().draw(images)
         return replace(plan, lam=torch.maximum(plan.lam, 1 - plan.lam))
 
 
 class SDMP(MixObjective):
-    """Mixtures of both views by one plan are compared with each other, too."""
+    """Also compares mixtures of both views by one plan with each other."""
 
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         first, second = batch.views
@@ -107,7 +107,7 @@ class SDMP(MixObjective):
 
 
 def overlaps(plan: MixPlan) -> Tensor:
-    """Return what each pair of mixtures has in common, rows that sum to 1: (K, K)."""
+    """Return the common share of each pair of mixtures, (K, K), rows that sum to 1."""
     shares = F.one_hot(plan.rows) * plan.lam[:, None]
     shares = shares + F.one_hot(plan.partner, shares.shape[1]) * (1 - plan.lam)[:, None]  # (K, B)
     common = torch.minimum(shares[:, None], shares[None]).sum(dim=2)
@@ -134,7 +134,7 @@ class MixedBarlow(MixObjective):
 
 
 def standardised(rows: Tensor) -> Tensor:
-    """Bring each column to mean 0 and variance 1 over the rows."""
+    """Return columns standardised to mean 0 and variance 1 over the rows."""
     return F.batch_norm(rows.float(), None, None, training=True)
 
 
@@ -149,24 +149,24 @@ RIVALS: dict[str, tuple[type[MixObjective], type[nn.Module], dict[str, Any]]] = 
 
 
 def made(name: str, backbone: Any) -> MixObjective | None:
-    """Build a rival."""
+    """Return the mixing objective of a rival."""
     if name == "none":
         return None
     objective, policy, settings = RIVALS[name]
     return objective(policy(), backbone=backbone, **settings)
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pretrain with each rival and seed, measure, and print the table."""
     parser = Options(__doc__, cpu={}, cuda={}, about={})
-    parser.add_argument("--rivals", default="same,unmix,imix,sdmp", help="with commas between")
-    parser.add_argument("--seeds", default="0", help="with commas between")
+    parser.add_argument("--rivals", default="same,unmix,imix,sdmp", help="comma-separated")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--out", default="runs/rivals", help="folder of the runs")
     parser.add_argument("--csv", help="table of the rows")
-    parser.add_argument("words", nargs="+", help="of samix pretrain")
+    parser.add_argument("words", nargs="+", help="arguments of samix pretrain")
     args = parser.read(arguments)
-    names = parser.some("rivals", args.rivals, ("none", *RIVALS))
+    names = parser.names("rivals", args.rivals, ("none", *RIVALS))
     print_header("Encoders that learn from a Mixer's rivals", args)
     path = Path(args.csv) if args.csv else Path(args.out) / "rivals.csv"
     table = Table(path, ("method", "rival", "seed"))

@@ -1,14 +1,14 @@
-"""One training step of ours, with and without mixing, beside lightly's examples as shipped.
+"""Time a training step of ours, with and without mixing, and of lightly's examples.
 
     python benchmarks/step_time.py [--device cuda] [--policies none,samix] [--backbone resnet50
         --size 224] [--precision auto,32-true] [--set method.bn_groups=1]
 
-A step is forward, loss, backward, optimizer, moving average and queue. Sides take turns in one
-process, a period of steps each (the Mixer learns in every fourth), and every round gives a ratio,
-so that a busy machine slows all alike; ratios are medians over the rounds. FLOPs are counted in the
-round that warms up; passes are those of `flop_model.py`. Peak memory is what the CUDA allocator
-held for this side; on a CPU (`--memory`) the largest resident size of a process of its own,
-libraries included.
+A step is forward, loss, backward, optimizer, moving average and queue. Sides alternate in one
+process, a period of steps each (the Mixer is trained in every fourth), and every round gives a
+ratio, so that other work on the machine slows all sides equally; ratios are medians over the
+rounds. FLOPs are counted in the warm-up round; passes are those of `flop_model.py`. Peak memory is
+that of the CUDA allocator for this side; on a CPU (`--memory`) the peak resident size of a separate
+process, including libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 import torch
-from common import METHODS, MIB, Options, print_header, print_table, progress, refusing, warm_cublas
+from common import (
+    METHODS,
+    MIB,
+    Options,
+    exit_on_error,
+    print_header,
+    print_table,
+    progress,
+    warm_cublas,
+)
 from flop_model import POLICIES
 from goals import print_goals
 from lightly_examples import LightlySide
@@ -35,12 +44,12 @@ COLUMNS = (
 LIGHTLY = "lightly"
 
 
-class Contest:
-    """All sides of one method.
+class Comparison:
+    """Runs all sides of one method.
 
     Args:
-        method: Its name.
-        args: The command line.
+        method: Name of the method.
+        args: The options.
     """
 
     def __init__(self, method: str, args: argparse.Namespace) -> None:
@@ -51,21 +60,21 @@ class Contest:
         }
 
     def round(self, warm: bool) -> None:
-        """Let every side make a period of steps on the same views."""
+        """Run a period of steps of every side on the same views."""
         views = random_views(self.args)
         plain = tuple(view.contiguous() for view in views)
         for (name, _), meter in self.meters.items():
             (meter.run if warm else meter.warm_up)(plain if name == LIGHTLY else views)
 
     def over(self, key: tuple[str, str], other: tuple[str, str]) -> float | None:
-        """Return the time of one side over that of another, None if one of them was left out."""
+        """Return the time of one side divided by another's; None if one was left out."""
         if key not in self.meters or other not in self.meters:
             return None
         pairs = zip(self.meters[key].seconds, self.meters[other].seconds, strict=True)
         return median(one / two for one, two in pairs)
 
     def flops_over_plain(self, key: tuple[str, str]) -> float | None:
-        """Return the FLOPs of one side over those of the plain method."""
+        """Return the FLOPs of one side divided by those of the plain method."""
         plain = self.meters.get(("none", key[1]))
         return None if plain is None else self.meters[key].flops / plain.flops
 
@@ -91,7 +100,7 @@ class Contest:
             ]
 
     def goals(self) -> dict[str, float]:
-        """Return what the targets ask for, of the first precision."""
+        """Return the values of the targets, for the first precision."""
         first = self.args.precision[0]
         samix, plain = ("samix", first), ("none", first)
         against, ratio = self.over((LIGHTLY, "32-true"), plain), self.over(samix, plain)
@@ -108,7 +117,7 @@ def cell(ratio: float | None) -> str:
 
 
 def keys(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return the sides: lightly, or a policy, and the precision."""
+    """Return the sides: lightly or a policy, and the precision."""
     ours = [(policy, precision) for precision in args.precision for policy in args.policies]
     return ([(LIGHTLY, "32-true")] if args.lightly else []) + ours
 
@@ -122,7 +131,7 @@ def side(method: str, name: str, precision: str, args: argparse.Namespace) -> Li
 
 
 def random_views(args: argparse.Namespace) -> Views:
-    """Return two views as ours are laid out: what is in them takes no time."""
+    """Return two random views in the memory layout of ours."""
     shape = (args.batch, 3, args.size, args.size)
     views = (torch.randn(shape, device=args.device) for _ in range(2))
     return tuple(view.to(memory_format=torch.channels_last) for view in views)
@@ -150,7 +159,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         },
     )
     parser.add_argument("--backbone", choices=("resnet18", "resnet50"), default="resnet18")
-    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--policies", default="none,samix", help="likewise")
     parser.add_argument("--precision", default="auto", help="ours, likewise; lightly's is float32")
     parser.add_argument("--compile", choices=("no", "default", "reduce-overhead"), default="no")
@@ -160,30 +169,30 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.read(arguments)
-    args.methods = parser.some("methods", args.methods, METHODS)
-    args.policies = parser.some("policies", args.policies, POLICIES)
-    names = parser.some("precision", args.precision, PRECISIONS)
+    args.methods = parser.names("methods", args.methods, METHODS)
+    args.policies = parser.names("policies", args.policies, POLICIES)
+    names = parser.names("precision", args.precision, PRECISIONS)
     full = {"auto": choose_precision(args.device), "32": "32-true"}
     args.precision = list(dict.fromkeys(full.get(name, name) for name in names))
     if args.batch < 8:
-        parser.error("--batch is at least 8: MoCo normalises a fourth of it by itself")
+        parser.error("--batch is at least 8: MoCo normalises in groups of a fourth of it")
     return args
 
 
 def rows(
     args: argparse.Namespace, memory: dict[tuple[str, str, str], float], found: dict[str, float]
 ) -> Iterator[list[str]]:
-    """Yield the rows of each method as soon as it is measured, and fill in what targets ask for."""
+    """Yield the rows of each method as soon as it is measured; add the values of the targets."""
     for method in args.methods:
-        contest = Contest(method, args)
+        comparison = Comparison(method, args)
         for number in range(args.rounds + 1):
             progress(f"{method}: round {number} of {args.rounds}")  # round 0 warms up
-            contest.round(warm=number > 0)
-        found.update(contest.goals())
-        yield from contest.rows(memory)
+            comparison.round(warm=number > 0)
+        found.update(comparison.goals())
+        yield from comparison.rows(memory)
 
 
-@refusing()
+@exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     quieten()
@@ -194,13 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_header("A training step", args)
     memory = {}
     if args.memory and args.device == "cpu":
-        # Before this process grows: another begins with the largest size of the one that starts it.
+        # Before this process grows: a child starts with its parent's peak size.
         words = sys.argv[1:] if arguments is None else arguments
         every = [(method, key) for method in args.methods for key in keys(args)]
         of = ["--memory-of"]
         memory = {(m, *key): resident(__file__, [*words, *of, m, *key]) for m, key in every}
     found: dict[str, float] = {}
-    try:  # what is there is printed, whatever becomes of the next method
+    try:  # print now: the next method may fail
         print_table(COLUMNS, rows(args, memory, found))
     finally:
         if args.goals:

@@ -1,4 +1,4 @@
-"""A table of runs from one file: ``samix study``, from a checkout.
+"""Run ``samix study`` from a checkout.
 
 python benchmarks/study.py benchmarks/studies/equal_epochs.yaml data.root=cifar10
 """

@@ -1,10 +1,10 @@
-"""Every target of this package beside what was measured, in one table.
+"""Print one table of all targets of this package and the measured values.
 
-    python benchmarks/targets.py results/            # collects what benchmarks have printed there
-    python benchmarks/targets.py results/ --run      # measures first, and keeps what was printed
+    python benchmarks/targets.py results/            # collects printed results of benchmarks
+    python benchmarks/targets.py results/ --run      # runs the benchmarks first
 
-A folder holds what benchmarks print, one file (`*.md`) each, as `gpu.py` leaves them too; of
-several files that measure the same, the newest counts. On two CPU cores `--run` takes about a
+The folder holds the output of benchmarks, one file (`*.md`) each, as written by `gpu.py`; if
+several files measure the same, the newest one counts. On two CPU cores `--run` takes about a
 quarter of an hour: the steps are those of the full network.
 """
 
@@ -20,7 +20,7 @@ from goals import COLUMNS, GOALS
 
 HERE = Path(__file__).resolve().parent
 STEPS = "--policies none --width 64 --batch 128 --period 1 --rounds 1"
-# file -> benchmark and options, per device; on a GPU every default is as the targets want it
+# file -> benchmark and options, per device; on a GPU the defaults are those of the targets
 RUNS = {
     "cpu": {
         "step": f"step_time.py {STEPS}",
@@ -37,7 +37,7 @@ RUNS = {
 
 
 def collected(folder: Path) -> dict[str, list[str]]:
-    """Read the rows of targets out of all files of a folder, the newest last."""
+    """Return the rows of targets in all files of a folder, the newest last."""
     rows = {}
     for file in sorted(folder.glob("*.md"), key=lambda path: path.stat().st_mtime):
         for line in file.read_text().splitlines():
@@ -48,7 +48,7 @@ def collected(folder: Path) -> dict[str, list[str]]:
 
 
 def run(folder: Path, device: str) -> None:
-    """Run the benchmarks that have targets; one that fails leaves the others alone."""
+    """Run the benchmarks that have targets; continue if one fails."""
     for name, words in RUNS[device].items():
         script, *options = words.split()
         command = [sys.executable, str(HERE / script), "--device", device, *options]
@@ -60,7 +60,7 @@ def run(folder: Path, device: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Options(__doc__, cpu={}, cuda={}, about={})
-    parser.add_argument("folder", type=Path, help="what benchmarks have printed")
+    parser.add_argument("folder", type=Path, help="folder of the benchmarks' output")
     parser.add_argument("--run", action="store_true", help="measure first")
     args = parser.parse_args(arguments)
     if args.run:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         run(args.folder, args.device)
     elif not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder")
+        parser.error(f"{args.folder} is not a folder")
     rows = collected(args.folder)
     every = [rows.get(goal.what, [*goal.row(), ""]) for goal in GOALS.values()]
     print_table((*COLUMNS, "file"), every)

@@ -1,7 +1,7 @@
-"""Images whose objects are known: coloured handwritten digits on patches of photos.
+"""Generate images with known objects: coloured handwritten digits on patches of photos.
 
-Digits are scikit-learn's, split as ``data=digits`` is; photos are its two sample images, of which
-training has the upper part and validation the lower one. Nothing of validation is in training.
+Digits are scikit-learn's, split as in ``data=digits``; photos are its two sample images, with the
+upper part for training and the lower one for validation. Training and validation share no content.
 
 Legend: S image side in px, N images.
 """
@@ -23,11 +23,11 @@ from ssl_samix.data.images import MemoryImages, fit
 from ssl_samix.errors import DataError, UserError
 
 SPLITS = ("train", "val")
-TRAIN_PART = 0.7  # of a height, from the top; on the right there would be little but bare leaves
+TRAIN_PART = 0.7  # of the height, from the top; the right half would be mostly leaves
 DIGIT = (0.35, 0.7)  # side of a digit's 8 x 8 pixels, as a share of S
-PATCH = (48, 128)  # px of a photo that become an image; no more than validation's part has
-EDGE = (0.2, 0.6)  # stroke intensity from which a digit covers a little, and covers all
-COLOURS = 32  # drawn at most, until one can be seen
+PATCH = (48, 128)  # px of a photo that become an image; at most the height of validation's part
+EDGE = (0.2, 0.6)  # stroke intensity from which a digit starts to cover, and covers fully
+COLOURS = 32  # attempts until a colour is visible
 APART, LUMA_APART = 0.5, 0.25  # least distance from the background below, channels in 0..1
 LUMA = np.array([0.299, 0.587, 0.114])
 SMALLEST = 16  # px, S; a digit has 8 x 8 pixels
@@ -38,24 +38,24 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and what it is made of."""
+    """An image and its parts."""
 
     image: Bytes  # (S, S, 3)
-    object: Bytes  # (S, S), how much of a pixel is the digit: 0 none, 255 all
-    background: Bytes  # (S, S, 3), the patch before the digit was on it
+    object: Bytes  # (S, S), share of the digit in a pixel: 0 to 255
+    background: Bytes  # (S, S, 3), the patch without the digit
     digit: int
 
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What the images of one split are made of."""
+    """Digits and photos of one split."""
 
     digits: list[Floats]  # ten, one per class, each (n, 8, 8) in 0..1
     photos: list[Image.Image]
 
 
 def ingredients() -> dict[str, Ingredients]:
-    """Load the digits and photos of both splits."""
+    """Return the digits and photos of both splits."""
     from sklearn.datasets import load_sample_images
 
     digits = load_splits("digits", None, 8, None)
@@ -77,14 +77,14 @@ def _side(photo: Image.Image, split: str) -> Image.Image:
 
 
 def scenes(source: Ingredients, split: str, count: int, size: int, seed: int) -> Iterator[Scene]:
-    """Draw images, the classes in turn; each depends on its number alone, not on the others.
+    """Yield random images, with alternating classes; each depends only on seed and position.
 
     Args:
-        source: Of this split.
+        source: Digits and photos of the split.
         split: ``train`` or ``val``.
         count: N.
         size: S.
-        seed: Of the data set.
+        seed: Seed of the data set.
     """
     for number in range(count):
         rng = np.random.default_rng((seed, SPLITS.index(split), number))
@@ -95,7 +95,7 @@ def _scene(source: Ingredients, digit: int, size: int, rng: np.random.Generator)
     background = _patch(source.photos[rng.integers(len(source.photos))], size, rng)
     samples = source.digits[digit]
     cover = _placed(samples[rng.integers(len(samples))], size, rng)
-    # What is written is what is blended: a cover of 0 leaves the background to the bit.
+    # Blend by the stored cover, so that a cover of 0 leaves the background unchanged.
     cover_bytes = np.rint(255 * cover).astype(np.uint8)
     share = (cover_bytes / 255)[:, :, None]
     colour = _colour((share * background).sum((0, 1)) / share.sum() / 255, rng)
@@ -111,8 +111,8 @@ def _patch(photo: Image.Image, size: int, rng: np.random.Generator) -> Bytes:
 
 
 def _placed(strokes: Floats, size: int, rng: np.random.Generator) -> Floats:
-    """Enlarge a digit, (8, 8) in 0..1, and put it anywhere where it is whole, (S, S) in 0..1."""
-    # With a margin: strokes go to the border, and would end there with a hard edge.
+    """Return a digit, (8, 8) in 0..1, enlarged at a random place inside (S, S), in 0..1."""
+    # With a margin: strokes reach the border, and would end with a hard edge.
     framed = Image.fromarray(np.pad(strokes, 1).astype(np.float32))
     side = min(size, round(rng.uniform(*DIGIT) * size * framed.width / len(strokes)))
     smooth = np.asarray(framed.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -124,7 +124,7 @@ def _placed(strokes: Floats, size: int, rng: np.random.Generator) -> Floats:
 
 
 def _colour(below: Floats, rng: np.random.Generator) -> Floats:
-    """Draw a colour (3,) in 0..1 that stands out from the mean colour below the digit."""
+    """Return a random colour (3,) in 0..1 that differs from the mean colour below the digit."""
     drawn = rng.random((COLOURS, 3))
     apart = np.linalg.norm(drawn - below, axis=1)
     seen = (apart >= APART) & (abs((drawn - below) @ LUMA) >= LUMA_APART)
@@ -133,22 +133,22 @@ def _colour(below: Floats, rng: np.random.Generator) -> Floats:
 
 
 def masks_folder(root: Path) -> Path:
-    """Return where the objects are: beside the images, so that no one reads them as images."""
+    """Return the folder of the objects, beside that of the images."""
     return root.with_name(f"{root.name}-masks")
 
 
 def write(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
-    """Write ``<root>/<split>/<digit>/<nnnnn>.png``, and the objects likewise in ``<root>-masks``.
+    """Write ``<root>/<split>/<digit>/<nnnnn>.png``, and objects likewise in ``<root>-masks``.
 
     Args:
-        root: A folder that is empty or not there.
+        root: A folder that is empty or does not exist.
         counts: Split -> N.
         size: S.
-        seed: Of every draw.
+        seed: Seed of all random numbers.
 
     Raises:
-        DataError: Something is there already.
-        UserError: No room, or no permission.
+        DataError: The folder is not empty.
+        UserError: No space, or no permission.
     """
     for folder in (root, masks_folder(root)):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -167,28 +167,28 @@ def write(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
 
 
 def read_val(root: Path, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Read the validation images and their objects, in an order that mixes the classes.
+    """Return the validation images and their objects, in an order that mixes the classes.
 
     Args:
         root: A folder that ``write`` has filled.
-        size: S, for which images of another side are resized; None for their own.
+        size: S, to which images are resized; None: their own size.
 
     Returns:
         Images (N, 3, S, S) uint8, and the share of the object in each pixel, (N, S, S) in [0, 1].
 
     Raises:
-        DataError: There are no two images, one has no object file, or one cannot be read.
+        DataError: There are fewer than two images, or an object file is missing or unreadable.
     """
     paths = sorted((root / "val").glob("*/*.png"), key=lambda path: path.name)
     if len(paths) < 2:
-        raise DataError(f"{root} holds no validation images of `make`: make them there first")
+        raise DataError(f"{root} has no validation images: create them with `make` first")
     images, objects = [], []
     for path in paths:
         mask = masks_folder(root) / path.relative_to(root)
         images.append(_read(path, size))
         objects.append(_read(mask, size)[0])
         if images[-1].shape[1:] != objects[-1].shape:
-            raise DataError(f"{mask} is not of the size of its image: make the set again")
+            raise DataError(f"{mask} has another size than its image: make the set again")
     return torch.stack(images), torch.stack(objects).float() / 255
 
 

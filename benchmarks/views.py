@@ -1,15 +1,14 @@
-"""Microseconds per view, by four ways from a picture to its views, on one core.
+"""Time four ways to compute views from a picture, in microseconds per view, on one core.
 
     python benchmarks/views.py [--device cuda] [--sizes 32,96,224]
 
-PIL is lightly's transform as shipped; workers is our `WorkerViews`, image by image, as a loader's
-process draws them; batched is our `BatchedViews` of a whole batch, on the device; in two parts, the
-crops are cut image by image and finished as a batch on the device. All make the same views of the
-same pictures; below 64 px none blurs. Then the same from JPEG files on the
-disk, larger than their views from 224 px on, as photographs are: decoding (and, for the batch,
-fitting) one picture included, shared by its two views. The ways take turns in one process; the
-median round counts. A GPU
-computes the batches, all else stays on one core.
+PIL is lightly's transform as shipped; workers is our `WorkerViews`, image by image, as in a
+loader's process; batched is our `BatchedViews` of a whole batch, on the device; in two parts: the
+crops are cut image by image and finished as a batch on the device. All compute the same views of
+the same pictures; below 64 px there is no blur. Then the same from JPEG files on disk, larger than
+their views from 224 px on, as photographs are: including decoding (and, for the batch, fitting) of
+one picture for its two views. The ways alternate in one process; the median round counts. A GPU
+computes the batches, everything else runs on one core.
 """
 
 from __future__ import annotations
@@ -47,21 +46,21 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "views"
 SIZES = ("32", "64", "96", "224")
 WAYS = ("PIL (lightly)", "workers", "batched", "in two parts")
 COLUMNS = ("method", "px", "from", *(f"{way} us" for way in WAYS), "fastest", "PIL / fastest")
-PHOTOGRAPH = 400  # px, side of the files that views of 224 px are made of; ImageNet's mean is so
+PHOTOGRAPH = 400  # px, side of the files for views of 224 px; about ImageNet's mean
 VIEWS = 2  # per picture
 
 
 class Pictures:
-    """The same pictures in memory and on the disk.
+    """The same pictures in memory and on disk.
 
     Args:
-        folder: Is filled with JPEG files.
+        folder: Folder for the JPEG files.
         size: Side of the views in px.
-        args: The command line.
+        args: The options.
     """
 
     def __init__(self, folder: Path, size: int, args: argparse.Namespace) -> None:
-        self.pixels = smooth_images(args.batch, size)  # what is in memory is fitted
+        self.pixels = smooth_images(args.batch, size)  # pictures in memory are fitted
         self.pil = [to_pil_image(image) for image in self.pixels[: args.pictures]]
         side = PHOTOGRAPH if size >= 224 else size
         self.paths = [str(folder / f"{size}-{i}.jpg") for i in range(args.pictures)]
@@ -72,13 +71,13 @@ class Pictures:
 
 
 def decoded(path: str) -> Image.Image:
-    """Read a file as torchvision's data sets, which lightly's examples use, do."""
+    """Return a decoded file, as by torchvision's data sets in lightly's examples."""
     with open(path, "rb") as file:
         return Image.open(io.BytesIO(file.read())).convert("RGB")
 
 
 def from_memory(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
-    """Return, per way, the work of a round and the pictures that it goes through."""
+    """Return per way the function of a round and its number of pictures."""
     size = pictures.pixels.shape[-1]
     theirs, single, batched, crops = transforms(method, size, device)
     pixels, few = pictures.pixels.to(device), pictures.pixels[: len(pictures.pil)]
@@ -91,7 +90,7 @@ def from_memory(pictures: Pictures, method: str, device: str) -> list[tuple[Call
 
 
 def from_files(pictures: Pictures, method: str, device: str) -> list[tuple[Callable, int]]:
-    """Return the same, decoding included."""
+    """Return the same, including decoding."""
     size, files = pictures.pixels.shape[-1], pictures.files
     theirs, single, batched, crops = transforms(method, size, device)
     every = range(len(files))
@@ -109,7 +108,7 @@ def from_files(pictures: Pictures, method: str, device: str) -> list[tuple[Calla
 def transforms(
     method: str, size: int, device: str
 ) -> tuple[Callable[..., object], WorkerViews, BatchedViews, WorkerCrops]:
-    """Return what makes the views of a method, by each way; the last one only cuts the crops."""
+    """Return the transform of a method for each way; the last one only cuts the crops."""
     config = OmegaConf.load(CONFIGS / f"{method}.yaml")
     specs = Views(config.a, config.b).specs(size, flip=True)
     batched = BatchedViews(specs, size, MEAN, STD).to(device)
@@ -118,10 +117,10 @@ def transforms(
 
 
 def measured(ways: Sequence[tuple[Callable, int]], args: argparse.Namespace) -> list[float]:
-    """Return microseconds per view of each way, the median of rounds in which they take turns."""
+    """Return microseconds per view of each way, the median over alternating rounds."""
     rounds = [
         [seconds(work, args.device) / count / VIEWS * 1e6 for work, count in ways]
-        for _ in range(args.rounds + 1)  # the first one warms up
+        for _ in range(args.rounds + 1)  # the first round is the warm-up
     ]
     return [median(times) for times in zip(*rounds[1:], strict=True)]
 
@@ -154,14 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "rounds": "rounds that count",
         },
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--sizes", default="32,96,224", help="of the views in px, likewise")
     args = parser.read(arguments)
-    args.methods = parser.some("methods", args.methods, METHODS)
-    args.sizes = [int(size) for size in parser.some("sizes", args.sizes, SIZES)]
+    args.methods = parser.names("methods", args.methods, METHODS)
+    args.sizes = [int(size) for size in parser.names("sizes", args.sizes, SIZES)]
     args.batch = max(args.batch, args.pictures)
     torch.set_num_threads(1)
-    # Freeing a large block once lets malloc keep large blocks, as after a first training step.
+    # After freeing a large block once, malloc keeps large blocks, as after a first training step.
     torch.empty(30 * 2**20, dtype=torch.uint8).zero_()
     print_header("Views", args)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What goes wrong by a user's hand, as sentences; this module imports nothing heavy."""
+"""Errors that a user can fix, each with a message in one sentence; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that its user can mend; the command line prints it and exits with status 2."""
+    """An error that the user can fix; the command line prints it and exits with status 2."""
 
 
 class DataError(UserError):
-    """A data set that is missing, empty, damaged or unfit for the settings."""
+    """A data set that is missing, empty, damaged, or does not fit the settings."""
 
 
 class ConfigError(UserError):
@@ -25,23 +25,23 @@ class CheckpointError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was stopped from outside (Ctrl-C, SIGTERM) and can go on."""
+    """A run that was stopped by Ctrl-C or SIGTERM and can be resumed."""
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Refuse a ``value`` that is not a finite number in [low, high].
+    """Raise ``ConfigError`` unless ``value`` is a finite number in [low, high].
 
     Args:
-        name: The key, as its user writes it.
-        value: What was given.
+        name: The key, as the user writes it.
+        value: The value given.
         low: Smallest value; a tiny positive one stands for "more than 0".
         high: Largest value.
 
     Raises:
-        ConfigError: With the key, what is allowed and what was given.
+        ConfigError: With the key, the allowed range and the value given.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # A whole number may be too large for a float, which is what isfinite makes of it.
+    # Not math.isfinite: an int may be too large for the float that it converts to.
     if not (number and low <= value <= high and abs(value) < math.inf):  # type: ignore[arg-type, operator]
         least, most = (f"{bound:g}" if abs(bound) < 1e5 else str(bound) for bound in (low, high))
         allowed = f"at least {least}" if high == math.inf else f"in [{least}, {most}]"
@@ -49,14 +49,14 @@ def check_range(name: str, value: object, low: float, high: float = math.inf) ->
 
 
 def check_memory(what: str, numbers: int) -> None:
-    """Refuse what would take more than half of the machine's memory.
+    """Raise ``ConfigError`` if something would take more than half of the machine's memory.
 
     Args:
         what: Its name, with the key and the value.
-        numbers: How many float32 it holds.
+        numbers: How many float32 values it holds.
 
     Raises:
-        ConfigError: With both amounts. Nothing is refused where the system does not tell its own.
+        ConfigError: With both amounts. No check where the system does not report its memory.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -65,17 +65,17 @@ def check_memory(what: str, numbers: int) -> None:
     if 8 * numbers > memory:
         raise ConfigError(
             f"{what} takes {4 * numbers / 2**30:,.1f} GiB, more than half of this machine's "
-            f"{memory / 2**30:,.1f} GiB: choose less"
+            f"{memory / 2**30:,.1f} GiB: choose a smaller value"
         )
 
 
 def nearest(name: str, known: Iterable[str], kind: str) -> str:
-    """Return one sentence for an unknown ``name``: the nearest known one, or the list of them.
+    """Return the error message for an unknown ``name``, with the nearest known name or all names.
 
     Args:
-        name: What was typed.
+        name: The name given.
         known: The valid names.
-        kind: What the name stands for, such as ``"method"``.
+        kind: What kind of name it is, such as ``"method"``.
     """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -85,7 +85,7 @@ def nearest(name: str, known: Iterable[str], kind: str) -> str:
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Refuse a ``value`` that is none of the ``known`` names.
+    """Raise ``ConfigError`` unless ``value`` is one of the ``known`` names.
 
     Raises:
         ConfigError: With the nearest known name.

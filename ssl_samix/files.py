@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes of files, and new folders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ssl_samix.errors import UserError
 
-PARTIAL = ".partial"  # how a file's name ends while it is written
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` replaced by the home folder, if there is such a user.
+    """Return a path with ``~`` replaced by the home folder, if that user exists.
 
     ``Path.expanduser`` raises a ``RuntimeError`` for the home of a user that does not exist.
     """
@@ -35,7 +35,7 @@ def make_folder(folder: Path, what: str = "folder") -> None:
 
 
 def new_folder(wanted: Path) -> Path:
-    """Make a folder that nobody else has: the wanted one, or with ``-2``, ``-3`` ... at its end.
+    """Make a new folder and return its path: the wanted one, or one with ``-2``, ``-3`` ... added.
 
     Raises:
         UserError: If no folder can be made there.
@@ -55,14 +55,14 @@ def new_folder(wanted: Path) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path``, flush it to the disk, and move it in place.
+    """Replace ``path`` atomically: write a file beside it, flush it to disk, and rename it.
 
     Args:
-        path: The file that is replaced.
-        write: Writes the content to the path that it is given.
+        path: The file to replace.
+        write: Called with a path, to which it writes the content.
 
     Raises:
-        UserError: If there is no space or no permission; ``path`` is as it was before.
+        UserError: If there is no space or no permission; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -71,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):  # there may be no such folder
+        with suppress(OSError):  # the folder may not exist
             temporary.unlink()
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was there is unchanged"

@@ -1,4 +1,4 @@
-"""Losses per sample: pure functions of tensors, computed in float32 whatever autocast does.
+"""Losses per sample: pure functions of tensors, computed in float32 also under autocast.
 
 Contrastive losses read L2-normalised embeddings. The classifier's losses are linear in the shares
 of the classes, so that the mean of two parents' losses, weighted by lam and 1 - lam, is exactly the
@@ -22,7 +22,7 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
 def full_precision(loss: Loss) -> Loss:
-    """Switch autocast off inside ``loss`` and give it its floating-point tensors as float32.
+    """Decorate ``loss``: autocast is off inside, and floating-point arguments become float32.
 
     Autocast would turn a product of float32 tensors into bfloat16: differences of similarities
     divided by a small temperature need more than its 8 bits.
@@ -42,13 +42,13 @@ def _float32(value: Any) -> Any:
 
 @full_precision
 def cosines(query: Tensor, positives: Tensor) -> Tensor:
-    """Cosines of queries (K, D), of any length, and their positives (K, P, D): (K, P)."""
+    """Return cosines (K, P) of queries (K, D), of any norm, and their positives (K, P, D)."""
     return torch.einsum("kd,kpd->kp", F.normalize(query, dim=1), F.normalize(positives, dim=2))
 
 
 @full_precision
 def info_nce(query: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """InfoNCE with negatives that all queries share: MoCo's queue (arXiv 1911.05722, eq. 1).
+    """Return InfoNCE with negatives that all queries share: MoCo's queue (arXiv 1911.05722, eq. 1).
 
     Args:
         query: (B, D).
@@ -68,11 +68,11 @@ def info_nce(query: Tensor, positives: Tensor, negatives: Tensor, temperature: f
 def info_nce_in_batch(
     query: Tensor, others: Tensor, parents: Tensor, extra: Tensor | None, temperature: float
 ) -> Tensor:
-    """InfoNCE whose positives and negatives are rows of one (gathered) batch (SimCLR, eq. 1).
+    """Return InfoNCE with positives and negatives from one (gathered) batch (SimCLR, eq. 1).
 
     Args:
         query: (B, D).
-        others: (N, D), rows that hold every query's parents.
+        others: (N, D), the batch; holds every query's parents.
         parents: (B, P) rows of ``others``: each is a positive in its own column and is left out of
             the negatives of all columns.
         extra: (B, M) similarities to further negatives, -inf where there is none; or None.
@@ -99,7 +99,7 @@ def nt_xent(
     offset: int,
     temperature: float,
 ) -> Tensor:
-    """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), the mean of both directions.
+    """Return NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), the mean of both directions.
 
     Args:
         first: (B, D) embeddings of one view of this rank's images.
@@ -122,7 +122,7 @@ def nt_xent(
 
 @full_precision
 def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
-    """Squared distance of unit vectors, 2 - 2 cos (BYOL, arXiv 2006.07733, eq. 2).
+    """Return the squared distance of unit vectors, 2 - 2 cos (BYOL, arXiv 2006.07733, eq. 2).
 
     Args:
         query: (B, D), L2-normalised.
@@ -136,7 +136,7 @@ def cosine_regression(query: Tensor, positives: Tensor) -> Tensor:
 
 @full_precision
 def negative_cosine(query: Tensor, positives: Tensor) -> Tensor:
-    """Negative cosine of unit vectors (SimSiam, arXiv 2011.10566, eq. 1).
+    """Return the negative cosine of unit vectors (SimSiam, arXiv 2011.10566, eq. 1).
 
     Args:
         query: (B, D), L2-normalised.
@@ -150,7 +150,7 @@ def negative_cosine(query: Tensor, positives: Tensor) -> Tensor:
 
 @full_precision
 def cross_correlation(query: Tensor, positives: Tensor, redundancy: float) -> Tensor:
-    """Barlow Twins' loss (arXiv 2103.03230, eq. 1 and 2) as a mean of one value per sample.
+    """Return Barlow Twins' loss (arXiv 2103.03230, eq. 1 and 2), one value per sample.
 
     The loss is a function of a matrix C that is a mean over the batch. To first order in what one
     sample adds to C, the loss is a mean of contributions: their mean over the batch has the value
@@ -164,11 +164,11 @@ def cross_correlation(query: Tensor, positives: Tensor, redundancy: float) -> Te
     Returns:
         (K, P) losses.
     """
-    columns = [_one(query, positive, redundancy) for positive in positives.unbind(dim=1)]
+    columns = [_per_sample(query, positive, redundancy) for positive in positives.unbind(dim=1)]
     return torch.stack(columns, dim=1)
 
 
-def _one(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
+def _per_sample(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
     first, second = _standardised(query), _standardised(positive)  # (K, D)
     identity = torch.eye(first.shape[1], device=first.device)
     with torch.no_grad():
@@ -184,24 +184,24 @@ def _one(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
 
 
 def _standardised(rows: Tensor) -> Tensor:
-    """Bring each column to mean 0 and variance 1 over the rows."""
+    """Standardise each column to mean 0 and variance 1 over the rows."""
     return F.batch_norm(rows, None, None, training=True)
 
 
 def soft_labels(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
-    """Spread each label (B,) over the classes: (B, C) float32 rows that sum to one.
+    """Return smoothed one-hot labels (B, C) of labels (B,), float32 rows that sum to one.
 
     Args:
         labels: (B,) int64.
         classes: C.
-        smoothing: Share that all classes have in equal parts (arXiv 1512.00567, section 7).
+        smoothing: Share that is spread evenly over all classes (arXiv 1512.00567, section 7).
     """
     return F.one_hot(labels, classes).float().mul_(1 - smoothing).add_(smoothing / classes)
 
 
 @full_precision
 def cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy of the softmax.
+    """Return the cross-entropy of the softmax.
 
     Args:
         logits: (K, C).
@@ -215,7 +215,7 @@ def cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
 
 @full_precision
 def binary_cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy of one sigmoid per class, the mean over classes (arXiv 2110.00476, section 3).
+    """Return the mean over classes of one sigmoid's cross-entropy (arXiv 2110.00476, section 3).
 
     Args:
         logits: (K, C).

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, the Mixer's own beside the encoder's."""
+"""Optimizers and learning-rate schedules of the encoder and of the Mixer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssl_samix.errors import ConfigError, check_choice, check_range
 
-MIXER = "mixing."  # prefix of what mixes
+MIXER = "mixing."  # parameter prefix of the mixing objective
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters: encoder, what of it is not decayed, and mixer.
+    """Return parameter groups: encoder with weight decay, encoder without it, and Mixer.
 
-    Matrices are decayed, biases and normalisation are not, nor is the mixer. lightly's LARS also
-    leaves groups without decay unscaled, as SimCLR and BYOL ask for.
+    Weight matrices have weight decay; biases, normalisation and the Mixer have none. lightly's LARS
+    also leaves groups without decay unscaled, as SimCLR and BYOL require.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     encoder = [p for name, p in trainable if not name.startswith(MIXER)]
@@ -40,52 +40,52 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-SHARED = "encoder"
-# The Mixer has 20,000 weights and no scale of its own in common with the encoder. Adam's second
-# moment decays fast because the teacher whose features it reads changes all the time.
-OWN: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+ENCODER_OPTIMIZER = "encoder"
+# The Mixer has 20,000 weights, and its gradients have another scale than the encoder's. Adam's
+# second moment decays fast because the teacher whose features it reads keeps changing.
+MIXER_OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}),
     "adam": (torch.optim.Adam, {"betas": (0.9, 0.99), "fused": True}),
     "sgd": (torch.optim.SGD, {"momentum": 0.0, "fused": True}),
 }
-CHOICES = (SHARED, *OWN)
-FINAL = 0.01  # share of the Mixer's learning rate that is left at the end of its cosine
+CHOICES = (ENCODER_OPTIMIZER, *MIXER_OPTIMIZERS)
+MIXER_FINAL_LR = 0.01  # factor on the Mixer's learning rate at the end of its cosine
 
 
 class MixerOptimizer:
-    """How the Mixer is optimised.
+    """Settings of the Mixer's optimizer.
 
     Args:
-        name: ``adamw`` or ``adam`` (no weight decay), ``sgd`` (no momentum, as OpenMixup has it):
-            the Mixer's own, without warm-up, with a cosine down to a hundredth; or ``encoder``: the
-            encoder's optimizer and schedule.
+        name: ``adamw`` or ``adam`` (no weight decay) or ``sgd`` (no momentum, as in OpenMixup): a
+            separate optimizer without warm-up, with a cosine decay to a hundredth; or ``encoder``:
+            the encoder's optimizer and schedule.
         lr: Learning rate; with ``encoder``, a factor on the encoder's.
 
     Raises:
         ConfigError: For an unknown name, or a rate that is not positive.
     """
 
-    def __init__(self, name: str = SHARED, lr: float = 1.0) -> None:
+    def __init__(self, name: str = ENCODER_OPTIMIZER, lr: float = 1.0) -> None:
         check_choice("mixup.optimizer", name, CHOICES)
         check_range("mixup.lr", lr, 1e-8)
         self.name, self.lr = name, lr
 
     @property
     def shared(self) -> bool:
-        """Whether the encoder's optimizer has the Mixer, too."""
-        return self.name == SHARED
+        """Whether the encoder's optimizer also updates the Mixer."""
+        return self.name == ENCODER_OPTIMIZER
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """Build the Mixer's own optimizer for these groups of parameters."""
-        kind, settings = OWN[self.name]
+        """Build the Mixer's separate optimizer for these parameter groups."""
+        kind, settings = MIXER_OPTIMIZERS[self.name]
         return kind(groups, lr=self.lr, **settings)  # type: ignore[call-arg]
 
 
 class JointOptimizer(Optimizer):
-    """Steps several optimizers, each with parameters of its own, as if they were one.
+    """Steps several optimizers with disjoint parameters as if they were one.
 
-    Groups and state are theirs, in their order: schedules, gradient scalers, clipping and
-    checkpoints see one optimizer.
+    It shares their parameter groups and state, in their order: schedules, gradient scalers,
+    clipping and checkpoints see one optimizer.
 
     Args:
         parts: The optimizers; they have not stepped yet.
@@ -97,19 +97,19 @@ class JointOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts have the very groups and the very state that this one has."""
+        """Make the parts refer to this optimizer's groups and state (the same objects)."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state, for the parts as well."""
+        """Load groups and state, also into the parts."""
         super().load_state_dict(state_dict)
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step each part; ``closure`` is called once, before."""
+        """Step each part; ``closure`` is called once, before them."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -123,7 +123,7 @@ REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02
 
 
 class OptimizerRecipe:
-    """Builds an optimizer with linear warm-up and a cosine decay per step.
+    """Builds an optimizer with linear warm-up and cosine decay per step.
 
     Args:
         optimizer: An optimizer's class, called as ``optimizer(groups, lr=...)``.
@@ -171,17 +171,17 @@ class OptimizerRecipe:
         steps_per_epoch: int,
         mixer: MixerOptimizer | None = None,
     ) -> dict[str, Any]:
-        """Return Lightning's dict of the optimizer and its schedule over ``total_steps``.
+        """Return Lightning's dictionary of the optimizer and its schedule over ``total_steps``.
 
         Args:
             module: Whose parameters are optimised.
             batch_size: Images per optimizer step, over all devices.
             total_steps: Optimizer steps of the whole run.
             steps_per_epoch: Optimizer steps of an epoch.
-            mixer: How the mixer's parameters are optimised; None: as the encoder's.
+            mixer: Settings of the Mixer's optimizer; None: the encoder's optimizer.
 
         Raises:
-            ConfigError: If the optimizer refuses its settings.
+            ConfigError: If the optimizer rejects its settings.
         """
         mixer = mixer or MixerOptimizer()
         lr = self.scaled_lr(batch_size)
@@ -194,11 +194,11 @@ class OptimizerRecipe:
         try:
             parts = [self.optimizer(shared, lr=lr)] if shared else []  # or the encoder is frozen
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"the optimizer refuses its settings: {error}") from error
+            raise ConfigError(f"the optimizer rejects its settings: {error}") from error
         schedules = [cosine(total_steps, self.final, warmup) for _ in shared]
         if own:
             parts.append(mixer.build(own))
-            schedules += [cosine(total_steps, FINAL) for _ in own]
+            schedules += [cosine(total_steps, MIXER_FINAL_LR) for _ in own]
         optimizer = parts[0] if len(parts) == 1 else JointOptimizer(parts)
         schedule = LambdaLR(optimizer, schedules)
         return {
@@ -208,10 +208,10 @@ class OptimizerRecipe:
 
 
 def cosine(total_steps: int, final: float, warmup: int = 0) -> Callable[[int], float]:
-    """Return the factor on a learning rate as a function of the step.
+    """Return a function of the step: the factor on the learning rate.
 
-    A function, not lightly's scheduler object: that one restores the length of the interrupted run
-    from a checkpoint, so that a run could not be prolonged.
+    A function, not lightly's scheduler object, which restores the length of the interrupted run
+    from a checkpoint: a resumed run could not be made longer.
 
     Args:
         total_steps: Where the cosine ends.

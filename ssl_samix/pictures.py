@@ -1,4 +1,4 @@
-"""Rows of image tiles as one picture, and how it is written.
+"""Pictures of image grids and confusion matrices, and writing them as PNG files.
 
 Legend: K images, S image side in px.
 """
@@ -17,16 +17,16 @@ from torch import Tensor
 from ssl_samix.files import write_atomically
 
 Channels = tuple[float, float, float]
-LARGEST = 128  # px, up to which a small image is enlarged
+MAX_TILE = 128  # px, up to which a small image is enlarged
 GAP, MARGIN = 4, 12  # px between tiles, and around all of them
 FONT, LINE = 14, 18  # px, size of the text and height of a line
-PAPER, INK = (236, 232, 222), (40, 40, 40)  # a paper on which black, grey and white stand out
+PAPER, INK = (236, 232, 222), (40, 40, 40)  # background unlike black, grey and white; text
 
 
 def paint(
     header: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Paint rows of tiles under a header, small ones enlarged by a whole factor.
+    """Return a picture of rows of tiles under a header, small ones enlarged by a whole factor.
 
     Args:
         header: A name for each column; it may have several lines.
@@ -34,7 +34,7 @@ def paint(
         captions: A text to the left of each row; none if it is empty.
     """
     font = ImageFont.load_default(FONT)
-    factor = max(1, LARGEST // rows[0][0].shape[-1])
+    factor = max(1, MAX_TILE // rows[0][0].shape[-1])
     side = factor * rows[0][0].shape[-1]
     lines = [line for caption in captions for line in caption.splitlines()]
     left = MARGIN + math.ceil(max((font.getlength(line) + MARGIN for line in lines), default=0))
@@ -58,14 +58,14 @@ def paint(
 
 
 def colours(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """Turn normalised images (K, 3, S, S) back into pixels, uint8 on the CPU."""
+    """Return normalised images (K, 3, S, S) as pixels, uint8 on the CPU."""
     images = images.float().cpu()
     shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     return _bytes(images * scale + shift)
 
 
 def greys(masks: Tensor) -> Tensor:
-    """Turn masks (K, 1, S, S) into pixels, uint8 on the CPU: white is the partner."""
+    """Return masks (K, 1, S, S) as pixels, uint8 on the CPU: white is the partner."""
     return _bytes(masks.float().cpu())
 
 
@@ -74,7 +74,7 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture, whole or not at all, and make its folder if there is none.
+    """Write a picture atomically, and make its folder if it does not exist.
 
     Raises:
         UserError: If it cannot be written.

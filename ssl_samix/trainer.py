@@ -1,4 +1,4 @@
-"""PyTorch Lightning's trainer with what the hardware offers: precision, layout, compilation."""
+"""PyTorch Lightning's trainer, and the choice of precision, memory layout and compilation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PACKAGES = (
 
 
 def record_start(path: Path, precision: str) -> None:
-    """Append what a run is started, or resumed, with to the list in a JSON file.
+    """Append the environment of a start or resume to the list in a JSON file.
 
     Args:
         path: The file.
-        precision: That the trainer has chosen; the configuration may say ``auto``.
+        precision: The precision in use; the configuration may say ``auto``.
     """
     starts = json.loads(path.read_text("utf-8")) if path.exists() else []
     text = json.dumps([*starts, {**describe_environment(), "precision": precision}], indent=2)
@@ -40,7 +40,7 @@ def record_start(path: Path, precision: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return package versions, git revision of the package's checkout, system and command."""
+    """Return package versions, the git revision of the package, system and command."""
     import torch
 
     return {
@@ -79,9 +79,9 @@ PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")  # weights are 
 
 
 def choose_precision(accelerator: str = "auto") -> str:
-    """Return the fastest precision that the hardware has units for.
+    """Return the fastest precision that the hardware supports natively.
 
-    On a CPU without bfloat16 instructions autocast would be slower than float32, by far.
+    On a CPU without bfloat16 instructions autocast would be far slower than float32.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
@@ -93,7 +93,7 @@ def choose_precision(accelerator: str = "auto") -> str:
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Return the faster layout that is safe for the module: channels_last, or contiguous."""
+    """Return the faster memory format that is safe for the module: channels_last or contiguous."""
     return torch.contiguous_format if breaks_in_channels_last(module) else torch.channels_last
 
 
@@ -114,12 +114,12 @@ def build_trainer(
         accelerator: Lightning's.
         devices: Lightning's.
         sync_batchnorm: true, false or ``auto``.
-        wants_sync_batchnorm: What ``auto`` means for this method; only GPUs can do it.
+        wants_sync_batchnorm: What ``auto`` means for this method; GPUs only.
         compile: Checked here; ``compiling.compile_if_wanted`` does it.
         **arguments: Further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
-        ConfigError: If Lightning does not know the settings, or the hardware is not there.
+        ConfigError: If Lightning rejects the settings, or the hardware is missing.
     """
     quieten()
     check_range("trainer.max_epochs", arguments["max_epochs"], 1, MOST_EPOCHS)
@@ -149,7 +149,7 @@ def build_trainer(
     except (
         ValueError,
         TypeError,
-        RuntimeError,  # as for SLURM's variables that do not fit
+        RuntimeError,  # such as for inconsistent SLURM variables
         pl.utilities.exceptions.MisconfigurationException,
     ) as error:
         reason = str(error).strip().splitlines()[0]
@@ -157,7 +157,7 @@ def build_trainer(
 
 
 def quieten() -> None:
-    """Keep Lightning's hints off the screen: what a user needs is said once, by this package."""
+    """Silence Lightning's hints; this package prints what a user needs."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\..*")
@@ -170,7 +170,7 @@ CHOICES = ("true", "false", "auto", "reduce-overhead")
 
 
 def check_setting(setting: bool | str) -> str:
-    """Return ``trainer.compile`` as one of ``CHOICES``.
+    """Return ``trainer.compile`` as one of ``CHOICES``, from its YAML value.
 
     Raises:
         ConfigError: For another value.
@@ -181,12 +181,12 @@ def check_setting(setting: bool | str) -> str:
 
 
 def compile_if_wanted(module: nn.Module, setting: bool | str, device: torch.device) -> bool:
-    """Compile a method's passes if that is wanted and works here; else say why not, once.
+    """Compile a method's forward passes if requested and possible; else warn once with the reason.
 
     Args:
         module: A method, with ``compile_passes``.
         setting: ``true``, ``false``, ``auto`` (true on CUDA) or ``reduce-overhead`` (CUDA graphs).
-        device: What it runs on.
+        device: The device that it runs on.
 
     Returns:
         Whether it was compiled.
@@ -199,19 +199,19 @@ def compile_if_wanted(module: nn.Module, setting: bool | str, device: torch.devi
         return False
     reason = _obstacle(module, device)
     if reason is not None:
-        _log.warning("trainer.compile=%s: %s; the run goes on without", word, reason)
+        _log.warning("trainer.compile=%s: %s; continuing without it", word, reason)
         return False
     module.compile_passes(mode="reduce-overhead" if word == "reduce-overhead" else None)  # type: ignore[operator]
     return True
 
 
 def _obstacle(module: nn.Module, device: torch.device) -> str | None:
-    """Say what keeps the module from being compiled on the device; None if nothing does."""
+    """Return why the module cannot be compiled on the device; None if it can."""
     if device.type == "cpu" and breaks_in_channels_last(module):
-        # The compiler lays convolutions out as it likes, and this layout corrupts memory.
+        # The compiler chooses the memory layout itself, and channels_last corrupts memory here.
         return "a network as narrow as this one is not safe in the layout that the compiler chooses"
     if any(getattr(part, "checkpointing", False) for part in module.modules()):
-        return "it does not go together with backbone.checkpointing"
+        return "it cannot be combined with backbone.checkpointing"
     try:
         torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError) as error:  # a compiler or Triton is missing

@@ -1,4 +1,4 @@
-"""The few shapes that travel between rooms, and the two contracts: method and mixer.
+"""Data classes that packages exchange, and two interfaces: ``Method`` and ``MixingPolicy``.
 
 Legend: B images on this rank, S image side, D embedding width, C channels of a feature map,
 h and w its sides.
@@ -24,7 +24,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone gives: feature maps by stage, and the pooled representation."""
+    """Output of a backbone: feature maps by stage, and pooled features."""
 
     maps: dict[int, Tensor]  # stage (1, 2, ...) -> (B, C, h, w)
     pooled: Tensor  # (B, feature_dim)
@@ -32,7 +32,7 @@ class Features:
 
 @dataclass(frozen=True)
 class MapSpec:
-    """What a backbone states about the feature maps of one stage."""
+    """Channels and stride of one stage's feature maps."""
 
     channels: int
     stride: int  # pixels of the image per position of the map
@@ -40,9 +40,9 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Who is mixed with whom, and how much; drawn once, indexes images, maps and targets alike.
+    """Partners and ratios of a batch's mixtures; drawn once, for images, maps and targets alike.
 
-    K of the B images are mixed; K = B unless a share of the batch stays plain.
+    K of the B images are mixed; K = B unless only a fraction of the batch is mixed.
     """
 
     lam: Tensor  # (K,) float in [0, 1], the share of the image itself
@@ -51,7 +51,7 @@ class MixPlan:
 
     @property
     def parents(self) -> Tensor:
-        """The two rows that each mixture is made of, (K, 2)."""
+        """Rows of both parents of each mixture, (K, 2)."""
         return torch.stack([self.rows, self.partner], dim=1)
 
 
@@ -60,35 +60,35 @@ class Mixed:
     """Mixed images and how they were mixed."""
 
     images: Tensor  # (K, 3, S, S)
-    partner: Tensor  # (K,) int64, whom each was mixed with
-    lam: Tensor  # (K,) the ratio that the loss uses, the share of the image itself
+    partner: Tensor  # (K,) int64, row of each mixture's partner
+    lam: Tensor  # (K,) weight of the image itself in the loss
     mask: Tensor  # (K, 1, S, S) in [0, 1], the share of the partner in each pixel
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an objective makes of a batch."""
+    """Losses and logged values of one batch."""
 
-    losses: dict[str, Tensor]  # scalars, summed to what is minimised
+    losses: dict[str, Tensor]  # scalars; their sum is minimised
     logs: dict[str, Tensor]  # scalars without gradient
 
 
 class StagedBackbone(Protocol):
-    """A backbone, as far as mixing is concerned."""
+    """The part of a backbone's interface that mixing uses."""
 
     def map_spec(self, stage: int) -> MapSpec:
-        """State a stage's feature map, or raise ``ConfigError`` if there is no such stage."""
+        """Return a stage's channels and stride; raise ``ConfigError`` if there is no such stage."""
 
 
 class Method(Protocol):
-    """What a method gives to whoever wants to learn from other images than the plain views.
+    """Interface of a method: what a mixing objective needs to train on mixtures.
 
-    Embeddings are unit rows, but for a method whose criterion reads their lengths.
+    Embeddings are L2-normalised, unless the method's criterion depends on their norm.
     """
 
     directions: tuple[tuple[int, int], ...]  # (query view, key view) of each term of its own loss
-    keeps_plain_views: bool  # beside mixtures, where the configuration leaves it to the method
-    mixer_weights: tuple[float, float]  # of a Mixer's local and global term, likewise
+    keeps_plain_views: bool  # what ``placement=auto`` means
+    mixer_weights: tuple[float, float]  # defaults of ``local_weight`` and ``eta``
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of the plain views, (B,)."""
@@ -97,35 +97,36 @@ class Method(Protocol):
         """Embed (B, 3, S, S) with the online branch, with gradient, to (B, D)."""
 
     def mixed_query(self, images: Tensor) -> Tensor:
-        """Embed mixtures that come beside plain views: as ``query``, if it has one head for both.
+        """Embed mixtures that are used beside plain views; equals ``query`` if there is one head.
 
-        ``frozen_query`` is this one's frozen twin.
+        ``frozen_query`` is the same through the frozen teacher.
         """
 
     def keys(self, images: Tensor) -> Tensor:
-        """Embed what its own loss compares queries with, (B, D), with gradient where it has one."""
+        """Embed images to the keys (B, D) of the method's own loss, with gradient if it has one."""
 
     def targets(self, images: Tensor) -> Tensor:
-        """Embed (B, 3, S, S) as ``keys``, no gradient, to (B, D)."""
+        """Embed (B, 3, S, S) to (B, D) as ``keys`` does, without gradient."""
 
     def maps(self, images: Tensor, stage: int, source: str) -> Tensor:
-        """Return a stage's feature maps (B, C, h, w), no gradient.
+        """Return a stage's feature maps (B, C, h, w), without gradient.
 
         Args:
             images: (B, 3, S, S), plain views.
             stage: Of the backbone.
-            source: ``teacher``, or ``online``: of whichever pass has seen these images already.
+            source: ``teacher``, or ``online``: from a forward pass of these images that was made
+                anyway.
         """
 
     def frozen_query(self, images: Tensor) -> Tensor:
-        """Embed (B, 3, S, S) with the frozen teacher to (B, D); gradient to the images only."""
+        """Embed (B, 3, S, S) to (B, D) with the frozen teacher; gradient to the images only."""
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Compare each query with each of its parents, by the method's own criterion.
+        """Return the method's loss between each query and each of its parents.
 
         Args:
             query: (K, D), of the online or the frozen branch.
-            target: (B, D), what ``targets`` or ``keys`` gave for this rank's images.
+            target: (B, D), what ``targets`` or ``keys`` returned for this rank's images.
             parents: (K, P) int64, the rows of ``target`` that query k is made of: one for a plain
                 view, two for a mixture. No parent of a query is among its negatives.
 
@@ -134,16 +135,16 @@ class Method(Protocol):
         """
 
     def contrast(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Like ``pair_loss``, with negatives in any case: what tells a mixture from all others."""
+        """Return a contrastive loss (K, P), even if ``pair_loss`` has no negatives."""
 
     def likeness(
         self, query: Tensor, target: Tensor, parents: Tensor, temperature: float
     ) -> Tensor:
-        """Say how like each query is to each of its parents, as logits (K, P)."""
+        """Return the similarity of each query to each of its parents, as logits (K, P)."""
 
 
 class MixingPolicy(Protocol):
-    """Tensors in, tensors out; a policy has never heard of a queue or a label."""
+    """Interface of a mixing policy; it depends on neither the queue nor labels."""
 
     needs_maps: bool
 

@@ -97,7 +97,7 @@ def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
     out = tmp_path / "out, too"
     samix_here("pretrain", *words, "trainer.max_epochs=1", f"out={out}", cwd=tmp_path)
     again = samix_here("pretrain", f"resume={out}", cwd=tmp_path)
-    assert f"{out}, continued from last.ckpt" in again
+    assert f"{out}, resumed from last.ckpt" in again
 
 
 def test_a_mistake_is_told_before_heavy_imports(tmp_path):
@@ -137,7 +137,7 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "seed=0,1"], "seed has several values: a list is seed=[0,1], --multirun"),
         (["pretrain", "data.workers=-1"], "data.workers"),
         (["pretrain", "seed=-1"], "seed"),
-        (["pretrain", "optimizer.optimizer.momentum=-1"], "the optimizer refuses"),
+        (["pretrain", "optimizer.optimizer.momentum=-1"], "the optimizer rejects"),
         (["pretrain", "trainer.precision=bf16-true"], "trainer.precision"),
         (["pretrain", "trainer.max_epochs=0"], "max_epochs"),
         (["pretrain", "trainer.gradient_clip_val=-1"], "must be a number at least 0, got -1"),

@@ -250,7 +250,7 @@ def test_names_that_are_no_text(photos, embedded, run, tmp_path):
         ([], "embed needs an encoder: run=<run folder"),
         (["run=nowhere"], "run=nowhere does not exist"),
         (["run={run}", "image=x"], "unknown key 'image': did you mean 'images'"),
-        (["run={run}", "images=nowhere"], "images=nowhere is no folder"),
+        (["run={run}", "images=nowhere"], "images=nowhere is not a folder"),
         (["run={run}", "images=empty"], "no image found under images="),
         (["run={run}", "images=damaged"], "none of 2 images can be read: repair"),
         (["run={run}", "images=one", "out=full"], "out=full holds features already"),
@@ -303,4 +303,4 @@ def test_a_mistake_is_told_before_heavy_imports(run, tmp_path):
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert shown.stdout.startswith("False images=nowhere is no folder")
+    assert shown.stdout.startswith("False images=nowhere is not a folder")

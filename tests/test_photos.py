@@ -92,7 +92,7 @@ def test_a_renamed_class_stops_a_resume(fails, tmp_path, monkeypatch):
         classes(tmp_path / "set" / split, ("bee", "cat", "dog"))
     words = ["supervised", "data=folder", "data.root=set", *TINY, "out=run"]
     printed = samix_here(*words, cwd=tmp_path)
-    assert lines(printed, "data") == ["folder: 18 images at 8 px, 3 classes, which teach"]
+    assert lines(printed, "data") == ["folder: 18 images at 8 px, 3 classes, for training"]
     assert lines(printed, "note") == [
         "the training and validation images are those in Train/ and Test/"
     ]

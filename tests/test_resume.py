@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, name, how, tmp_pa
     assert kept < 12, "the run was over before it was interrupted"
     again = "resume=run" if how == signal.SIGTERM else "out=run"
     arguments = [words[0], again] if how == signal.SIGTERM else [*words, again]
-    assert "continued from last.ckpt" in finish(start(tmp_path, *arguments))
+    assert "resumed from last.ckpt" in finish(start(tmp_path, *arguments))
     assert rows(run) == rows(whole)
     ours, theirs = (torch.load(r / "last.ckpt", weights_only=True) for r in (run, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()

@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_is_read_from_its_checkpoint(run, tmp_path):
         (["run={run}", "seed=-1"], "seed must be"),
         (["run={run}", "out=picture.jpg"], "ends in .png"),
         (["run={run}", "out=/dev/null/a.png"], "cannot write /dev/null/a.png"),
-        (["run={run}", "images=nowhere"], "images=nowhere is no folder"),
+        (["run={run}", "images=nowhere"], "images=nowhere is not a folder"),
         (["run={run}", "images=empty"], "no image found under images="),
         (["run={run}", "images=one"], "images=one holds one image"),
         (["run={run}", "images=damaged"], "of 2 images 1 can be read: repair"),

@@ -281,10 +281,10 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_pa
     torch.save(checkpoint, good.out / "last.ckpt")
     before = (good.out / "last.ckpt").read_bytes()
     with pytest.raises(
-        ssl_samix.UserError, match=r"loss of step 8 was no number, at learning"
+        ssl_samix.UserError, match=r"loss became NaN or infinite at step 8, at learning"
     ) as e:
         ssl_samix.train_supervised(resume=good.out, **{"trainer.max_epochs": 4})
-    assert "last.ckpt holds the last whole epoch" in str(e.value)
+    assert "last.ckpt holds the last complete epoch" in str(e.value)
     assert (good.out / "last.ckpt").read_bytes() == before, "it was overwritten"
 
 

@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_as_the_uninterrupted_one(folder):
     run = folder / "run"
     interrupt_after(start(folder, *words, "out=run"), run, 1, signal.SIGKILL)
     assert len(rows(run)) < 5, "the run was over before it was interrupted"
-    assert "continued from last.ckpt" in finish(start(folder, *words, "out=run"))
+    assert "resumed from last.ckpt" in finish(start(folder, *words, "out=run"))
     assert rows(run) == rows(folder / "whole")
     ours, theirs = (
         torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"]
@@ -102,7 +102,7 @@ def test_bad_input_is_one_sentence(folder, fails):
     assert "data.root is given 2 times: put a pattern with braces in quotes" in twice
     whole = (shards / "train-003.tar").read_bytes()
     (shards / "train-003.tar").write_bytes(whole[:3000])
-    assert "train-003.tar is truncated or no uncompressed tar file" in said(shards)
+    assert "train-003.tar is truncated or not an uncompressed tar file" in said(shards)
     (folder / "b.tar").write_bytes(bytes(10240))
     assert "no image in the 1 shards" in said(folder / "b.tar")
     assert "unknown key" in said(shards, "data.rot=x")

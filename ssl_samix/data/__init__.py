@@ -1,1 +1,1 @@
-"""Data sets, views and the data module; importing this package alone does not import torch."""
+"""Data sets, views and the data module; importing only this package does not import torch."""

@@ -1,4 +1,4 @@
-"""The user's cache folder: what took long to find out, and may be deleted at any time."""
+"""The user's cache folder: results that are slow to compute; may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def cache_folder() -> Path:
 
 
 def digest(*parts: str) -> str:
-    """Return 32 hexadecimal digits for a key of any characters."""
-    text = json.dumps(parts)  # ASCII, also of file names that are no UTF-8
+    """Return a hash of 32 hexadecimal digits of a key."""
+    text = json.dumps(parts)  # ASCII, also for file names that are not UTF-8
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def load(path: Path) -> Any:
-    """Return what ``store`` wrote; None if it is not there or damaged."""
+    """Return the content that ``store`` wrote; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -41,15 +41,15 @@ def load(path: Path) -> Any:
 
 
 def store(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, whole or not at all.
+    """Write ``content`` as JSON, atomically.
 
-    A cache that cannot be written is no mistake, and what another process is writing at this
-    moment is the same.
+    Errors are ignored: a run works without the cache, and another process that is writing the file
+    writes the same content.
     """
     from filelock import FileLock
 
     data = json.dumps(content, separators=(",", ":")).encode()
-    # filelock: OSError also for a lock that is taken, NotImplementedError on some network disks
+    # filelock: OSError also for a lock that is held, NotImplementedError on some network disks
     with suppress(OSError, UserError, NotImplementedError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=0):

@@ -1,6 +1,6 @@
-"""From a data set to batches of views on the device.
+"""The Lightning data module: batches of views on the device.
 
-The order and the randomness of a step depend on its number alone.
+Images and random numbers of a batch depend on seed, step and rank only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ssl_samix.types import Batch
 
 
 class PerImageViews(Protocol):
-    """Draws the views of one image in a worker process."""
+    """Interface of a callable that draws the views of one image in a worker process."""
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Map uint8 (3, h, w) to uint8 (V, 3, S, S)."""
+        """Return the views (V, 3, S, S) of an image (3, h, w), both uint8."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Mix run seed, step and rank into a seed for torch (splitmix64's finaliser)."""
+    """Return a seed for torch, mixed from run seed, step and rank (splitmix64's finaliser)."""
     mixed = (
         seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     ) % 2**64
@@ -40,16 +40,16 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 class StepSampler(Sampler[tuple[int, list[int]]]):
-    """Yields (step, indices of this rank's part of that step's batch); drops the ragged end.
+    """Yields (step, indices of this rank's part of the batch); drops the last, incomplete batch.
 
-    The shuffled order comes from seed and epoch, and a global batch is the same whatever the number
-    of ranks; no index appears twice in an epoch. Lightning calls ``set_epoch``.
+    The order follows from seed and epoch, and a global batch is the same for any number of ranks;
+    no index appears twice in an epoch. Lightning calls ``set_epoch``.
 
     Args:
         size: N images.
         batch_size: Images per step, over all ranks.
-        seed: Of the run.
-        rank: Of this process.
+        seed: Seed of the run.
+        rank: Rank of this process.
         ranks: Number of processes.
         order: Maps a generator to the indices of an epoch, (N,) int64; a shuffle of all if None.
     """
@@ -69,7 +69,7 @@ class StepSampler(Sampler[tuple[int, list[int]]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -88,11 +88,11 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
     """Reads the batch of one step: pixels, labels, indices and the step.
 
     Args:
-        images: Where they come from.
+        images: The data set.
         views: Draws the views per image here, in the worker, from each image's own pixels;
-            None leaves them to the device, on fitted images.
-        seed: Of the run.
-        rank: Of this process.
+            None: views are drawn on the device, from fitted images.
+        seed: Seed of the run.
+        rank: Rank of this process.
     """
 
     def __init__(self, images: ImageSet, views: PerImageViews | None, seed: int, rank: int) -> None:
@@ -113,10 +113,10 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader that asks its sampler for nothing before its first batch is asked for.
+    """A DataLoader that does not call its sampler before the first batch is requested.
 
-    Lightning makes the iterator of a resumed run before it calls ``set_epoch``, and workers would
-    have begun to read the batches of epoch 0 by then.
+    Lightning creates the iterator of a resumed run before it calls ``set_epoch``; workers would
+    already be reading the batches of epoch 0.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -124,7 +124,7 @@ class StepLoader(DataLoader[Any]):
 
 
 class StepData(pl.LightningDataModule):
-    """Images of which every step's views are drawn on the device, from its number alone."""
+    """Base of both data modules: draws the views on the device, seeded by run seed and step."""
 
     images: ImageSet
     views: ViewMaker
@@ -133,7 +133,7 @@ class StepData(pl.LightningDataModule):
     def loader(
         self, sampler: Sampler[tuple[int, list[int]]], workers: int, rank: int = 0
     ) -> DataLoader[Any]:
-        """Return the loader of the batches that a sampler names."""
+        """Return the loader of the batches that a sampler yields."""
         return StepLoader(
             StepReader(self.images, self.views.per_image, self.seed, rank),
             sampler=sampler,
@@ -144,11 +144,11 @@ class StepData(pl.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Draw the views on the device."""
+        """Draw the views on the device; random numbers are seeded by run seed and step."""
         pixels, label, index, step = batch
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        # All that is drawn in this step (views, lam, partners, dropout) follows from here, so that
-        # a resumed run draws what the uninterrupted one would have drawn.
+        # Seeds all random numbers of this step (views, lam, partners, dropout), so that a resumed
+        # run draws the same ones as an uninterrupted run.
         torch.manual_seed(step_seed(self.seed, int(step), rank))
         return Batch(views=self.views(pixels), label=label, index=index)
 
@@ -157,16 +157,16 @@ class DataModule(StepData):
     """The images of one run.
 
     Args:
-        views: Of which views a batch consists.
-        seed: Of the run: orders and views derive from it and from the step.
+        views: Settings of the views that a batch consists of.
+        seed: Seed of the run; orders and views derive from it and from the step.
         batch_size: Images per step, over all devices.
-        flip: Whether a mirrored image still shows the same thing.
-        crop_min: Smallest area of a crop that still shows it, if more than the method's views have.
-        workers: Processes that decode images, or ``auto``; none when all is in memory.
-        **data: Which images, as ``load_splits`` takes them.
+        flip: Whether views may be mirrored.
+        crop_min: Smallest area of a crop, if larger than that of the method's views.
+        workers: Processes that decode images, or ``auto``: none if all images are in memory.
+        **data: The images, as arguments of ``load_splits``.
 
     Raises:
-        DataError: As ``load_splits`` does, and for a batch that data or devices cannot fill.
+        DataError: As ``load_splits``, and for a batch size that does not fit data or devices.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class DataModule(StepData):
 
     @property
     def in_memory(self) -> bool:
-        """Whether loading a batch is a memory look-up."""
+        """Whether all images are in memory."""
         return isinstance(self.images, MemoryImages)
 
     def worker_count(self, ranks: int = 1) -> int:
@@ -219,7 +219,7 @@ class DataModule(StepData):
         return max(1, min(16, (os.cpu_count() or 1) // ranks))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this rank's part of every step."""
+        """Return the loader of this rank's part of each batch."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         if self.batch_size % ranks or self.batch_size // ranks < 2:
@@ -232,7 +232,7 @@ class DataModule(StepData):
         return self.loader(sampler, self.worker_count(ranks), rank)
 
 
-# Random crops and flips, nothing else: what frozen probes and fine-tuning have in every paper.
+# Random crops and flips only: the usual augmentation of frozen probes and fine-tuning.
 CROP_AND_FLIP = ViewSpec(
     crop_min=0.08, jitter=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
     grayscale=0.0, blur=0.0, solarize=0.0,
@@ -240,14 +240,14 @@ CROP_AND_FLIP = ViewSpec(
 
 
 class LabelledData(StepData):
-    """Some of a data set's images, with one augmented view and the label of each.
+    """A subset of a data set's images, with one augmented view and the label of each.
 
     Args:
         images: The data set.
-        picks: Which of its images.
-        spec: The recipe of the view, already scaled to the images.
-        mean: Of the normalisation, per channel.
-        std: Likewise.
+        picks: Indices of the images.
+        spec: Settings of the view, already scaled to the images.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
         batch_size: Images per step; a smaller set is one batch.
         seed: Orders and views derive from it and from the step.
         workers: Processes that decode images.

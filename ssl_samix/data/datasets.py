@@ -1,4 +1,4 @@
-"""The data sets: name -> how it is read, its statistics and its image size; and their splits."""
+"""Data sets: reader, statistics and image size of each by name, and their splits."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ssl_samix.errors import DataError, check_range
 _log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
 
-IN_MEMORY_UP_TO = 96  # px; larger sets are decoded on demand, crops then see the full picture
-_SPLIT_SEED = 0  # of held-out images and limits: the same for every run, whatever its own seed
+IN_MEMORY_UP_TO = 96  # px; larger images are decoded on demand, and cropped from the full picture
+_SPLIT_SEED = 0  # of held-out images and limits; independent of a run's own seed
 _SMALLEST = 8  # px
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -43,12 +43,12 @@ _STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """What a reader is asked for."""
+    """Arguments of a reader."""
 
-    root: Path  # as torchvision means it: the folder above the data set's own
-    download: bool  # torchvision may fetch what is missing
-    labels: bool | str  # whether sub-folders or .cls members are classes
-    given: str = ""  # data.root as it was given: a pattern or a URL is no path
+    root: Path  # torchvision's root: the parent of the data set's own folder
+    download: bool  # torchvision may download what is missing
+    labels: bool | str  # whether sub-folders or .cls members are classes, or auto
+    given: str = ""  # data.root as given; may be a pattern or a URL
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Parts:
 
     train: Part
     val: Part | None
-    classes: tuple[str, ...]  # empty when unlabelled
+    classes: tuple[str, ...]  # empty if unlabelled
     bank: Part | None = None  # labelled images beside an unlabelled train split
-    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
+    notes: tuple[str, ...] = ()  # which folders are splits or classes, and what is left out
 
 
 def read_digits(request: ReadRequest) -> Parts:
@@ -89,7 +89,7 @@ def read_stl10(request: ReadRequest) -> Parts:
 
     class Verified(STL10):
         def _check_integrity(self) -> bool:
-            return True  # 3 GB were hashed for the first split
+            return True  # already verified: hashing 3 GB again is slow
 
     with _sound("stl10", request):
         train = STL10(request.root, split="unlabeled", download=request.download)
@@ -145,7 +145,7 @@ def read_imagenet(request: ReadRequest) -> Parts:
 
 
 def read_folder(request: ReadRequest) -> Parts:
-    """Read a person's own folder, see ``ssl_samix.data.folder``."""
+    """Read a folder of images, see ``ssl_samix.data.folder``."""
     index = scan(request.root, request.labels)
     val = _files(index.val) if index.val else None
     return Parts(_files(index.train), val, index.classes, notes=index.notes)
@@ -177,7 +177,7 @@ def _cifar(kind: str, request: ReadRequest) -> Parts:
 def _array(
     pixels: np.ndarray[Any, Any], labels: Sequence[int] | np.ndarray[Any, Any], title: str
 ) -> Part:
-    """Join (N, h, w[, 3]) pixels and N labels."""
+    """Return a split from (N, h, w[, 3]) pixels and N labels."""
     if len(pixels) != len(labels):
         raise ValueError(f"{len(pixels)} images and {len(labels)} labels")
     source = ArraySource(pixels, title, range(len(pixels)))
@@ -199,12 +199,12 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _sound(name: str, request: ReadRequest) -> Iterator[None]:
-    """Turn whatever a damaged or unreachable data set raises into one sentence."""
+    """Convert exceptions of a damaged or unreachable data set into ``DataError``."""
     try:
         yield
     except (
-        OSError,  # also no connection
-        RuntimeError,  # torchvision's wrong checksum
+        OSError,  # includes connection errors
+        RuntimeError,  # torchvision: wrong checksum
         EOFError,
         LookupError,
         ValueError,
@@ -224,13 +224,13 @@ def _sound(name: str, request: ReadRequest) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the table."""
+    """Reader, statistics and image size of a data set."""
 
     read: Callable[[ReadRequest], Parts]
     mean: Channels = _IMAGENET_MEAN  # per channel, of pixels in 0..1
     std: Channels = _IMAGENET_STD
     image_size: int | None = None  # px when set to auto; None: from the files
-    hold_out: float = 0.0  # share of train that is validation where the set has none of its own
+    hold_out: float = 0.0  # share of train that becomes validation if the set has none
 
 
 SPECS: dict[str, Spec] = {
@@ -240,7 +240,7 @@ SPECS: dict[str, Spec] = {
     ),
     "folder": Spec(read_folder, hold_out=0.1),
     "webdataset": Spec(read_webdataset, hold_out=0.1),
-    # the usual ones: per channel over all pixels of the training images
+    # the usual values: per channel over all pixels of the training images
     "cifar10": Spec(
         partial(_cifar, "CIFAR10"),
         *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32),
@@ -250,7 +250,7 @@ SPECS: dict[str, Spec] = {
         *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32),
     ),
     "stl10": Spec(read_stl10, image_size=96),
-    # the usual ones, over all pixels of the 60,000 training images at their own 28 px
+    # the usual values, over all pixels of the 60,000 training images at 28 px
     "fashion_mnist": Spec(
         read_fashion_mnist, (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530), 32
     ),
@@ -263,14 +263,14 @@ SPECS: dict[str, Spec] = {
 class Splits:
     """A data set, ready for training and evaluation."""
 
-    train: ImageSet  # what is pretrained on; labels may be -1
+    train: ImageSet  # training images; labels may be -1
     bank: ImageSet | None  # labelled images for nearest neighbours: train if labelled
     val: ImageSet | None  # labelled validation images
-    classes: tuple[str, ...]  # empty when unlabelled, as bank and val are None then
+    classes: tuple[str, ...]  # empty if unlabelled; bank and val are None then
     mean: Channels  # per channel, of pixels in 0..1
     std: Channels
     image_size: int  # S in pixels
-    notes: tuple[str, ...] = ()  # sentences on what was taken for what, and what was left out
+    notes: tuple[str, ...] = ()  # which folders are splits or classes, and what is left out
 
 
 def load_splits(
@@ -284,14 +284,14 @@ def load_splits(
     memory_gb: float = 4.0,
     labelled: bool = False,
 ) -> Splits:
-    """Read a data set by name.
+    """Return the splits of a data set, by its name.
 
     A split is held in memory as uint8 if its images are at most 96 px and together at most
-    ``memory_gb``; else its images are decoded on demand, after a sample of them was looked at.
+    ``memory_gb``; else its images are decoded on demand, after a sample of them was checked.
 
     Args:
         name: One of ``SPECS``.
-        root: The folder that holds it, or the shards of ``webdataset``; unused for ``digits``.
+        root: Its folder; for ``webdataset`` also a pattern or a URL; unused for ``digits``.
         image_size: Side in pixels, or ``"auto"``: the usual one of the data set. For a folder, from
             the median m of the shorter sides of up to 200 files: m to the nearest multiple of 8,
             at least 16, if m is at most 96; else m down to a multiple of 32, at most 224.
@@ -301,12 +301,12 @@ def load_splits(
         labels: ``"auto"``, or whether the sub-folders of a folder of images, or the ``.cls``
             members of shards, are classes.
         memory_gb: GiB of pixels per split that may be held in memory.
-        labelled: Train on the labelled images alone, where a set has others beside them (STL-10).
+        labelled: Train on labelled images only; differs for STL-10, which has unlabelled ones too.
 
     Raises:
         DataError: The data set is unknown, missing, damaged or without images; too many of its
             images are unreadable (see ``decode``); a setting is out of range.
-        UserError: No room for copies of remote shards.
+        UserError: No space for copies of remote shards.
     """
     check_layout(name, root, download)
     _check_settings(image_size, limit)
@@ -342,7 +342,7 @@ def _check_settings(image_size: int | str, limit: int | None) -> None:
 
 
 def _with_val(parts: Parts, share: float) -> Parts:
-    """Hold out ``share`` of a labelled train split that has no validation split."""
+    """Return train and validation, holding out ``share`` of a labelled set without validation."""
     if parts.val is not None or not parts.classes:
         return parts
     train, val = hold_out(parts.train.labels, share, _SPLIT_SEED)
@@ -377,7 +377,7 @@ def _image_set(part: Part, size: int, memory_gb: float) -> ImageSet:
         needed = len(source) * 3 * size * size / 2**30
         if needed <= memory_gb:
             return memory_images(source, part.labels, size)
-        if memory_gb > 0:  # else they are meant to stay on the disk
+        if memory_gb > 0:  # larger images are always decoded from disk
             _log.warning(
                 "%d images of %d px are %.3g GiB, more than data.memory_gb=%g: they are decoded "
                 "again in every epoch",

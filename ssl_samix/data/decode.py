@@ -1,4 +1,4 @@
-"""Many pictures at once: all into memory, or a sample of them to see whether they are sound."""
+"""Decode many pictures: all of them into memory, or a sample to check for damage."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
 
 _log = logging.getLogger(__name__)
-# Unreadable images that are skipped: this share, or a few of a small set, but no more than half.
+# At most this share of unreadable images is skipped, or a few in a small set, but not over half.
 _TOLERATED = 0.01
 _A_FEW = 3
 _CHUNK = 256  # images per task of a thread
-_BAR_FROM = 5000  # images; fewer are there before a bar is read
+_BAR_FROM = 5000  # images; fewer are decoded too fast for a progress bar
 _WORTH_THREADS = 1e-3  # seconds per image
 
 
 def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
-    """Decode all pictures into memory, skipping and naming the unreadable.
+    """Return all pictures decoded into memory; unreadable ones are skipped with a warning.
 
     Args:
         source: N pictures.
@@ -55,7 +55,7 @@ def memory_images(source: Source, labels: Tensor, size: int) -> MemoryImages:
 
 
 def check_sample(source: Source, size: int, seed: int = 0, most: int = 1000) -> None:
-    """Decode a random sample, for sets that are decoded on demand later.
+    """Decode a random sample, to check a set that is decoded on demand later.
 
     Args:
         source: N pictures.
@@ -100,12 +100,12 @@ def typical_side(source: EncodedSource, seed: int = 0, most: int = 200) -> int:
 def _visit(
     source: Source, size: int, keep: Callable[[int, Image.Image], object], at_once: int = _CHUNK
 ) -> dict[int, str]:
-    """Decode all pictures; return positions and names of those that could not be read.
+    """Decode all pictures; return positions and names of unreadable pictures.
 
     Args:
         source: N pictures.
         size: S, image side in pixels.
-        keep: Is given the position of each picture that could, and the picture.
+        keep: Called with the position of each readable picture, and the picture.
         at_once: Pictures per task of a thread.
     """
     at_least = 2 * resized_side(size)  # reducing to twice the size keeps the result sharp
@@ -137,8 +137,8 @@ def _each(
     """Yield ``decode(span)`` in order, on several threads where that helps."""
     begin = time.perf_counter()
     yield decode(spans[0])
-    # Python's own part of opening a file is about 0.2 ms and holds the lock: when there is little
-    # besides, threads only wait for each other
+    # Opening a file holds Python's lock for about 0.2 ms: if decoding takes little more, threads
+    # only wait for each other
     if (time.perf_counter() - begin) / len(spans[0]) < _WORTH_THREADS:
         yield from map(decode, spans[1:])
         return
@@ -147,7 +147,7 @@ def _each(
 
 
 def decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
-    """Return the picture in RGB, or its name for a report if it cannot be read."""
+    """Return the picture in RGB, or its name for the warning if it cannot be read."""
     try:
         return to_rgb(source.image(index, at_least))
     except UNREADABLE as error:
@@ -155,7 +155,7 @@ def decoded(source: Source, index: int, at_least: int) -> Image.Image | str:
 
 
 def _judge(bad: list[str], total: int) -> None:
-    """Warn about the unreadable images, or refuse when they are too many."""
+    """Warn about unreadable images, or raise if there are too many."""
     if not bad:
         return
     most = min(max(int(_TOLERATED * total), _A_FEW), total // 2)

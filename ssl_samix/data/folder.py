@@ -1,6 +1,6 @@
-"""A folder of images becomes lists of paths and labels; no image is opened, torch not needed.
+"""Find the images in a folder, and their labels; opens no image and does not import torch.
 
-What is a class, with ``labels="auto"``:
+Splits and classes, with ``labels="auto"``:
 
 - The root is a pair of splits if it holds one folder named ``train`` or ``training`` and at least
   one named ``val``, ``valid``, ``validation``, ``dev``, ``test`` or ``testing`` (in any case, a
@@ -11,9 +11,9 @@ What is a class, with ``labels="auto"``:
   one data set are classes only with ``labels=True``.
 - Everything else is unlabelled: all images in the tree, at any depth.
 
-``labels=False`` declares any tree unlabelled (folders by date, by camera), ``labels=True`` demands
-class folders. Hidden files and folders, those of systems (``@eaDir``), run folders and results are
-skipped, links to folders are followed. Whatever is left out is told in the index's notes.
+``labels=False`` makes any tree unlabelled (folders by date, by camera), ``labels=True`` requires
+class folders. Hidden files and folders, system folders (``@eaDir``), run folders and results are
+skipped, links to folders are followed. The index's notes list what is left out.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _PARTS = _THUMBNAILS | frozenset(
         "unlabeled", "unlabelled",
     }
 )  # fmt: skip
-# What this package writes beside pictures: of a run, of a protocol, of samix embed.
+# Files that mark output of this package: of a run, of a protocol, of samix embed.
 _MARKS = {
     "config.yaml": rb"^choices:",
     "results.json": rb'^  "protocol":',
     "paths.csv": rb"^row,path",
 }
-_HEAD = 2**12  # bytes of such a file that are looked at; the marks come first
+_HEAD = 2**12  # bytes of such a file that are read; the marks come first
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,26 @@ class Files:
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """What a folder of images holds."""
+    """Result of ``scan``: images, labels and classes of a folder."""
 
     train: Files
     val: Files | None  # None without a labelled val/ or test/
     classes: tuple[str, ...]  # sorted; empty when unlabelled
-    notes: tuple[str, ...] = ()  # sentences: which folders are the splits, what is left out
+    notes: tuple[str, ...] = ()  # sentences: which folders are the splits, and what is left out
 
 
 def scan(
     root: str | os.PathLike[str], labels: bool | str = "auto", key: str = "data.root"
 ) -> FolderIndex:
-    """List the images under ``root``; the module's docstring says what counts as a class.
+    """Return the images under ``root``; the module's docstring defines splits and classes.
 
     Args:
         root: The folder.
         labels: ``"auto"``, or whether folders are classes.
-        key: What the folder was given as, for the sentence about one without images.
+        key: The key that named the folder, for error messages.
 
     Raises:
-        DataError: No image; a class of val that train has not; folders that may be classes or
+        DataError: No image; a class that only val has; folders that may be classes or
             parts of one data set; ``labels=True`` and no class folders or images outside them; a
             folder that may not be read; an unknown ``labels``.
     """
@@ -87,16 +87,16 @@ def scan(
 
 
 def given_images(folder: str, key: str = "images") -> FolderIndex:
-    """List the images, without labels, under a ``folder`` that a person gave as ``key``.
+    """Return the images, without labels, under the ``folder`` given as ``key``.
 
     Raises:
-        DataError: It is empty text or not a folder; else as ``scan``.
+        DataError: It is empty or not a folder; else as ``scan``.
     """
     if not folder:
         raise DataError(f"{key}= is empty: give a folder of images")
     path = expanded(folder)
     if not path.is_dir():
-        raise DataError(f"{key}={path} is no folder: give a folder of images")
+        raise DataError(f"{key}={path} is not a folder: give a folder of images")
     return scan(os.path.abspath(path), labels=False, key=key)
 
 
@@ -114,7 +114,7 @@ def class_folders(path: str | os.PathLike[str]) -> tuple[Files, tuple[str, ...]]
 
 
 def empty_classes(root: str | os.PathLike[str]) -> list[str]:
-    """Name the folders, among the classes under ``root``, that hold no image at any depth."""
+    """Return the names of class folders under ``root`` without an image at any depth."""
     walk = _Walk(os.fspath(root))
     split = _split(walk)
     return _tree(walk, split[0] if split else walk.root).empty
@@ -136,10 +136,10 @@ def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path:
 
 
 def wanted_labels(labels: bool | str) -> bool | None:
-    """Return what ``data.labels`` says: true, false, or None for auto.
+    """Return ``data.labels`` as True, False, or None for auto.
 
     Raises:
-        DataError: It is none of them.
+        DataError: For any other value.
     """
     choices = {"auto": None, "true": True, "false": False}
     key = str(labels).lower()
@@ -149,30 +149,30 @@ def wanted_labels(labels: bool | str) -> bool | None:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Join up to ``most`` names, and say how many more there are."""
+    """Return up to ``most`` names as text, and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """What one folder holds, sorted, without the hidden."""
+    """Entries of one folder, sorted, without hidden ones."""
 
     path: str
     folders: list[str]  # paths
     images: list[str]  # paths
-    others: Counter[str]  # how many files that are not images, by the ending of their names
-    neither: list[str]  # paths of what is neither folder nor file, such as links to nothing
-    is_ours: bool  # whether it is a run folder, or holds what was measured or embedded
+    others: Counter[str]  # number of files that are not images, by ending
+    neither: list[str]  # paths that are neither folder nor file, such as broken links
+    is_ours: bool  # whether it is a run folder, or holds results or embeddings
     identity: tuple[int, int]  # device and inode, the same through every link
 
 
 def _list(path: str) -> _Listing:
-    """List the folder at ``path``.
+    """Return the listing of the folder at ``path``.
 
     Raises:
-        DataError: If it may not be listed.
-        OSError: If it is not there or not a folder.
+        DataError: If there is no permission to list it.
+        OSError: If it does not exist or is not a folder.
     """
     status, others = os.stat(path), Counter[str]()
     names: dict[str, list[str]] = {"folder": [], "image": [], "other": [], "neither": []}
@@ -189,7 +189,7 @@ def _list(path: str) -> _Listing:
 
 
 def _is_ours(folder: str, name: str) -> bool:
-    """Say whether the file of that name is one that this package writes."""
+    """Return whether this package wrote the file of that name."""
     try:
         with open(os.path.join(folder, name), "rb") as file:
             return re.search(_MARKS[name], file.read(_HEAD), re.MULTILINE) is not None
@@ -199,9 +199,9 @@ def _is_ours(folder: str, name: str) -> bool:
 
 @dataclass
 class _Found:
-    """What lies at and below a folder."""
+    """Images and other entries in a folder and its subfolders."""
 
-    images: list[str] = field(default_factory=list)  # paths: its own first, then folder by folder
+    images: list[str] = field(default_factory=list)  # paths, those directly in it first
     others: Counter[str] = field(default_factory=Counter)  # files of other kinds, by ending
     neither: list[str] = field(default_factory=list)  # neither files nor folders
     ours: list[str] = field(default_factory=list)  # run folders and results
@@ -214,7 +214,7 @@ class _Found:
 
 
 class _Walk:
-    """Goes through the folders below a root, each at most once."""
+    """Walks the folders below a root, each at most once."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -222,7 +222,7 @@ class _Walk:
         self._below: dict[str, _Found] = {}
 
     def below(self, folder: str, parent: _Listing) -> _Found:
-        """Return what lies at and below a ``folder`` of ``parent``."""
+        """Return the entries in a ``folder`` of ``parent`` and its subfolders."""
         if folder not in self._below:
             self._below[folder] = self._at(folder, frozenset({parent.identity}))
         return self._below[folder]
@@ -248,8 +248,8 @@ class _Tree:
     path: str
     loose: list[str]  # images directly in it
     classes: dict[str, list[str]]  # folder name -> all images below it, only folders with images
-    empty: list[str]  # names of the folders with neither images nor anything of ours
-    found: _Found  # everything at and below it
+    empty: list[str]  # names of folders with neither images nor files of this package
+    found: _Found  # all entries in it and its subfolders
 
 
 def _tree(walk: _Walk, path: str) -> _Tree:
@@ -284,13 +284,13 @@ def _scan(walk: _Walk, wanted: bool | None, key: str) -> FolderIndex:
         found.add(val.found if val else _Found())
         notes = [*_split_notes(walk, tree, val), *notes]
     notes += _left_out(found, walk.root)
-    # Names may be of bytes that are no text, and notes are printed.
+    # File names may not be valid UTF-8, and notes are printed.
     sound = tuple(note.encode("utf-8", "replace").decode() for note in notes)
     return FolderIndex(train, _labelled(val, classes) if val else None, classes, sound)
 
 
 def _split(walk: _Walk) -> tuple[str, list[str]] | None:
-    """Return the training folder and those for validation, the preferred first, if there are."""
+    """Return the training folder and the validation folders, the preferred first; or None."""
     folders = walk.top.folders
     roles = {folder: _role(os.path.basename(folder)) for folder in folders}
     train = [folder for folder, role in roles.items() if role in _TRAIN_NAMES]
@@ -303,15 +303,15 @@ def _split(walk: _Walk) -> tuple[str, list[str]] | None:
 
 
 def _role(folder: str) -> str:
-    """Return a folder's name in lower case, without a number at its end (``train2017``)."""
+    """Return a folder's name in lower case, without a trailing number (``train2017``)."""
     return re.sub(r"[-_ ]?\d+$", "", folder.lower())
 
 
 def _ask_for_classes(tree: _Tree) -> None:
-    """Refuse folders that may be classes, and look like splits or parts of one data set.
+    """Raise if folders could be classes, but look like splits or parts of one data set.
 
     Raises:
-        DataError: With the ways out.
+        DataError: With the settings that decide it.
     """
     splits = [name for name in tree.classes if _names_a_split(name)]
     parts = [name for name in tree.classes if _role(name) in _PARTS]
@@ -328,7 +328,7 @@ def _ask_for_classes(tree: _Tree) -> None:
 
 
 def _names_a_split(folder: str) -> bool:
-    """Say whether a word in a folder's name is that of a split (``trainA``, ``test_images``)."""
+    """Return whether a folder's name contains that of a split (``trainA``, ``test_images``)."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower())
     return any(word in (*_TRAIN_NAMES, *_VAL_NAMES) for word in words)
 
@@ -347,7 +347,7 @@ def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
 
 
 def _labelled(tree: _Tree, classes: tuple[str, ...]) -> Files:
-    """Return the images of a tree, with positions in ``classes``, of which it may lack some."""
+    """Return the images of a tree, labelled by position in ``classes``; classes may be missing."""
     held = [(label, tree.classes.get(name, [])) for label, name in enumerate(classes)]
     paths = [path for _, images in held for path in images]
     return Files(paths, [label for label, images in held for _ in images])
@@ -356,7 +356,7 @@ def _labelled(tree: _Tree, classes: tuple[str, ...]) -> Files:
 def _first_val(
     walk: _Walk, paths: list[str], classes: tuple[str, ...]
 ) -> tuple[_Tree | None, list[str]]:
-    """Return the first of the validation folders that has class folders, and notes."""
+    """Return the first validation folder that has class folders, and notes."""
     notes: list[str] = []
     for path in paths:
         tree, name = _tree(walk, path), os.path.basename(path)
@@ -371,7 +371,7 @@ def _first_val(
 
 
 def _split_notes(walk: _Walk, train: _Tree, val: _Tree | None) -> list[str]:
-    """Say which folders are the splits, and count the images beside them."""
+    """Return a note: which folders are the splits, and how many images lie beside them."""
     used = {os.path.basename(tree.path): tree for tree in (train, val) if tree}
     beside = [f"{len(walk.top.images)} images"] if walk.top.images else []
     for folder in walk.top.folders:
@@ -390,8 +390,8 @@ def _left_out(found: _Found, root: str) -> list[str]:
         notes.append(f"left out: {told(found.others)}")
     if found.neither:
         notes.append(
-            f"left out: {len(found.neither)} names that are neither files nor folders (links to "
-            f"nothing, pipes), such as {os.path.relpath(found.neither[0], root)}"
+            f"left out: {len(found.neither)} names that are neither files nor folders (broken "
+            f"links, pipes), such as {os.path.relpath(found.neither[0], root)}"
         )
     if found.ours:
         names = [os.path.relpath(path, root) for path in found.ours]

@@ -1,6 +1,6 @@
-"""Which names in a folder are images: what the installed Pillow decodes, still pictures only.
+"""File name endings that count as images: still-picture formats of the installed Pillow.
 
-Pillow is imported by the functions that ask it, torch and numpy not at all.
+Pillow is imported inside the functions that need it, torch and numpy not at all.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Literal
 
 from ssl_samix.errors import DataError
 
-# The common ones first: a picture is tried against them in this order. Missing on purpose: what
-# starts other programs (EPS, PDF, WMF), films (FLI, MPEG), formats of which Pillow knows the header
-# alone (BUFR, GRIB, HDF5), and endings that mostly mean something else (.pcd: point clouds).
+# Common ones first: Pillow tries them in this order. Missing on purpose: formats that start other
+# programs (EPS, PDF, WMF), films (FLI, MPEG), formats of which Pillow reads only the header (BUFR,
+# GRIB, HDF5), and endings that mostly mean something else (.pcd: point clouds).
 _STILL_PICTURES = (
     "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "MPO", "ICO",
     "ICNS", "TGA", "DIB", "DDS", "PCX", "QOI", "SGI", "SUN", "PSD", "XBM", "XPM", "FITS",
 )  # fmt: skip
-# What file servers and operating systems leave beside photographs, in lower case.
+# Names that file servers and operating systems create, in lower case.
 _SYSTEM = frozenset(
     {
         "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
@@ -34,7 +34,7 @@ Kind = Literal["folder", "image", "other", "neither"]
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return the names of the formats that are opened, as Pillow calls them.
+    """Return Pillow's names of the formats that are opened.
 
     HEIF is among them where ``pillow-heif`` is installed.
     """
@@ -50,7 +50,7 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def endings() -> frozenset[str]:
-    """Return what the names of images end in, in lower case, such as ``.jpg``."""
+    """Return the file name endings of images, in lower case, such as ``.jpg``."""
     opened = {*formats(), "MPO"}  # Pillow opens these as JPEG
     from PIL import Image
 
@@ -60,7 +60,7 @@ def endings() -> frozenset[str]:
 
 
 def told(others: Mapping[str, int]) -> str:
-    """Return how many files were not taken for images, by the endings of their names.
+    """Return a text: how many files were not taken for images, by ending.
 
     Args:
         others: Ending -> number of files; at least one.
@@ -74,9 +74,9 @@ def told(others: Mapping[str, int]) -> str:
 
 
 def visible(path: str | os.PathLike[str]) -> Iterator[tuple[os.DirEntry[str], Kind, str]]:
-    """Give what a folder holds, without the hidden and what systems leave in it.
+    """Yield the entries of a folder, without hidden and system files.
 
-    Links are followed, which costs a look at the target; nothing else costs more than the listing.
+    Links are followed, at one ``stat`` each; nothing else costs more than the listing.
 
     Returns:
         Each entry; whether it is a folder, a regular file named as an image, another regular file,

@@ -1,4 +1,4 @@
-"""Images as the data sets give them: in memory or in files, any picture as 8-bit RGB."""
+"""Image sets, in memory or in files, and the conversion of any picture to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from ssl_samix.data.sources import UNREADABLE, Source, UnusableImage
 from ssl_samix.errors import DataError
 
-_CLIPPED = 1000  # one value in so many may lie beyond black, and one beyond white
-_FEW_LEVELS = 16  # a picture with fewer is a drawing, in which a lone value means something
+_CLIPPED = 1000  # one value in so many may lie below black, and one above white
+_FEW_LEVELS = 16  # a picture with fewer is a drawing, in which a single value is meaningful
 _LEAST_FILLED = 1 / 8  # of the range that a file declares; with less, a picture would be black
 _NO_NUMBER = 1e30  # floats from here on stand for missing values: 3.4e38, netCDF's 9.97e36
 
@@ -31,14 +31,14 @@ _Values = np.ndarray[Any, Any]
 
 
 def needs_scaling(image: Image.Image) -> bool:
-    """Say whether the picture is gray and its values are not simply 0..255."""
+    """Return whether the picture is gray with other values than 0..255."""
     if image.mode == "L":
         return _tag(image, _SAMPLE_FORMAT) == _SIGNED
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def to_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
-    """Scale such a picture linearly to 0..255.
+    """Return a picture that needs scaling, scaled linearly to 0..255, in mode L.
 
     Black and white are the range that the file declares (TIFF: ``SMinSampleValue`` and
     ``SMaxSampleValue``, else ``MinSampleValue`` and ``MaxSampleValue``, else ``BitsPerSample``
@@ -50,7 +50,7 @@ def to_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
 
     Args:
         image: One for which ``needs_scaling`` holds, upright.
-        stored: The same as it was opened, with what its file says of it.
+        stored: The same picture as opened, with the file's metadata.
 
     Returns:
         Mode L.
@@ -74,7 +74,7 @@ def to_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
     scaled /= white - black
     scaled *= 255
     levels = np.rint(scaled.clip(0, 255, out=scaled)).astype(np.uint8)
-    if _tag(stored, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns 8 bits round, but not more
+    if _tag(stored, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits, but not more
         levels = 255 - levels
     levels[~known] = 0
     if clear is not None:
@@ -83,7 +83,7 @@ def to_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
 
 
 def _values(image: Image.Image, stored: Image.Image) -> _Values:
-    """Return (h, w) as the file has them: Pillow has no modes for signed bytes and uint32."""
+    """Return the values (h, w) as stored: Pillow has no modes for signed bytes and uint32."""
     values = np.asarray(image)
     if image.mode == "L":
         return values.view(np.int8)
@@ -92,7 +92,7 @@ def _values(image: Image.Image, stored: Image.Image) -> _Values:
 
 
 def _black_and_white(ordered: _Values, declared: tuple[float, float] | None) -> tuple[float, float]:
-    """Choose the values that become 0 and 255, given all of them in order."""
+    """Return the values that become 0 and 255, given all values in ascending order."""
     low, high = _ends(_without_lone_end(_without_lone_end(ordered)[::-1])[::-1])
     if declared is not None:
         black, white = declared
@@ -103,12 +103,12 @@ def _black_and_white(ordered: _Values, declared: tuple[float, float] | None) -> 
     if low == high == 0:
         return 0.0, 1.0
     if low == high:
-        raise UnusableImage(f"all pixels have the value {low:g}, and how bright that is is unknown")
+        raise UnusableImage(f"all pixels have the value {low:g}, of unknown brightness")
     return low, high
 
 
 def _without_lone_end(ordered: _Values) -> _Values:
-    """Leave out the first value, however often it occurs, if it is far from all the others."""
+    """Return values without all copies of the first one, if it is far from the others."""
     rest = ordered[np.argmax(ordered != ordered[0]) :]
     if np.count_nonzero(np.diff(rest)) < _FEW_LEVELS - 1:
         return ordered
@@ -118,14 +118,14 @@ def _without_lone_end(ordered: _Values) -> _Values:
 
 
 def _ends(ordered: _Values) -> tuple[float, float]:
-    """Return the values that all but 0.1% at either end lie between; the very ends if equal."""
+    """Return the 0.1% and 99.9% points; the smallest and largest value if those are equal."""
     beyond = len(ordered) // _CLIPPED
     low, high = float(ordered[beyond]), float(ordered[-1 - beyond])
     return (low, high) if low != high else (float(ordered[0]), float(ordered[-1]))
 
 
 def _declared(image: Image.Image) -> tuple[float, float] | None:
-    """Return the values of black and white that the file states, if it does."""
+    """Return the values of black and white that the file declares, or None."""
     for least, most in _RANGES:
         top = _tag(image, most)
         if top is not None:
@@ -140,12 +140,12 @@ def _no_data(image: Image.Image) -> float | None:
     """Return the value by which GDAL marks pixels without data."""
     with suppress(ValueError):
         value = float(str(_tag(image, _GDAL_NODATA)).strip("\0 "))
-        return value if abs(value) < _NO_NUMBER else None  # those count as missing anyway
+        return value if abs(value) < _NO_NUMBER else None  # they count as missing anyway
     return None
 
 
 def _tag(image: Image.Image, number: int) -> Any:
-    """Return the (first) value of a tag of TIFF, or None."""
+    """Return the (first) value of a TIFF tag, or None."""
     value = getattr(image, "tag_v2", {}).get(number)
     return value[0] if isinstance(value, tuple) else value
 
@@ -154,16 +154,16 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any picture upright and into 8-bit RGB.
+    """Return any picture upright and in 8-bit RGB.
 
-    Transparent parts become white, as on the page they were made for. Gray that is not 8 bits is
+    Transparent parts become white. Gray that is not 8 bits is
     scaled as ``ssl_samix.data.images`` says.
 
     Args:
         image: Any mode; an animation gives its current frame.
 
     Raises:
-        UnusableImage: Its values cannot be understood, see ``to_8_bits``.
+        UnusableImage: Its values cannot be interpreted, see ``to_8_bits``.
     """
     stored, image = image, _upright(image)
     if needs_scaling(stored):
@@ -176,7 +176,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block leaves the picture as it is stored."""
+    """Return the picture rotated by its EXIF orientation; a damaged EXIF block is ignored."""
     try:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image
@@ -186,11 +186,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 _log = logging.getLogger(__name__)
-_CROPPED_FROM = 160  # image sides from here on are cropped out of a larger resize
+_CROPPED_FROM = 160  # px; from here on, images are cropped out of a larger resize
 
 
 def fit(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side (antialiased, bilinear) and crop the centre.
+    """Return the centre crop of a picture after resizing its shorter side (antialiased, bilinear).
 
     Args:
         image: RGB picture.
@@ -206,7 +206,7 @@ def fit(image: Image.Image, size: int) -> Tensor:
     shorter = min(image.size)
     width, height = (side * length // shorter for length in image.size)  # after the resize
     left, top = (width - size) // 2, (height - size) // 2
-    # only what is kept is computed: the whole of a 30,000 x 1 picture would not fit in memory
+    # resize only what is kept: a whole resized 30,000 x 1 picture would not fit in memory
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     return to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
@@ -218,17 +218,17 @@ def resized_side(size: int) -> int:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Copy an RGB picture into a (3, h, w) uint8 tensor."""
-    # numpy copies on this thread; torch would start its own threads for 50 kB, which takes longer
+    """Return an RGB picture as a (3, h, w) uint8 tensor."""
+    # numpy copies on this thread; torch would start threads for 50 kB, which takes longer
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 class ImageSet(Dataset[tuple[Tensor, int]], ABC):
-    """N images of one side S, with labels."""
+    """A set of N images of one side S, with labels."""
 
     labels: Tensor  # (N,) int64, -1 where there is no label
     image_size: int  # S in pixels
-    unreadable: int  # images found damaged so far, in this process
+    unreadable: int  # damaged images found so far in this process
     source: Source | None = None  # says in which order an epoch goes through them
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return the path of an image, or its place in its data set (``"cifar10 train 17"``)."""
+        """Return the path of an image, or its position in its data set (``"cifar10 train 17"``)."""
 
     @abstractmethod
     def load(self, indices: Sequence[int] | Tensor) -> Tensor:
@@ -248,17 +248,17 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def original(self, index: int) -> Tensor:
-        """Return one image before fitting, (3, h, w) uint8, for crops out of the full picture."""
+        """Return one image before fitting, (3, h, w) uint8, for crops from the full picture."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch that suits where the images are, (N,) int64."""
+        """Return the order of an epoch, (N,) int64, as the source prefers it."""
         if self.source is None:
             return torch.randperm(len(self), generator=generator)
         return self.source.order(generator)
 
 
 class MemoryImages(ImageSet):
-    """Images held as one tensor; ``original`` is the stored pixels, there is nothing larger."""
+    """Images held as one tensor; ``original`` returns the stored pixels."""
 
     def __init__(
         self,
@@ -268,15 +268,15 @@ class MemoryImages(ImageSet):
         unreadable: int = 0,
         source: Source | None = None,
     ) -> None:
-        """Hold the images.
+        """Store the images.
 
         Args:
             pixels: (N, 3, S, S) uint8.
             labels: (N,) int64, -1 where there is no label.
             names: N names.
             unreadable: How many were skipped while loading.
-            source: Where they were, if an epoch goes through them in its order: a run that is
-                resumed with another ``data.memory_gb`` sees the same batches.
+            source: The source whose order epochs follow, so that a run resumed with another
+                ``data.memory_gb`` sees the same batches; None: shuffle.
         """
         assert len(pixels) == len(labels) == len(names)
         self.pixels = pixels
@@ -300,12 +300,12 @@ class MemoryImages(ImageSet):
 
 
 class FileImages(ImageSet):
-    """Images decoded on demand; a damaged one is replaced by the next good one of its class."""
+    """Images decoded on demand; a damaged one is replaced by the next readable one of its class."""
 
     source: Source
 
     def __init__(self, source: Source, labels: Tensor, image_size: int) -> None:
-        """Hold where the images are.
+        """Store the source of the images.
 
         Args:
             source: N pictures.
@@ -317,24 +317,24 @@ class FileImages(ImageSet):
         self.labels = labels
         self.image_size = image_size
         self.unreadable = 0
-        self._stand_in: dict[int, int] = {}  # damaged position -> the one that replaces it
+        self._stand_in: dict[int, int] = {}  # damaged position -> its replacement
 
     def name(self, index: int) -> str:
         """Return the name of one image."""
         return self.source.name(index)
 
     def load(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Decode and fit the images at ``indices`` to (B, 3, S, S) uint8.
+        """Return the decoded and fitted images at ``indices``, (B, 3, S, S) uint8.
 
         Raises:
             DataError: Every image of a class is damaged.
         """
-        at_least = 2 * resized_side(self.image_size)  # reducing to twice the size keeps it sharp
+        at_least = 2 * resized_side(self.image_size)  # decoding at twice the size keeps it sharp
         images = [fit(self._decode(int(i), at_least), self.image_size) for i in indices]
         return torch.from_numpy(np.stack([image.numpy() for image in images]))
 
     def original(self, index: int) -> Tensor:
-        """Decode one image to (3, h, w) uint8.
+        """Return one decoded image, (3, h, w) uint8.
 
         Raises:
             DataError: Every image of a class is damaged.
@@ -363,11 +363,11 @@ class FileImages(ImageSet):
         )
 
     def _remember(self, index: int, position: int, reason: Exception) -> None:
-        """Use ``position`` in place of ``index`` from now on, and say so once."""
+        """Use ``position`` in place of ``index`` from now on, and warn once."""
         self._stand_in[index] = position
         self.unreadable += 1
         _log.warning(
-            "%s cannot be read (%s): %s takes its place",
+            "%s cannot be read (%s): %s is used instead",
             self.name(index),
             reason,
             self.name(position),

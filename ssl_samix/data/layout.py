@@ -1,4 +1,4 @@
-"""Where each data set lies on disk, checked before anything heavy is imported."""
+"""Where each data set is on disk, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ssl_samix.data.image_files import told, visible
 from ssl_samix.errors import DataError, nearest
 from ssl_samix.files import expanded
 
-# of the members of tar shards that are images
+# suffixes of tar members that are images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
 class Layout(NamedTuple):
-    """What a data set needs under its root."""
+    """Files and folders that a data set needs under its root."""
 
-    folder: str = ""  # path under the root that holds the set; "" if the root itself does
-    needs: tuple[str, ...] = ()  # paths inside ``folder`` that must be there
+    folder: str = ""  # folder of the set under the root; "" if it is the root itself
+    needs: tuple[str, ...] = ()  # paths inside ``folder`` that must exist
     automatic: bool = False  # torchvision can download it
-    source: str = ""  # where a person gets it, for sets without automatic download
+    source: str = ""  # where to get it, for sets without automatic download
 
 
 DATASETS: dict[str, Layout] = {
@@ -40,7 +40,7 @@ DATASETS: dict[str, Layout] = {
         ("train_X.bin", "train_y.bin", "unlabeled_X.bin", "test_X.bin", "test_y.bin"),
         automatic=True,
     ),
-    # each of these four may also be gzipped, as it is downloaded
+    # each of these four may also be gzipped, as downloaded
     "fashion_mnist": Layout(
         "FashionMNIST/raw",
         tuple(
@@ -62,19 +62,19 @@ DATASETS: dict[str, Layout] = {
 
 
 def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool) -> None:
-    """Raise unless data set ``name`` lies under ``root`` or can be downloaded there.
+    """Raise unless data set ``name`` is under ``root`` or can be downloaded there.
 
-    Looks at names only, stops at the first image of a folder of images, and imports no torch.
+    Reads file names only, stops at the first image in a folder of images, and imports no torch.
 
     Args:
         name: One of ``DATASETS``.
         root: ``data.root``; unused for ``digits``, which comes with scikit-learn. Shards are only
-            looked for: a URL is asked once, none is opened.
-        download: Whether torchvision may fetch what is missing.
+            listed, not opened; a URL takes one request.
+        download: Whether torchvision may download what is missing.
 
     Raises:
         DataError: Unknown name; root not given, missing, empty, unreadable or not a folder; data
-            set not found under it; no image in a folder of images; no shard, or no way to its URL.
+            set not found under it; no image in a folder of images; no shard, or an unreachable URL.
     """
     if name not in DATASETS:
         raise DataError(nearest(name, DATASETS, "data set"))
@@ -100,7 +100,7 @@ def check_layout(name: str, root: str | os.PathLike[str] | None, download: bool)
 
 
 def is_there(name: str, root: str | os.PathLike[str] | None) -> bool:
-    """Say whether data set ``name`` lies under ``root``, as far as ``check_layout`` can tell."""
+    """Return whether data set ``name`` is under ``root``, as checked by ``check_layout``."""
     try:
         check_layout(name, root, download=False)
     except DataError:
@@ -109,7 +109,7 @@ def is_there(name: str, root: str | os.PathLike[str] | None) -> bool:
 
 
 def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
-    """Return the root of data set ``name``, given that root or the data set's own folder in it.
+    """Return the root of data set ``name``, given the root or the data set's own folder in it.
 
     ``.../cifar-10-batches-py`` and ``.../FashionMNIST/raw`` stand for the folder above them, which
     is what torchvision calls the root.
@@ -118,7 +118,7 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
         DataError: ``root`` is None, for all but ``digits``.
     """
     if name in ("digits", "webdataset"):
-        return Path()  # the one comes with scikit-learn, the other need not be a path
+        return Path()  # digits come with scikit-learn; shards need not be a path
     path = _given(name, root)
     parts = Path(DATASETS[name].folder).parts
     if path.joinpath(*parts).is_dir():
@@ -132,14 +132,14 @@ def locate(name: str, root: str | os.PathLike[str] | None) -> Path:
 def no_images(
     root: str | os.PathLike[str], others: Mapping[str, int], key: str = "data.root"
 ) -> DataError:
-    """Return the error for a folder, given as ``key``, in which no file looks like an image.
+    """Return the error for a folder, given as ``key``, in which no file name is that of an image.
 
-    ``others`` counts its files by the endings of their names.
+    ``others`` counts its files by ending.
     """
     held = f", but {told(others)}" if others else ""
     return DataError(
         f"no image found under {key}={root}{held}: give a folder of files that end in .jpg, .png, "
-        ".webp, .tif or in what else Pillow reads"
+        ".webp, .tif or another ending that Pillow reads"
     )
 
 
@@ -152,7 +152,7 @@ def _given(name: str, root: str | os.PathLike[str] | None) -> Path:
 
 
 def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:
-    """Raise unless ``path`` is a folder that can be listed and holds something."""
+    """Raise unless ``path`` is a folder that can be listed and is not empty."""
     try:
         with os.scandir(path) as entries:
             empty = next(entries, None) is None
@@ -164,7 +164,7 @@ def _check_folder(name: str, path: Path, may_be_empty: bool) -> None:
         raise DataError(
             f"no permission to read data.root={path}: grant it or give another folder"
         ) from None
-    except OSError as error:  # links in a circle, a server that does not answer
+    except OSError as error:  # circular links, a server that does not respond
         reason = error.strerror or error
         raise DataError(f"cannot read data.root={path}: {reason}") from None
     if empty and not may_be_empty:
@@ -200,9 +200,9 @@ def _way_out(name: str) -> str:
 def _has_image(
     path: str | os.PathLike[str], above: frozenset[tuple[int, int]], others: Counter[str]
 ) -> bool:
-    """Say whether an image lies at or below ``path``; files come first, so it ends soon.
+    """Return whether there is an image at or below ``path``; files are checked first.
 
-    The endings of what is no image are counted in ``others``.
+    The endings of other files are counted in ``others``.
     """
     status = os.stat(path)
     here = (status.st_dev, status.st_ino)

@@ -1,15 +1,15 @@
-"""Tar shards: which ones a pattern or a URL means, a local file of each, and what is in them.
+"""Tar shards: resolve patterns and URLs, copy remote shards, and index their members.
 
-Torch is not needed.
+Imports no torch.
 
-A shard on a local disk is read where it is. One behind a URL is fetched once, as a whole, into the
-user's cache folder: pictures are read at random places and again every epoch, and so no worker
-ever waits for a network. fsspec's own file cache does not keep two processes from writing the same
-file, or one from truncating what the other reads; here a file is moved into place under a lock.
+A shard on a local disk is read in place. One behind a URL is copied once, as a whole, into the
+user's cache folder: pictures are read in random order and again every epoch, so that no worker
+waits for a network. fsspec's own file cache does not keep two processes from writing the same
+file, or one from truncating what the other reads; here a file is renamed into place under a lock.
 
 Layout: WebDataset's. ``key.jpg`` (any suffix of an image) is a picture, ``key.cls`` beside it in
 the same shard the number or the name of its class. The key ends at the first dot of the file's
-name, and all that follows is the suffix, upper or lower case: ``key.seg.png`` is no picture. All
+name, and all that follows is the suffix, upper or lower case: ``key.seg.png`` is not one. All
 other members, hidden files and links are skipped.
 """
 
@@ -40,11 +40,11 @@ from ssl_samix.errors import DataError, UserError, nearest
 from ssl_samix.files import write_atomically
 
 SUFFIX = ".tar"
-CONNECTIONS = 8  # shards that are looked at or fetched at once
+CONNECTIONS = 8  # shards that are read or copied in parallel
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_CACHES = re.compile(r"((filecache|simplecache|blockcache|cached)::)+")  # ours is one already
-# what says, in any file system of fsspec, that a file is another one now
+_CACHES = re.compile(r"((filecache|simplecache|blockcache|cached)::)+")  # copies are cached already
+# fields of fsspec's file systems that change when a file changes
 _VERSION = (
     "size", "mtime", "created", "ETag", "etag", "md5Hash", "Content-MD5", "LastModified",
     "Last-Modified", "last_modified", "updated",
@@ -56,7 +56,7 @@ _PACKAGES = {
 }  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # of the file
+_FORMAT = 2  # of the cache file's format
 _LABEL = ".cls"
 _BAR_FROM = 10  # shards
 
@@ -65,19 +65,19 @@ _BAR_FROM = 10  # shards
 class Shard:
     """One tar file."""
 
-    url: str  # what a person finds it by; a path, if it is local
-    version: str  # another one when its content is another
-    path: str  # where it is read: itself, or its copy in the cache folder
+    url: str  # its name in messages; a path if it is local
+    version: str  # changes when its content changes
+    path: str  # file that is read: itself, or its copy in the cache folder
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is read from the cache folder."""
+        """Whether ``path`` is a copy in the cache folder."""
         return self.path != self.url
 
 
 @dataclass(frozen=True)
 class Found:
-    """A shard with the way to fetch it."""
+    """A shard and its fsspec source."""
 
     shard: Shard
     fs: Any  # of fsspec
@@ -85,12 +85,12 @@ class Found:
 
 
 def is_url(root: str) -> bool:
-    """Say whether ``data.root`` is for fsspec and no local path."""
+    """Return whether ``data.root`` is a URL for fsspec, not a local path."""
     return "://" in root or "::" in root
 
 
 def find(root: str) -> list[Found]:
-    """Return the shards that ``root`` means, sorted by name; none is opened.
+    """Return the shards that match ``root``, sorted by name; none is opened.
 
     Args:
         root: A folder of ``*.tar``, a file, or a pattern with braces (``{000..099}``, ``{a,b}``)
@@ -103,7 +103,7 @@ def find(root: str) -> list[Found]:
     root = _CACHES.sub("", root, count=1) if is_url(root) else os.path.expanduser(root)
     with _told(root):
         found = list(_places(root))
-        with ThreadPoolExecutor(CONNECTIONS) as pool:  # a request each, where they are remote
+        with ThreadPoolExecutor(CONNECTIONS) as pool:  # one request each if remote
             shards = list(pool.map(lambda place: _described(*place), found))
     if not shards:
         raise DataError(
@@ -114,10 +114,10 @@ def find(root: str) -> list[Found]:
 
 
 def fetch(found: Found) -> None:
-    """Copy a remote shard into the cache folder, unless it is there; a local one is left alone.
+    """Copy a remote shard into the cache folder if needed; nothing to do for a local one.
 
     Raises:
-        UserError: It cannot be fetched, or there is no room for it.
+        UserError: It cannot be copied, or there is no space for it.
     """
     from filelock import FileLock
 
@@ -142,19 +142,19 @@ def fetch(found: Found) -> None:
         raise
     except (UserError, OSError, NotImplementedError) as error:
         raise UserError(
-            f"shards are copied to {path.parent}, and that is not possible ({_line(error)}): "
-            f"set {VARIABLE} to a folder with room for them"
+            f"cannot copy shards to {path.parent} ({_line(error)}): "
+            f"set {VARIABLE} to a folder with enough space"
         ) from error
 
 
 def index_file(shard: Shard) -> Path:
-    """Return where the list of a shard's members is kept."""
+    """Return the cache file of a shard's index."""
     return _cached(shard.url, shard.version, ".json")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Write out every ``{a,b}`` and ``{000..099}``; a number keeps the width of the first one."""
-    parts = _BRACES.split(pattern)  # text and what stood in braces, in turn
+    """Return all expansions of ``{a,b}`` and ``{000..099}``; numbers as wide as the first one."""
+    parts = _BRACES.split(pattern)  # text and brace contents, alternating
     choices = [_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
@@ -168,7 +168,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _places(root: str) -> Iterator[tuple[Any, str, str]]:
-    """Yield file system, path there and the rest of a chained URL, for all that may be a shard."""
+    """Yield file system, path and the rest of a chained URL for every candidate shard."""
     from fsspec.core import url_to_fs
 
     literal = not is_url(root) and os.path.exists(root)  # a path may hold braces and brackets
@@ -203,7 +203,7 @@ def _cached(url: str, version: str, suffix: str) -> Path:
 
 @contextmanager
 def _told(root: str) -> Iterator[None]:
-    """Turn whatever a file system raises, each its own kinds, into one sentence."""
+    """Convert exceptions of any fsspec file system into ``DataError``."""
     protocol = re.match(r"(\w+)(?:://|::)", root)
     name = protocol[1] if protocol else "file"
     try:
@@ -222,12 +222,12 @@ def _told(root: str) -> Iterator[None]:
             if error.__cause__ is None:
                 missing = error.filename or _line(error)
                 raise DataError(f"data.root={root}: {missing} does not exist") from error
-            reason = error.__cause__  # over HTTP any failure is a file that is not found
+            reason = error.__cause__  # over HTTP every failure is a FileNotFoundError
         raise DataError(f"data.root={root} cannot be read: {_line(reason)}") from error
 
 
 def _line(error: BaseException) -> str:
-    """Return what an error says, or else is, on one line."""
+    """Return an error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -238,21 +238,21 @@ class Members:
     names: list[str]  # n
     offsets: list[int]  # n, of the first byte
     sizes: list[int]  # n, bytes
-    labels: list[int | str | None]  # n, a number or a word, as it stands in the .cls members
+    labels: list[int | str | None]  # n, a number or a name, as in the .cls members
     left_out: int  # images that are not a sample's picture, such as key.seg.png
     example: str  # the first of them
 
 
 def index(root: str) -> list[tuple[Shard, Members]]:
-    """List the images of all shards, each shard from the user's cache if it has not changed.
+    """Return the images of all shards; unchanged shards come from the user's cache.
 
     Args:
         root: As for ``find``.
 
     Raises:
-        DataError: No shard; a shard that cannot be read, is truncated or is no plain tar; several
+        DataError: No shard; a shard that cannot be read, is truncated or not a plain tar; several
             pictures of one sample; no image in any of them.
-        UserError: No room for the copies of remote shards.
+        UserError: No space for the copies of remote shards.
     """
     found = find(root)
     members = []
@@ -264,21 +264,21 @@ def index(root: str) -> list[tuple[Shard, Members]]:
                 members.append(one)
                 bar.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # a mistake is told before the other shards are fetched
+        pool.shutdown(cancel_futures=True)  # report an error before the other shards are copied
     indexed = [(f.shard, m) for f, m in zip(found, members, strict=True)]
     empty = [shard.url for shard, m in indexed if not m.names]
     left_out = sum(m.left_out for _, m in indexed)
     example = next((m.example for _, m in indexed if m.left_out), "")
     if len(empty) == len(indexed):
-        but = f", and {example} has more than that" if left_out else ""
+        but = f", unlike {example}" if left_out else ""
         raise DataError(
-            f"no image in the {len(indexed)} shards of data.root={root}: what follows the first dot"
-            f" of a member's name must be one of {', '.join(IMAGE_SUFFIXES)}{but}"
+            f"no image in the {len(indexed)} shards of data.root={root}: a member's suffix, all "
+            f"after the first dot of its name, must be one of {', '.join(IMAGE_SUFFIXES)}{but}"
         )
     if left_out:
         _log.warning(
-            "%d images are left out, such as %s: more than the suffix of an image follows the "
-            "first dot of their names",
+            "%d images are left out, such as %s: all after the first dot of a name must be the "
+            "suffix of an image",
             *(left_out, example),
         )
     if empty:
@@ -289,10 +289,10 @@ def index(root: str) -> list[tuple[Shard, Members]]:
 def numbered(
     found: Sequence[int | str | None], wanted: bool | str
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Make labels of what is in the ``.cls`` members: numbers, or names of classes.
+    """Return labels and classes from the content of ``.cls`` members: numbers or class names.
 
     Args:
-        found: N, None where there is none.
+        found: N contents, None where there is none.
         wanted: ``data.labels``: with ``"auto"`` there are labels if all images have one, and not
             all the same.
 
@@ -300,8 +300,8 @@ def numbered(
         N positions in the classes, -1 without labels; the classes, by ascending number or name.
 
     Raises:
-        DataError: Labels are demanded, and an image has none; some are numbers and others words,
-            or no text at all; ``wanted`` is unknown.
+        DataError: Labels are required, and an image has none; some are numbers and others names,
+            or not text; ``wanted`` is unknown.
     """
     demanded = wanted_labels(wanted)
     missing = sum(label is None for label in found)
@@ -317,7 +317,7 @@ def numbered(
         place = {label: i for i, label in enumerate(classes)}
         return [place[label] for label in found if label is not None], tuple(map(str, classes))
     if demanded is None and 0 < missing < len(found):
-        _log.warning("%d of %d images have no label: none is used", missing, len(found))
+        _log.warning("%d of %d images have no label: labels are not used", missing, len(found))
     return [-1] * len(found), ()
 
 
@@ -329,18 +329,18 @@ def _check_labels(kinds: set[int | str]) -> None:
     )
     if unfit is not None:
         raise DataError(
-            f"a {_LABEL} member must hold one number or one name, as text, and one holds "
-            f"{unfit[:40]!r}: write it anew, or give data.labels=false"
+            f"a {_LABEL} member must hold one number or one name, as text, but one holds "
+            f"{unfit[:40]!r}: correct it, or give data.labels=false"
         )
     if words and numbers:
         raise DataError(
             f"{_LABEL} members hold numbers, such as {numbers[0]}, and names, such as {words[0]}: "
-            "write either everywhere, or give data.labels=false"
+            "use one kind everywhere, or give data.labels=false"
         )
 
 
 def _indexed(found: Found) -> Members:
-    """Return what a shard holds, and see to it that it is there to be read."""
+    """Return the members of a shard; a remote shard is copied first."""
     shard = found.shard
     fetch(found)
     known = _sound(load(index_file(shard)))
@@ -351,14 +351,14 @@ def _indexed(found: Found) -> Members:
     except DataError:
         if shard.is_copy:
             with suppress(OSError):
-                os.unlink(shard.path)  # a better one has to be fetched
+                os.unlink(shard.path)  # truncated copy: copy it again next time
         raise
     store(index_file(shard), {"format": _FORMAT, "url": shard.url, **vars(members)})
     return members
 
 
 def _sound(content: Any) -> Members | None:
-    """Return the members in a cached file; None if it is damaged."""
+    """Return the members from a cached file; None if it is damaged."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return None
     columns = [content.get(key) for key in ("names", "offsets", "sizes", "labels")]
@@ -371,10 +371,10 @@ def _sound(content: Any) -> Members | None:
 
 
 def read_members(shard: Shard) -> Members:
-    """Read the headers of a tar file, seeking from one to the next.
+    """Return the images of a tar file, from its headers.
 
     Raises:
-        DataError: It cannot be read, is truncated or is no plain tar; a sample has several
+        DataError: It cannot be read, is truncated or not a plain tar; a sample has several
             pictures.
     """
     try:
@@ -382,7 +382,7 @@ def read_members(shard: Shard) -> Members:
             parts = _read_parts(file)
     except (tarfile.TarError, ValueError) as error:
         raise DataError(
-            f"{shard.url} is truncated or no uncompressed tar file ({error}): make or fetch it anew"
+            f"{shard.url} is truncated or not an uncompressed tar file ({error}): replace it"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {shard.url}: {error.strerror or error}") from error
@@ -396,7 +396,7 @@ def read_members(shard: Shard) -> Members:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What is in a shard, by the key of the sample that it belongs to."""
+    """Members of a shard by sample key."""
 
     pictures: dict[str, list[tuple[str, int, int]]]  # name, offset and size in bytes
     others: dict[str, list[str]]  # names of further images
@@ -406,7 +406,7 @@ class _Parts:
 def _read_parts(file: BinaryIO) -> _Parts:
     parts = _Parts({}, {}, {})
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        # next() instead of iteration: the list of members, which tarfile keeps, would be walked
+        # next() instead of iteration, which would search the list of members that tarfile keeps
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # a hundred times the memory of ours
             name = member.name
@@ -426,25 +426,25 @@ def _read_parts(file: BinaryIO) -> _Parts:
                     parts.labels[key] = label
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("the mark at its end is missing")
+            raise tarfile.ReadError("its end-of-archive mark is missing")
     return parts
 
 
 def _check_one_picture(shard: Shard, parts: _Parts) -> None:
-    """Refuse a key of several pictures, or of none but several other images: which one is meant?"""
+    """Raise if a sample has several pictures, or no picture but several other images."""
     several = [[place[0] for place in places] for places in parts.pictures.values()]
     several += [names for key, names in parts.others.items() if key not in parts.pictures]
     first = next((names for names in several if len(names) > 1), None)
     if first is not None:
         raise DataError(
             f"in {shard.url}, {first[0]} and {first[1]} are images of one sample, whose name ends "
-            "at the first dot: pack them anew under names that differ up to there, such as "
+            "at the first dot: pack them again under names that differ before it, such as "
             "img_0001.jpg for img.0001.jpg"
         )
 
 
 def _label(content: bytes) -> int | str | None:
-    """Return the number or the word that a label is; None: it is empty."""
+    """Return a label as a number or a name; None if it is empty."""
     text = content.decode("utf-8", "replace").strip()
     try:
         return int(text)
@@ -457,7 +457,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a member's path at the first dot of the file's name; the suffix is in lower case."""
+    """Return a member's key and suffix: its path, split at the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     key, dot, suffix = file.partition(".")
     return folder + slash + key, (dot + suffix).lower()

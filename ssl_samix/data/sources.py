@@ -1,4 +1,4 @@
-"""Where pictures come from, one at a time: files, tar shards, or an array already in memory."""
+"""Sources of single pictures: files, tar shards, or an array in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ssl_samix.errors import check_range
 VARIABLE = "SSL_SAMIX_MAX_MEGAPIXELS"
 _MAX_MEGAPIXELS = 500  # more than any camera's; in RGB, 2 GB
 
-# what Pillow raises for a damaged file, depending on the format and on where the damage is
+# exceptions of Pillow for damaged files, depending on format and damage
 UNREADABLE = (
     OSError,  # truncated data, PIL.UnidentifiedImageError, files that may not be read
     SyntaxError,  # broken PNG and TIFF headers
@@ -37,26 +37,26 @@ UNREADABLE = (
     EOFError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,  # too many pixels to be a picture
+    Image.DecompressionBombError,  # too many pixels
 )
-WINDOW = 16  # shards whose images are shuffled together, and so are read at the same time
-_OPEN = 2 * WINDOW  # files per process; a batch may lie across the border of two windows
+WINDOW = 16  # shards whose images are shuffled together, and so read at the same time
+_OPEN = 2 * WINDOW  # files per process; a batch may span two windows
 
 
-class UnusableImage(OSError):  # noqa: N818  nothing went wrong, the file is what it is
-    """A file that cannot be used as a picture; the message says why, for its owner."""
+class UnusableImage(OSError):  # noqa: N818  not an error: the file is intact, but unusable
+    """A file that cannot be used as a picture; the message says why."""
 
 
 def described(name: str, error: Exception) -> str:
-    """Return the name of an unreadable picture, and the reason where it is not mere damage."""
+    """Return the name of an unreadable picture, with the reason if it is not damaged."""
     return f"{name} ({error})" if isinstance(error, UnusableImage) else name
 
 
 def set_up_pillow() -> None:
-    """Set how large pictures may be, and keep Pillow's remarks on odd files off the screen.
+    """Set the largest picture size, and silence Pillow's warnings about damaged files.
 
-    What cannot be read is reported by us, by name. Filters and limits are the process's: those
-    that hold for a block only would not be safe with threads.
+    Unreadable files are reported by name elsewhere. Filters and limits are set for the process:
+    context managers would not be thread-safe.
 
     Raises:
         ConfigError: ``$SSL_SAMIX_MAX_MEGAPIXELS`` is not a number from 1 on.
@@ -66,16 +66,16 @@ def set_up_pillow() -> None:
         given = float(str(given))
     check_range(VARIABLE, given, 1)
     assert isinstance(given, float)
-    Image.MAX_IMAGE_PIXELS = int(given * 1e6 / 2)  # Pillow warns from here on, refuses twice it
+    Image.MAX_IMAGE_PIXELS = int(given * 1e6 / 2)  # Pillow raises above twice this
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-set_up_pillow()  # in workers too: they import this module when they are given a source
+set_up_pillow()  # in workers too: they import this module when they unpickle a source
 
 
 def open_image(file: str | IO[bytes]) -> Image.Image:
-    """Read the header of a picture.
+    """Open a picture and read its header.
 
     Raises:
         One of ``UNREADABLE``.
@@ -96,7 +96,7 @@ def _too_large(error: Image.DecompressionBombError) -> UnusableImage:
 
 
 class Source(ABC):
-    """N pictures that are decoded on request."""
+    """Interface of N pictures that are decoded on request."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -104,11 +104,11 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what a person finds the picture by: its path, or its place in a data set."""
+        """Return the picture's name in messages: its path, or its position in a data set."""
 
     @abstractmethod
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Decode one picture.
+        """Return one decoded picture.
 
         Args:
             index: Position in 0..N-1.
@@ -124,23 +124,23 @@ class Source(ABC):
         """Return the pictures at these positions."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the order of an epoch, (N,) int64, drawn from ``generator``: a shuffle of all."""
+        """Return the order of an epoch, (N,) int64: a random order of all pictures."""
         return torch.randperm(len(self), generator=generator)
 
 
 class EncodedSource(Source):
-    """N pictures that are stored one by one, in any format that Pillow reads."""
+    """N separately encoded pictures, in any format that Pillow reads."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Return one picture of which the header alone has been decoded.
+        """Return one picture, of which only the header is decoded yet.
 
         Raises:
             One of ``UNREADABLE`` for a damaged one.
         """
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Fully decode one picture, so that a truncated one is found here."""
+        """Return one fully decoded picture; a truncated one raises here."""
         with self.open(index) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # JPEG only: decodes at 1/2, 1/4 or 1/8
@@ -153,20 +153,20 @@ class EncodedSource(Source):
                 raise OSError(str(error)) from error
             if halved and _is_dark(image):
                 raise UnusableImage(
-                    "of its 16 bits per channel Pillow reads the upper 8, which are all but empty: "
+                    "Pillow reads only the upper 8 of its 16 bits per channel, here nearly empty: "
                     "convert it to 8 bits"
                 )
             return image
 
 
 def _is_16_bit_colour(image: Image.Image) -> bool:
-    """Say of a picture that is not loaded yet whether Pillow will drop half of its bits."""
+    """Return whether Pillow will drop half of the bits of a picture that is not loaded yet."""
     tiles = getattr(image, "tile", [])  # codec, box, offset, arguments; gone after loading
     return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in tiles)
 
 
 def _is_dark(image: Image.Image) -> bool:
-    """Say whether all channels but alpha lie in the lowest eighth."""
+    """Return whether all channels except alpha lie in the lowest eighth."""
     channels = [image.getchannel(band) for band in image.getbands() if band != "A"]
     return all(np.asarray(channel).max() < 32 for channel in channels)
 
@@ -194,10 +194,10 @@ class PathSource(EncodedSource):
 
 
 class ArraySource(Source):
-    """Pictures that a data set gives as one array."""
+    """Pictures in one array."""
 
     def __init__(self, pixels: np.ndarray[Any, Any], title: str, numbers: Sequence[int]) -> None:
-        """Hold the pictures.
+        """Store the pictures.
 
         Args:
             pixels: (N, h, w, 3) or gray (N, h, w), uint8.
@@ -216,17 +216,17 @@ class ArraySource(Source):
         return f"{self.title} {self.numbers[index]}"
 
     def image(self, index: int, at_least: int | None = None) -> Image.Image:
-        """Return one picture; it costs nothing to decode, so ``at_least`` is not used."""
+        """Return one picture; it needs no decoding, so ``at_least`` is ignored."""
         return Image.fromarray(np.ascontiguousarray(self.pixels[index]))
 
     def stacked(self) -> Tensor:
-        """Copy all pictures into one (N, 3, h, w) uint8 tensor, gray repeated three times."""
+        """Return a copy of all pictures, (N, 3, h, w) uint8, gray repeated three times."""
         pixels = self.pixels
         colour = pixels[..., None].repeat(3, axis=-1) if pixels.ndim == 3 else pixels
         return torch.from_numpy(colour.transpose(0, 3, 1, 2).copy())
 
     def take(self, indices: Sequence[int]) -> ArraySource:
-        """Copy the pictures at these positions."""
+        """Return a source with copies of the pictures at these positions."""
         chosen = np.asarray(indices)
         return ArraySource(self.pixels[chosen], self.title, [self.numbers[i] for i in indices])
 
@@ -248,7 +248,7 @@ class ShardSource(EncodedSource):
 
     @classmethod
     def of(cls, indexed: Sequence[tuple[Shard, Members]]) -> ShardSource:
-        """Hold all members of some shards."""
+        """Return a source of all members of some shards."""
         rows = [
             np.stack([np.full(len(m.names), k), np.array(m.offsets), np.array(m.sizes)], axis=1)
             for k, (_, m) in enumerate(indexed)
@@ -261,35 +261,35 @@ class ShardSource(EncodedSource):
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Return the path or URL of the shard, and the member."""
+        """Return the path or URL of the shard, and the member's name."""
         return f"{self.shards[self.places[index, 0]].url}/{self.names[index]}"
 
     def open(self, index: int) -> Image.Image:
-        """Read one member; nothing but its header is decoded yet."""
+        """Return one member's picture, of which only the header is decoded yet."""
         shard, offset, size = self.places[index].tolist()
         file = _opened(self.shards[shard], os.getpid())
         return open_image(io.BytesIO(os.pread(file.number, size, offset)))
 
     def take(self, indices: Sequence[int]) -> ShardSource:
-        """Return the members at these positions."""
+        """Return a source of the members at these positions."""
         chosen = np.asarray(indices, dtype=np.int64)
         return ShardSource(self.shards, [self.names[i] for i in indices], self.places[chosen])
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle the shards, then all images within each window of 16 shards."""
+        """Return an order: shuffled shards, and shuffled images within each window of 16 shards."""
         return windowed(torch.from_numpy(self.places[:, 0]), WINDOW, generator)
 
 
 def windowed(group: Tensor, window: int, generator: torch.Generator) -> Tensor:
-    """Shuffle N items so that those of few groups come at a time.
+    """Return a shuffle of N items in which those of few groups are near each other.
 
     Args:
         group: (N,) int64, the group of each item.
         window: Groups that are shuffled together.
-        generator: The order is a function of its state.
+        generator: Source of the random numbers.
 
     Returns:
-        (N,) int64, every position once.
+        (N,) int64, a permutation.
     """
     kinds, kind = torch.unique(group, return_inverse=True)
     turn = torch.randperm(len(kinds), generator=generator) // window  # (K,)
@@ -298,7 +298,7 @@ def windowed(group: Tensor, window: int, generator: torch.Generator) -> Tensor:
 
 
 class _File:
-    """An open file, closed when the last one who reads it has let go of it."""
+    """An open file, closed when the last reference to it is gone."""
 
     def __init__(self, path: str) -> None:
         self.number = -1
@@ -309,8 +309,8 @@ class _File:
             os.close(self.number)
 
 
-# Of the process and not of a source, so that nothing of it is ever pickled. A process has files of
-# its own (``process`` is its id), and pread, which moves no position, lets threads share them.
+# Per process, not per source, so that it is never pickled. A process opens its own files
+# (``process`` is its id), and threads share them by pread, which moves no file position.
 @lru_cache(maxsize=_OPEN)
 def _opened(shard: Shard, process: int) -> _File:
     return _File(shard.path)

@@ -9,14 +9,15 @@ from ssl_samix.errors import DataError
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
-    """Choose ``n`` images with each class in proportion, by largest remainder.
+    """Return ``n`` images with each class in proportion, by largest remainder.
 
     Each class gets at least one image when ``n`` reaches the number of classes. Without labels
-    (all -1) the choice is uniform. The same seed makes a smaller choice out of the same order.
+    (all -1) the choice is uniform. With the same seed, a smaller choice is part of a larger one, up
+    to rounding.
 
     Args:
         labels: (N,) int64.
-        n: How many; an upper bound, so that more than N gives all.
+        n: Number of images; more than N gives all.
         seed: Fixes the choice.
 
     Returns:
@@ -40,7 +41,7 @@ def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split N images into train and validation, each class in proportion.
+    """Return positions of train and validation out of N images, each class in proportion.
 
     A class with a single image stays in train, since it can be learned but not checked.
 
@@ -63,12 +64,12 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _shares(counts: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Return how many of each class, (K,) int64 with sum ``n``, for (K,) counts."""
+    """Return the number of each class, (K,) int64 with sum ``n``, for (K,) counts."""
     quota = n * counts.double() / counts.sum()
     share = quota.floor().long()
     if n >= len(counts):
         share = share.clamp(min=1)
-    # equal remainders are drawn for, so that the first classes are not always preferred
+    # ties are broken at random, so that the first classes are not preferred
     wish = quota + 1e-9 * torch.rand(len(counts), generator=generator, dtype=torch.float64)
     while int(share.sum()) < n:
         share[(wish - share).masked_fill(share >= counts, -torch.inf).argmax()] += 1

@@ -1,4 +1,4 @@
-"""Image operations on a batch with one set of parameters per sample: tensors in, tensors out.
+"""Image operations on a batch, with separate parameters for each sample.
 
 torchvision's v2 transforms give every sample of a batch the same parameters, which is useless for
 self-supervised learning; these are the same operations, equal to torchvision's sample by sample,
@@ -18,7 +18,7 @@ RED, GREEN, BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2 luma, rounded as torchvis
 
 
 def crop_resize(images: Tensor, box: tuple[Tensor, ...], flip: Tensor, size: int) -> Tensor:
-    """Crop a box out of each image, resize it to a square, and mirror it where asked to.
+    """Return a box of each image, resized to a square, and mirrored where ``flip`` is True.
 
     Equals torchvision's ``resized_crop(..., antialias=True)``, bilinear, then ``horizontal_flip``:
     a separable resampling, so two batched matrix products per image.
@@ -82,7 +82,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, H, W) images by ``factor`` (B,) in [-0.5, 0.5] turns of HSV.
+    """Rotate the hue of (B, 3, H, W) images by ``factor`` (B,) in [-0.5, 0.5] turns of HSV.
 
     Equals torchvision's function, by the closed form of HSV to RGB: a channel is
     value - chroma * clamp(2 - |sixths of a turn to the channel's opposite hue|, 0, 1).
@@ -95,11 +95,11 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     sixths = (red - green).add_(chroma, alpha=4)
     sixths = sixths.lerp_((blue - red).add_(chroma, alpha=2), (green - value).eq_(0))
     sixths = sixths.lerp_(green - blue, (red - value).eq_(0))
-    # A grey pixel has no hue: chroma 0 makes any finite number right, so avoid only 0 / 0.
+    # A grey pixel has no hue: with chroma 0 any finite number is right, so avoid only 0 / 0.
     turns = sixths.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(factor.view(-1, 1, 1))
     opposite = sent(torch.tensor([3 / 6, 1 / 6, -1 / 6]), images.device).view(3, 1, 1)
     distance = turns.unsqueeze(1) + opposite  # (B, 3, H, W)
-    distance = distance.sub_(distance.round()).abs_()  # turns, the short way round
+    distance = distance.sub_(distance.round()).abs_()  # turns, the shorter way round
     share = distance.mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(value.unsqueeze(1), chroma.unsqueeze(1), share, value=-1)
 
@@ -114,18 +114,18 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         images: (B, 3, H, W) float.
         factors: (B, 4), the factors of brightness, contrast, saturation and hue, on the CPU.
         order: (B, 4) int64, row b the order in which image b gets operations 0 to 3 of `JITTER`;
-            on the CPU, so that how many get which is known without asking a device.
+            on the CPU, so that the number per operation is known without synchronising.
 
     Returns:
         (B, 3, H, W).
     """
     device = images.device
     counts = F.one_hot(order, len(JITTER)).sum(0).tolist()  # [slot][operation]
-    rows = torch.arange(len(images))  # which image each row is, now
-    # Two buffers take turns: fresh memory for every slot costs more than the arithmetic on CPU.
+    rows = torch.arange(len(images))  # index of the image in each row
+    # Two alternating buffers: on a CPU, new memory for every slot costs more than the arithmetic.
     buffers = torch.empty_like(images), torch.empty_like(images)
     for slot, count in enumerate(counts):
-        # Sorted by operation, the samples of each are one contiguous piece.
+        # Sorted by operation, the samples of each are contiguous.
         step = order[rows, slot].argsort()
         rows = rows[step]
         values = sent(factors[rows], device).split(count)
@@ -195,13 +195,13 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """Send a few numbers to a device without waiting for what it is doing."""
-    # Only CUDA copies them before it returns; elsewhere they could be gone when they are read.
+    """Copy a few numbers to a device without waiting for it."""
+    # Only CUDA copies them before it returns; elsewhere they could be freed before they are read.
     return drawn.to(device, non_blocking=device.type == "cuda")
 
 
 def _per_image(values: Tensor) -> Tensor:
-    """Shape (B,) values so that they meet (B, 3, H, W) images."""
+    """Reshape (B,) values to broadcast with (B, 3, H, W) images."""
     return values.view(-1, 1, 1, 1)
 
 

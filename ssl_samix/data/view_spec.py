@@ -1,4 +1,4 @@
-"""What a view is made of: the recipe of one view, and the two of a method."""
+"""Settings of augmented views: of one view, and of the two views of a method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 SMALLEST_BLURRED = 64  # pixels; SimCLR's CIFAR recipe has no blur, arXiv 2002.05709, appendix B.9
 PLACES = ("auto", "batched", "workers")
 POLICIES = ("none", "randaugment", "trivialaugment")
-HIGHEST = {  # of what may be more than 1
+HIGHEST = {  # upper bound of settings that may exceed 1
     "brightness": math.inf,
     "contrast": math.inf,
     "saturation": math.inf,
@@ -26,8 +26,8 @@ BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, appendix A, and everyone since
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """The recipe of one view, in the order: crop, mirror, policy, colour jitter, grey, blur,
-    solarize, and, of the normalised view, erasing.
+    """The settings of one view, in the order: crop, mirror, policy, colour jitter, grey, blur,
+    solarize, and, on the normalised view, erasing.
 
     Attributes:
         crop_min: Smallest area of a crop, as a share of the image's, in (0, 1].
@@ -50,7 +50,7 @@ class ViewSpec:
         erasing: Probability to fill a rectangle with noise (arXiv 1708.04896).
 
     Raises:
-        ConfigError: If a value is no number or out of its range.
+        ConfigError: If a value is not a number or out of its range.
     """
 
     crop_min: float
@@ -71,7 +71,7 @@ class ViewSpec:
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values that make no view."""
+        """Raise for values out of range."""
         settings = asdict(self)
         check_choice("view setting policy", settings.pop("policy"), POLICIES)
         for name, value in settings.items():
@@ -89,9 +89,9 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
     Args:
         spec: A recipe, written for 224 px photographs.
         image_size: Side of the views, in pixels; below `SMALLEST_BLURRED` nothing is blurred.
-        flip: False where a mirrored image is another thing, such as a digit.
-        crop_min: Smallest area of a crop that still shows the thing, where the data need more than
-            photographs do: a quarter of a digit is another sign.
+        flip: False if mirroring changes the meaning of an image, as of a digit.
+        crop_min: Smallest area of a crop, if the data need more than photographs do: a quarter of
+            a digit is another sign.
     """
     check_range("data.crop_min", crop_min, 0.0, 1.0)
     return replace(
@@ -104,11 +104,11 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
 
 
 class Recipes:
-    """Of which views a batch consists, and where they are made.
+    """Settings of all views of a batch, and where the views are computed.
 
     Args:
-        views: The recipe of each view, a `ViewSpec` or its fields.
-        device: Where they are made: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
+        views: The settings of each view, a `ViewSpec` or its fields.
+        device: Where they are computed: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
         group: The key that holds ``device``, for the error.
 
     Raises:
@@ -125,7 +125,7 @@ class Recipes:
     def specs(
         self, image_size: int, flip: bool = True, crop_min: float = 0.0
     ) -> tuple[ViewSpec, ...]:
-        """Return a recipe per view, `scaled` to ``image_size`` pixels and what the data bear."""
+        """Return a spec per view, `scaled` to ``image_size`` pixels and to the data."""
         return tuple(scaled(spec, image_size, flip, crop_min) for spec in self.views)
 
 
@@ -149,7 +149,7 @@ class Views(Recipes):
 
 
 def _spec(settings: Mapping[str, Any]) -> ViewSpec:
-    """Build a recipe from its fields."""
+    """Return a `ViewSpec` from its fields."""
     known = [field.name for field in fields(ViewSpec)]
     needed = [field.name for field in fields(ViewSpec) if field.default is MISSING]
     if not isinstance(settings, Mapping):

@@ -1,14 +1,13 @@
 """Augmented views: of a whole batch on the device, or image by image in DataLoader workers.
 
-Drawing parameters (`draw`) and applying them (`apply`) are apart, so that a test can give both this
-code and torchvision the same parameters. Random numbers come from torch's default generator of the
-CPU, and every sample has its own: a seed gives the same views on every device, and a GPU is never
-asked which images an operation is for.
+Drawing parameters (`draw`) and applying them (`apply`) are separate, so that a test can give this
+code and torchvision the same parameters. Random numbers come from torch's default CPU generator,
+separately for every sample: a seed gives the same views on every device, and the host knows
+without synchronising which images an operation is for.
 
 Images that are decoded on demand at 224 px are augmented in the workers with torchvision: on a CPU
-Pillow's operations are as fast as a batched computation there, and workers have the time
-(``benchmarks/views.py``). Only the blur is our own: torchvision's multiplies by the whole square of
-its kernel.
+Pillow's operations are as fast as a batched computation there, and workers are idle otherwise
+(``benchmarks/views.py``). Only the blur is our own: torchvision's is not separable.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from ssl_samix.errors import ConfigError, DataError
 
 __all__ = ["BatchedViews", "ViewParams", "ViewSpec", "Views", "apply", "draw", "scaled"]
 
-BATCHED_UP_TO = 96  # px; above it, crops come from each image's own pixels, in workers
+BATCHED_UP_TO = 96  # px; above it, crops are cut from the full picture, in workers
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResizedCrop
-TRIES = 10  # crops drawn before the central one is taken, likewise
-PIECE = 2**20  # values that the CPU's caches and memory allocator take at once without pain
+TRIES = 10  # attempts before the central crop is used, likewise
+PIECE = 2**20  # values per chunk, so that CPU caches and memory allocator stay fast
 
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What was drawn for one view of B images; on the CPU."""
+    """Parameters of one view of B images; on the CPU."""
 
     top: Tensor  # (B,) int64, pixels of the source, as the three below
     left: Tensor  # (B,) int64
@@ -53,11 +52,11 @@ class ViewParams:
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, pixels of the view
     solarize: Tensor  # (B,) bool
-    border: int = 0  # mirrored pixels around the source, which the box is counted from
+    border: int = 0  # px of mirrored border around the source; boxes count from it
 
 
 def draw(spec: ViewSpec, n: int, height: int, width: int) -> ViewParams:
-    """Draw the parameters of one view of ``n`` images of ``height`` x ``width`` pixels."""
+    """Return random parameters of one view of ``n`` images of ``height`` x ``width`` pixels."""
     border = round(spec.pad * min(height, width))
     if border:
         # Crops of the image's own size out of the image with a border, as RandomCrop does.
@@ -91,14 +90,14 @@ def draw(spec: ViewSpec, n: int, height: int, width: int) -> ViewParams:
 def _draw_boxes(
     spec: ViewSpec, n: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw crops as torchvision's RandomResizedCrop does, all tries of all samples at once."""
+    """Return crops as of torchvision's RandomResizedCrop, all tries of all samples at once."""
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     area = torch.empty(TRIES, n).uniform_(spec.crop_min, spec.crop_max)
     area *= height * width
     ratio = torch.empty(TRIES, n).uniform_(low, high).exp()
     wide, tall = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (TRIES, B)
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    # One more try that always fits, the largest central crop; argmax is the first that fits.
+    # Add a try that always fits, the largest central crop; argmax finds the first that fits.
     wide = torch.cat([wide, wide.new_full((1, n), min(width, round(height * RATIO[1])))])
     tall = torch.cat([tall, tall.new_full((1, n), min(height, round(width / RATIO[0])))])
     first = torch.cat([fits, fits.new_ones(1, n)]).int().argmax(0, keepdim=True)  # (1, B)
@@ -111,11 +110,11 @@ def _draw_boxes(
 
 
 def apply(images: Tensor, params: ViewParams, size: int) -> Tensor:
-    """Compute the views that ``params`` describe.
+    """Return the views that ``params`` describe.
 
     Args:
         images: (B, 3, H, W) float in [0, 1].
-        params: What `draw` gave for them.
+        params: Their parameters, from `draw`.
         size: Side of the views, in pixels.
 
     Returns:
@@ -140,9 +139,9 @@ def recolour(views: Tensor, params: ViewParams) -> Tensor:
 
 
 def _change(images: Tensor, on: Tensor, change: Callable[..., Tensor], *values: Tensor) -> None:
-    """Change those ``images`` that are ``on`` (B,), in place; the others cost nothing.
+    """Apply an operation to the ``images`` that are ``on`` (B,), in place; others cost nothing.
 
-    What was drawn is on the CPU, where looking at it makes nobody wait.
+    ``on`` is on the CPU, so that reading it does not synchronise.
     """
     rows = on.nonzero().squeeze(1)
     if len(rows) > 0:
@@ -152,16 +151,16 @@ def _change(images: Tensor, on: Tensor, change: Callable[..., Tensor], *values: 
 
 
 class BatchedViews(nn.Module):
-    """Draws and computes the views of a batch, on the device that the batch is on.
+    """Draws and computes the views of a batch, on the batch's device.
 
     Args:
-        specs: One recipe per view.
+        specs: Settings of each view.
         size: Side of the views, in pixels.
         mean: Per channel, of values in [0, 1], to subtract.
         std: Per channel, to divide by.
 
     Raises:
-        ConfigError: If the size, mean or std make no views.
+        ConfigError: If size, mean or std are out of range.
     """
 
     mean: Tensor  # (3,)
@@ -170,7 +169,7 @@ class BatchedViews(nn.Module):
     def __init__(
         self, specs: Sequence[ViewSpec], size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        """Check the settings; there are no parameters, and nothing that a checkpoint keeps."""
+        """Check the settings; there are no parameters and no saved state."""
         super().__init__()
         if any(spec.policy != "none" for spec in specs):
             raise ConfigError("an augmentation policy is for views that are drawn image by image")
@@ -186,13 +185,13 @@ class BatchedViews(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Return the views of uint8 (B, 3, H, W) ``pixels``, normalised.
+        """Return normalised views of uint8 (B, 3, H, W) ``pixels``.
 
         Returns:
-            Per recipe a (B, 3, size, size) float32 tensor, laid out as channels_last.
+            For each view a (B, 3, size, size) float32 tensor, in channels_last.
 
         Raises:
-            DataError: If the pixels are not such a tensor.
+            DataError: If the pixels have another type or shape.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise DataError(
@@ -203,10 +202,10 @@ class BatchedViews(nn.Module):
 
     @torch.no_grad()
     def finish(self, crops: Tensor) -> tuple[Tensor, ...]:
-        """Return the views that crops become: mirrored, changed in their colours, normalised.
+        """Return views from crops: mirrored, with changed colours, normalised.
 
         Args:
-            crops: (B, V, 3, size, size) uint8, one per recipe, as `WorkerCrops` makes them.
+            crops: (B, V, 3, size, size) uint8, one per view, from `WorkerCrops`.
         """
         return self._in_pieces(crops, self._finished)
 
@@ -216,13 +215,13 @@ class BatchedViews(nn.Module):
         piece = len(pixels)
         if pixels.device.type == "cpu":
             piece = max(1, PIECE // (3 * self.size**2))
-        # Autocast would resample in half precision, which shows in the images.
+        # Autocast would resample in half precision, with visible errors.
         with torch.autocast(pixels.device.type, enabled=False):
             pieces = [work(part) for part in pixels.split(piece)]
         return tuple(torch.cat(views) for views in zip(*pieces, strict=True))
 
     def _views(self, pixels: Tensor) -> list[Tensor]:
-        """Draw and compute every view of some images."""
+        """Return every view of some images."""
         images = pixels.float().div_(255)
         count, _, height, width = images.shape
         views = []
@@ -233,7 +232,7 @@ class BatchedViews(nn.Module):
         return views
 
     def _finished(self, crops: Tensor) -> list[Tensor]:
-        """Draw and compute, for every crop of some images, what comes after the crop."""
+        """Return the views of some images from their crops."""
         views = []
         for spec, crop in zip(self.specs, crops.unbind(1), strict=True):
             params = draw(spec, len(crop), self.size, self.size)
@@ -244,7 +243,7 @@ class BatchedViews(nn.Module):
 
 
 class ViewMaker:
-    """Makes the views of images.
+    """Computes views of images in the fastest suitable place.
 
     Three ways, of which ``auto`` takes the fastest that gives the same views:
 
@@ -253,22 +252,22 @@ class ViewMaker:
       decoded, in the loader's processes; the rest is done with the whole batch, on its device
       (``batched``; for ``auto`` where that is a GPU).
     - Everything is done image by image, in the loader's processes (``workers``; for ``auto``
-      without a GPU). Augmentation policies, which are torchvision's, know this way only.
+      without a GPU). Augmentation policies (torchvision's) need this way.
 
     Args:
-        specs: One recipe per view, already scaled to the images.
+        specs: Settings of each view, already scaled to the images.
         size: S, side of the views in px.
-        mean: Of the normalisation, per channel.
-        std: Likewise.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
         device: ``auto``, ``batched`` or ``workers``.
 
     Raises:
         ConfigError: If a policy is to be batched.
 
     Attributes:
-        specs: The recipes.
-        per_image: Maps one original, uint8 (3, h, w), to its views (V, 3, S, S), finished or
-            not; None where views are made of the batch.
+        specs: Settings of each view.
+        per_image: Maps one original, uint8 (3, h, w), to its views (V, 3, S, S), complete or only
+            cropped; None if views are computed from the batch.
     """
 
     def __init__(
@@ -302,10 +301,10 @@ class ViewMaker:
         ]
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Make normalised views, each (B, 3, S, S) float32, channels_last.
+        """Return normalised views, each (B, 3, S, S) float32, in channels_last.
 
         Args:
-            pixels: Fitted images (B, 3, S, S), or what ``per_image`` made, (B, V, 3, S, S); uint8.
+            pixels: Fitted images (B, 3, S, S), or output of ``per_image``, (B, V, 3, S, S); uint8.
         """
         if self._batched is None:
             mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
@@ -320,7 +319,7 @@ class ViewMaker:
 
 
 def _each(change: v2.Transform, images: Tensor) -> Tensor:
-    """Change every image by itself: on a batch, torchvision would draw once for all."""
+    """Apply a transform to each image: on a batch, torchvision would draw once for all."""
     changed = torch.stack([change(image) for image in images])
     return changed.contiguous(memory_format=torch.channels_last)
 
@@ -329,19 +328,19 @@ class WorkerViews:
     """Draws and computes the views of one image, with torch's default generator.
 
     Args:
-        specs: One recipe per view.
+        specs: Settings of each view.
         size: Side of the views, in pixels.
     """
 
     def __init__(self, specs: Sequence[ViewSpec], size: int) -> None:
-        """Build one torchvision pipeline per recipe."""
+        """Build one torchvision pipeline per view."""
         self._pipelines = [self._pipeline(spec, size) for spec in specs]
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the V views of one uint8 (3, h, w) ``image`` as uint8 (V, 3, size, size).
 
         Raises:
-            DataError: If the image is not such a tensor.
+            DataError: If the image has another type or shape.
         """
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise DataError(
@@ -352,7 +351,7 @@ class WorkerViews:
         return torch.stack([TF.pil_to_tensor(pipeline(picture)) for pipeline in self._pipelines])
 
     def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
-        """Say a recipe in torchvision's words, in the order that `ViewSpec` states."""
+        """Return the torchvision transforms of a view, in the order of `ViewSpec`."""
         jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
         blur = SeparableBlur(transforms.blur_kernel_size(size))
         return v2.Compose(
@@ -369,15 +368,15 @@ class WorkerViews:
 
 
 class WorkerCrops(WorkerViews):
-    """Crops alone: what needs the picture in full; `BatchedViews.finish` does the rest."""
+    """Cuts only the crops, which need the full picture; `BatchedViews.finish` does the rest."""
 
     def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
-        """Return the first step of a recipe."""
+        """Return the transform that crops."""
         return v2.Compose(_crop(spec, size))
 
 
 class SeparableBlur:
-    """torchvision's random Gaussian blur of a picture, by columns and rows.
+    """torchvision's random Gaussian blur of a picture, computed by columns and rows.
 
     Args:
         kernel_size: Odd width of the kernel, in pixels.
@@ -387,7 +386,7 @@ class SeparableBlur:
         self.kernel_size = kernel_size
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """Blur by a standard deviation drawn from `BLUR_SIGMA`."""
+        """Return the picture blurred by a standard deviation drawn from `BLUR_SIGMA`."""
         sigma = torch.empty(1).uniform_(*BLUR_SIGMA)
         pixels = TF.pil_to_tensor(picture).float()[None]
         blurred = transforms.gaussian_blur(pixels, sigma, self.kernel_size)[0]
@@ -410,7 +409,7 @@ def _policy(spec: ViewSpec) -> list[v2.Transform]:
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalise views as they come from workers; equals what `BatchedViews` does to its own.
+    """Return normalised views from workers; equals the normalisation of `BatchedViews`.
 
     Args:
         pixels: (B, 3, S, S) uint8.
@@ -418,6 +417,6 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: (3,), of values in [0, 1].
 
     Returns:
-        (B, 3, S, S) float32, laid out as channels_last.
+        (B, 3, S, S) float32, in channels_last.
     """
     return transforms.normalize(pixels, 255 * mean, 255 * std)

@@ -49,8 +49,8 @@ def extract(  # noqa: PLR0913 - what is embedded, and how it is prepared
         encoder: Maps (B, 3, S, S) to (B, D).
         images: The data set.
         picks: Which of its images, in the order of the result.
-        mean: Of the normalisation, per channel.
-        std: Likewise.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
         device: Where the encoder is.
         workers: Processes that decode images.
         chunk: Images per forward pass.

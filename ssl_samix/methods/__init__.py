@@ -1,1 +1,1 @@
-"""Self-supervised methods: each one short file over one base class."""
+"""Methods: one short file each, over one base class."""

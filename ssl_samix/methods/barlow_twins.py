@@ -13,7 +13,7 @@ from ssl_samix.models.backbone import Backbone
 
 
 class BarlowTwins(BaseMethod):
-    """Barlow Twins, its matrix summed over all ranks.
+    """Barlow Twins, with the cross-correlation matrix summed over all ranks.
 
     Embeddings leave this method unnormalised: the criterion standardises them over the batch.
 
@@ -43,7 +43,7 @@ class BarlowTwins(BaseMethod):
         self.criterion = BarlowTwinsLoss(redundancy, gather_distributed=True)
 
     def unit(self, embedding: Tensor) -> Tensor:
-        """Leave embeddings as they are, in float32."""
+        """Return embeddings unchanged, in float32."""
         return embedding.float()
 
     def targets(self, images: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class BarlowTwins(BaseMethod):
         return self.query(images)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Share of each sample in the loss towards each of its parents, (K, P)."""
+        """Return each sample's part of the loss towards each of its parents, (K, P)."""
         return cross_correlation(query, target[parents], self.redundancy)
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """The loss of the two views, (B,), the same for each sample: it is one of the batch."""
+        """Return the loss of the two views, (B,), the same for each sample of the batch."""
         first, second = self.query(views[0]), self.query(views[1])
         return self.criterion(first, second).expand(len(first))

@@ -19,7 +19,7 @@ class BYOL(MomentumMethod):
         backbone: The encoder that is trained.
         hidden_dim: Hidden width of projector and predictor.
         output_dim: Embedding width.
-        momentum: Of the target encoder at the first step; it rises to 1 by a cosine.
+        momentum: Momentum of the target encoder at the first step; rises to 1 by a cosine.
         **base: Arguments of ``BaseMethod``.
     """
 
@@ -43,7 +43,7 @@ class BYOL(MomentumMethod):
         self.momentum = momentum
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Regression onto each parent's target: (K, P)."""
+        """Return the regression loss towards each parent's target, (K, P)."""
         return cosine_regression(query, target[parents])
 
     def momentum_now(self) -> float:

@@ -16,19 +16,19 @@ from ssl_samix.models.ema import EMATwin
 from ssl_samix.types import Batch
 
 HEADS = ("auto", "one", "two")
-INIT_STD = 0.01  # of a head's weights
+INIT_STD = 0.01  # standard deviation of a head's initial weights
 
 
 class LinearHeads(BaseMethod):
     """A method whose embeddings are the outputs of a linear head on the backbone.
 
-    With two heads, mixtures that come beside the plain images have a head of their own, and the
-    Mixer learns from its average, as in OpenMixup's models/classifiers/automix.py: a head that
-    learns plain images too is soon too sure of one class for the Mixer to balance two. The plain
-    images' head is the one that ``val/top1`` is of and that is exported, as in
-    ``forward_inference`` there. (OpenMixup publishes the best of both heads and both averages,
-    usually the average of the mixtures' head: tools/summary/find_automix_val_median.py, issue 45.)
-    The mixtures' head is measured beside it, and is in the checkpoints.
+    With two heads, mixtures that are used beside the plain images have a separate head, and the
+    Mixer learns from that head's average, as in OpenMixup's models/classifiers/automix.py: a head
+    that is also trained on plain images soon becomes too confident of one class for the Mixer to
+    balance two. ``val/top1`` is measured with the plain images' head, which is also the exported
+    one, as in ``forward_inference`` there. (OpenMixup publishes the best of both heads and both
+    averages, usually the average of the mixtures' head: tools/summary/find_automix_val_median.py,
+    issue 45.) The mixtures' head is measured too, and saved in the checkpoints.
     """
 
     twin: EMATwin
@@ -36,7 +36,7 @@ class LinearHeads(BaseMethod):
     mixed_twin: EMATwin | None
 
     def add_heads(self, width: int, heads: str) -> None:
-        """Make the heads and their averages.
+        """Create the heads and their moving averages.
 
         Args:
             width: D, outputs of a head.
@@ -61,36 +61,36 @@ class LinearHeads(BaseMethod):
             self.mixed_twin = EMATwin(self.mixed_projector)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum the losses; in a step without mixtures their head has one too."""
+        """Return the summed losses; the mixtures' head has a gradient in every step."""
         loss = super().training_step(batch, batch_idx)
         if self.mixed_projector is None:
             return loss
-        # Zero, but a loss of every weight: processes wait for each other's gradients of it. And
-        # PyTorch's fused optimizers cannot begin with a part of their parameters.
+        # A zero that depends on every weight: DDP waits for a gradient of each, and PyTorch's fused
+        # optimizers cannot start with gradients of only some of their parameters.
         return loss + torch.stack([p.sum() for p in self.mixed_projector.parameters()]).sum() * 0
 
     def mixed_query(self, images: Tensor) -> Tensor:
-        """Embed mixtures that come beside plain images (B, 3, S, S), with gradient, (B, D)."""
+        """Embed mixtures (B, 3, S, S), used beside plain images, to (B, D), with gradient."""
         if self.mixed_projector is None:
             return self.query(images)
-        # Not remembered: what the step remembers of an image went through the plain head.
+        # Not from the step's memory, which holds outputs of the plain images' head.
         return self.unit(self.read(nn.Sequential(self.backbone, self.mixed_projector), images)[0])
 
     def frozen_query(self, images: Tensor) -> Tensor:
-        """Embed with the average of the mixtures' head, (B, D); gradient to the images only."""
+        """Embed to (B, D) with the mixtures' averaged head; gradient reaches the images only."""
         if self.mixed_twin is None:
             return super().frozen_query(images)
         teacher = nn.Sequential(self.teacher_backbone, self.mixed_twin.module)
         return self.unit(self._frozen_forward(teacher, images))
 
     def move_averages(self, momentum: float) -> None:
-        """Let the averages follow, statistics of the normalisation included."""
+        """Update the moving averages, including normalisation statistics."""
         self.twin.update(self.embedder, momentum, statistics=True)
         if self.mixed_projector is not None and self.mixed_twin is not None:
             self.mixed_twin.update(self.mixed_projector, momentum)
 
     def measured(self) -> dict[str, nn.Sequential]:
-        """Return the network that is trained and its average, with all of their heads.
+        """Return the trained network and its moving average, with all of their heads.
 
         Returns:
             By prefix, ``""`` and ``ema_``: images (B, 3, S, S) to outputs, (B, D) with one head and
@@ -102,12 +102,12 @@ class LinearHeads(BaseMethod):
             online.append(self.mixed_projector)
             average.append(self.mixed_twin.module)
         return {
-            "": nn.Sequential(self.backbone, _SideBySide(online)),
-            "ema_": nn.Sequential(self.teacher_backbone, _SideBySide(average)),
+            "": nn.Sequential(self.backbone, _ConcatenatedHeads(online)),
+            "ema_": nn.Sequential(self.teacher_backbone, _ConcatenatedHeads(average)),
         }
 
 
-class _SideBySide(nn.Module):
+class _ConcatenatedHeads(nn.Module):
     def __init__(self, heads: list[nn.Module]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
@@ -124,32 +124,32 @@ def _head(features: int, width: int) -> nn.Linear:
 
 
 LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
-EMA_WARMUP_STEPS = 10  # steps; the average of a younger network follows it faster than ``ema`` says
+EMA_WARMUP_STEPS = 10  # in about so many first steps the average follows faster than ``ema``
 
 
 class Classifier(LinearHeads):
     """Classifies images of known classes; the "embedding" is the row of logits.
 
-    What a mixture is compared with, its targets, are the classes of its parents, and so all of
-    mixing works here as in pretraining. The teacher is the exponential moving average (EMA) of the
-    classifier, a network that is measured beside the one that is trained.
+    The targets of a mixture are the classes of its parents, so mixing works as in pretraining. The
+    teacher is the exponential moving average (EMA) of the classifier, which is measured beside the
+    trained network.
 
     Args:
         backbone: The encoder that is trained.
         classes: C.
         loss: ``cross_entropy`` or ``binary_cross_entropy``.
-        smoothing: Share of a label that all classes have in equal parts.
-        ema: Share of the old weights in a step of the average.
+        smoothing: Label smoothing: the share that is spread evenly over all classes.
+        ema: Weight of the old weights in an update of the average.
         heads: ``one`` for all images, ``two`` for plain images and for mixtures (see
             ``LinearHeads``), or ``auto``: two where a policy learns beside plain images. Mixtures
-            that replace the plain images have the plain images' head.
+            that replace the plain images use the plain images' head.
         **base: Arguments of ``BaseMethod``.
 
     Raises:
         ConfigError: For a setting outside its range, and for two heads where only one would learn.
     """
 
-    wants_sync_batchnorm = False  # batches are large enough, and papers do without
+    wants_sync_batchnorm = False  # batches are large enough, and papers do not use it
     keeps_plain_views = False
     mixer_weights = (0.0, 1.0)
 
@@ -161,7 +161,7 @@ class Classifier(LinearHeads):
         loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy",
         smoothing: float = 0.0,
         ema: float = 0.999,
-        heads: Literal["auto", "one", "two"] = "one",  # as runs from before the key existed
+        heads: Literal["auto", "one", "two"] = "one",  # as in runs older than this key
         **base: object,
     ) -> None:
         super().__init__(backbone, **base)  # type: ignore[arg-type]
@@ -175,24 +175,24 @@ class Classifier(LinearHeads):
         self._labels = torch.empty(0, dtype=torch.int64)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Learn from a batch of one labelled view."""
+        """Return the loss of a batch of one labelled view."""
         return super().training_step(self.taken(batch), batch_idx)
 
     def taken(self, batch: Batch) -> Batch:
-        """Take the labels of a batch; mixing finds partners in the same view."""
+        """Store the batch's labels, and return the batch with its one view as both views."""
         self._labels = batch.label
         return replace(batch, views=(batch.views[0], batch.views[0]))
 
     def unit(self, embedding: Tensor) -> Tensor:
-        """Leave logits as they are, in float32."""
+        """Return logits unchanged, in float32."""
         return embedding.float()
 
     def targets(self, images: Tensor) -> Tensor:
-        """Return the classes of the batch at hand, whose images these are, (B, C)."""
+        """Return the smoothed labels (B, C) of the current batch, whose images these are."""
         return soft_labels(self._labels, self.classes, self.smoothing)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Compare logits (K, C) with the classes of each parent, (K, P)."""
+        """Return the loss of logits (K, C) for each parent's class, (K, P)."""
         return self.criterion(query, target[parents])
 
     contrast = pair_loss
@@ -200,10 +200,10 @@ class Classifier(LinearHeads):
     def likeness(
         self, query: Tensor, target: Tensor, parents: Tensor, temperature: float
     ) -> Tensor:
-        """Return the logits of the parents' classes, (K, P); their temperature is 1."""
+        """Return the logits of the parents' classes, (K, P), at temperature 1."""
         return query.gather(1, target.argmax(dim=1)[parents])
 
     def after_step(self) -> None:
-        """Move the average."""
+        """Update the moving average."""
         step = self.global_step
         self.move_averages(min(self.ema, (1 + step) / (EMA_WARMUP_STEPS + step)))

@@ -23,25 +23,25 @@ _log = logging.getLogger(__name__)
 class MoCo(MomentumMethod):
     """MoCo v2, on any number of devices.
 
-    BatchNorm lets a query recognise the batch that its key was normalised with. Both encoders
-    therefore normalise in ``bn_groups`` groups of the whole batch, keys in another order than
-    queries: in groups on each device (as in the authors' CIFAR demo, which has one), or, if each
-    device is one group, with keys shuffled between devices, as published.
+    With BatchNorm, a query and its key could share batch statistics, which give the positive away.
+    Both encoders therefore normalise in ``bn_groups`` groups of the whole batch, keys in another
+    order than queries: in groups on each device (as in the authors' CIFAR demo on one device), or,
+    if each device is one group, with keys shuffled between devices, as published.
 
     Args:
         backbone: The encoder that is trained.
         hidden_dim: Hidden width of the projector; the backbone's feature width if None.
         output_dim: Embedding width.
-        temperature: Of InfoNCE.
+        temperature: Temperature of InfoNCE.
         queue_size: Number of negatives.
-        momentum: Of the key encoder's moving average.
+        momentum: Momentum of the key encoder.
         symmetric: Use each view as query and as key; doubles the cost.
-        bn_groups: Groups that a batch is normalised in, over all devices and at least one for each;
+        bn_groups: Number of BatchNorm groups of a batch, over all devices, at least one on each;
             1 on one device switches this off.
         **base: Arguments of ``BaseMethod``.
     """
 
-    wants_sync_batchnorm = False  # each device's own statistics, keys shuffled between devices
+    wants_sync_batchnorm = False  # statistics per device, keys shuffled between devices
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class MoCo(MomentumMethod):
         self._new_keys: list[Tensor] = []
 
     def on_train_start(self) -> None:
-        """Say what BatchNorm sees, where it cannot be what was asked for."""
+        """Warn if BatchNorm's groups cannot be as configured."""
         ranks = self.trainer.world_size
         here = self.trainer.datamodule.batch_size // ranks  # type: ignore[attr-defined]
         groups = max(1, min(self.groups_here, here // 2))
@@ -84,16 +84,16 @@ class MoCo(MomentumMethod):
 
     @property
     def groups_here(self) -> int:
-        """Groups that this device's part of the batch is normalised in."""
+        """Number of BatchNorm groups on this device."""
         return max(1, self.bn_groups // world_size())
 
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the pass of the query encoder."""
+        """Run the query encoder."""
         return in_groups(lambda part: self.read(self.embedder, part), images, self.groups_here)
 
     def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the pass of the key encoder, its batches shuffled."""
-        # Images move between devices only where no device can keep statistics apart by itself.
+        """Run the key encoder on the shuffled batch."""
+        # Images move between devices only if each device is a single group.
         groups = self.groups_here
         distributed = groups == 1 and world_size() > 1
         if not distributed and groups == 1:
@@ -103,30 +103,30 @@ class MoCo(MomentumMethod):
         return tuple(batch_unshuffle(rows, order, distributed) for rows in given)
 
     def keys(self, images: Tensor) -> Tensor:
-        """Embed with the key encoder; the queue takes the keys when all losses are done."""
+        """Embed with the key encoder; the keys enter the queue after all losses are computed."""
         keys = self.targets(images)
         self._new_keys.append(keys)
         return keys
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the queue, which never holds a key of the batch at hand: (K, P)."""
+        """Return InfoNCE (K, P) against the queue, which holds no key of the current batch."""
         return info_nce(query, target[parents], self.queue.keys, self.temperature)
 
     contrast = pair_loss
 
     def momentum_now(self) -> float:
-        """Return the key encoder's momentum, the same at all times."""
+        """Return the key encoder's momentum, which is constant."""
         return self.momentum
 
     def after_batch(self) -> None:
-        """Push the batch's keys, now that every loss has read the queue."""
+        """Push the batch's keys into the queue, after every loss has read it."""
         for keys in self._new_keys:
             self.queue.push(keys)
         self._new_keys.clear()
 
 
 class Queue(nn.Module):
-    """A ring of the newest keys; unlike lightly's memory bank it is part of every checkpoint.
+    """A ring buffer of the newest keys; unlike lightly's memory bank it is saved in checkpoints.
 
     Args:
         size: Number of keys, shared by all ranks: each rank holds the same queue.
@@ -143,7 +143,7 @@ class Queue(nn.Module):
         super().__init__()
         check_range("method.queue_size", size, 1)
         check_memory(f"method.queue_size={size}", size * dim)
-        # Random unit vectors stand in until real keys have filled the ring.
+        # Random unit vectors until real keys have filled the buffer.
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
@@ -154,7 +154,7 @@ class Queue(nn.Module):
             keys = concat_all_gather(keys.contiguous())
         size = len(self.keys)
         keys = keys[-size:].to(self.keys.dtype)
-        # The pointer stays a tensor: reading it would make the device wait for the host.
+        # The pointer stays a tensor: reading it would synchronise host and device.
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, rows, keys)
         self.pointer.copy_((self.pointer + len(keys)) % size)

@@ -17,13 +17,13 @@ class MoCoV3(MomentumMethod):
     """MoCo v3, symmetric, without a queue.
 
     Args:
-        backbone: The encoder that is trained; a ViT's patch projection stays as it was drawn, as
+        backbone: The encoder that is trained; a ViT's patch projection keeps its random weights, as
             the paper recommends for stability (section 4.2).
         hidden_dim: Hidden width of projector and predictor.
         output_dim: Embedding width.
         projector_layers: 2 for ResNets, 3 for ViTs in the paper.
-        temperature: Of InfoNCE.
-        momentum: Of the momentum encoder at the first step; it rises to 1 by a cosine.
+        temperature: Temperature of InfoNCE.
+        momentum: Momentum of the momentum encoder at the first step; rises to 1 by a cosine.
         **base: Arguments of ``BaseMethod``.
     """
 
@@ -55,7 +55,7 @@ class MoCoV3(MomentumMethod):
         self.temperature, self.momentum = temperature, momentum
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the keys of all ranks but the query's parents': (K, P)."""
+        """Return InfoNCE (K, P) against the keys of all ranks except the query's parents."""
         others, rows = gathered(target), parents + offset(target)
         losses = info_nce_in_batch(query, others, rows, None, self.temperature)
         # 2 tau is the scale of the authors' algorithm 1, which sums both directions: theirs is the

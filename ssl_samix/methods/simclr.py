@@ -13,13 +13,13 @@ from ssl_samix.models.distributed import gathered, offset
 
 
 class SimCLR(BaseMethod):
-    """SimCLR with negatives from all ranks, gradients flowing to each of them.
+    """SimCLR with negatives from all ranks, with gradient to each of them.
 
     Args:
         backbone: The encoder that is trained.
         hidden_dim: Hidden width of the projector; the backbone's feature width if None.
         output_dim: Embedding width.
-        temperature: Of NT-Xent.
+        temperature: Temperature of NT-Xent.
         **base: Arguments of ``BaseMethod``.
     """
 
@@ -49,14 +49,14 @@ class SimCLR(BaseMethod):
         return self.query(images)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE against the targets of all ranks but the query's parents: (K, P)."""
+        """Return InfoNCE (K, P) against the targets of all ranks except the query's parents."""
         others, rows = gathered(target), parents + offset(target)
         return info_nce_in_batch(query, others, rows, None, self.temperature)
 
     contrast = pair_loss
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """NT-Xent of the two views, (B,)."""
+        """Return NT-Xent of the two views, (B,)."""
         first, second = self.query(views[0]), self.query(views[1])
         return nt_xent(
             first, second, gathered(first), gathered(second), offset(first), self.temperature

@@ -43,5 +43,5 @@ class SimSiam(BaseMethod):
         return self.online_targets(images)
 
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Negative cosine with each parent's embedding: (K, P)."""
+        """Return the negative cosine with each parent's embedding, (K, P)."""
         return negative_cosine(query, target[parents])

@@ -1,1 +1,1 @@
-"""Mixing: the plan, the policies and the objective that joins them to a method."""
+"""Mixing: plans, policies, and the objectives that combine them with a method."""

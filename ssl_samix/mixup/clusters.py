@@ -1,4 +1,4 @@
-"""SAMix-C: mixtures are told apart by the clusters of their parents (arXiv 2111.15454, eq. 8)."""
+"""SAMix-C: the global term classifies the clusters of the parents (arXiv 2111.15454, eq. 8)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ssl_samix.types import Batch, Method, MixPlan, Terms
 class ClusterObjective(SAMixObjective):
     """SAMix-C: the global term is the cross-entropy on the parents' clusters.
 
-    A linear head learns the clusters from embeddings of plain views, beside the Mixer; mixtures
-    pass it with its weights frozen. Images of one cluster are mixed by a flat mask: there is
-    nothing to choose between them. Whoever trains calls ``assign`` before the first step.
+    A linear head is trained beside the Mixer on the clusters of plain views; mixtures pass through
+    it with frozen weights. Images of one cluster are mixed by a flat mask. Call ``assign`` before
+    the first training step.
 
     Args:
         embedding_dim: D of the method's embeddings.
@@ -39,20 +39,20 @@ class ClusterObjective(SAMixObjective):
         check_range("mixup.cluster_every", cluster_every, 1)
         self.clusters, self.cluster_every = clusters, cluster_every
         self.head = nn.Linear(embedding_dim, clusters)
-        # Not buffers: DDP would send them in every step, from the CPU, which NCCL cannot.
+        # Not buffers: DDP would broadcast them in every step, and NCCL cannot send CPU tensors.
         self.ids: Tensor | None = None
         self.centroids: Tensor | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Keep the clusters in checkpoints: their number of images is not known beforehand."""
+        """Return the clusters for the checkpoint; not a buffer, since their size varies."""
         return {"ids": self.ids, "centroids": self.centroids}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the clusters back."""
+        """Restore the clusters."""
         self.ids, self.centroids = state["ids"], state["centroids"]
 
     def assign(self, ids: Tensor, centroids: Tensor) -> None:
-        """Take new clusters.
+        """Set new clusters.
 
         Args:
             ids: (N,) int64, the cluster of each training image.
@@ -67,7 +67,7 @@ class ClusterObjective(SAMixObjective):
         return self.ids[batch.index]
 
     def plain(self, plan: MixPlan, batch: Batch) -> Tensor:
-        """Name the mixtures whose parents are of one cluster, (K,)."""
+        """Return which mixtures have both parents in one cluster, (K,) bool."""
         ids = self.of(batch)
         return ids[plan.rows] == ids[plan.partner]
 
@@ -79,13 +79,13 @@ class ClusterObjective(SAMixObjective):
         plan: MixPlan,
         batch: Batch,
     ) -> Tensor:
-        """Tell the clusters of a mixture's parents, through the head's frozen weights, (K,)."""
+        """Return the loss (K,) of classifying both parents' clusters with the frozen head."""
         ids = self.of(batch)[plan.parents]  # (K, 2)
         weight, bias = self.head.weight.detach(), self.head.bias.detach()
         return weighted(cluster_loss(query, ids, weight, bias), plan.lam)
 
     def learn(self, method: Method, batch: Batch, progress: float) -> Terms:
-        """Return the Mixer's loss and, in the same term, the head's."""
+        """Return the Mixer's loss plus the head's, as one term."""
         terms = super().learn(method, batch, progress)
         target, ids = method.targets(batch.views[1]), self.of(batch)[:, None]
         head = cluster_loss(target, ids, self.head.weight, self.head.bias).mean()
@@ -96,11 +96,11 @@ class ClusterObjective(SAMixObjective):
 
 @full_precision
 def cluster_loss(embedding: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Cross-entropy of a linear head on unit embeddings.
+    """Return the cross-entropy of a linear head on L2-normalised embeddings.
 
     Args:
         embedding: (K, D).
-        ids: (K, P) int64, clusters, each as if it were the only right one.
+        ids: (K, P) int64 clusters; each column is a separate target.
         weight: (clusters, D) of the head.
         bias: (clusters,).
 

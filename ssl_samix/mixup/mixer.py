@@ -12,35 +12,35 @@ from ssl_samix.errors import check_choice, check_range
 from ssl_samix.mixup.plan import blend, flat, share
 from ssl_samix.types import Mixed, MixPlan
 
-MOST_POSITIONS = 784  # 28 x 28: from there on attention is computed for so many queries at a time
+MOST_POSITIONS = 784  # 28 x 28: attention is computed for so many queries at a time
 FORMS = ("exact", "paper", "anchored")
 UPSAMPLING = ("bilinear", "nearest")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
-SMALL_WEIGHTS = 1e-3  # standard deviation of the last layer of the forms that start as plain mixup
-EDGE = 1e-4  # lam is kept this far from 0 and 1 where its logit is taken
-CONTRAST = 8.0  # most that the exact form's logits differ from their middle: e^-16 is nothing
-HALVINGS, NEWTON_STEPS = 6, 3  # from a bracket of 16 to 1/4, from there to rounding
-FLATTEST = 1e-4  # mean slope of the sigmoids, below which no gradient is divided by it
+SMALL_STD = 1e-3  # of the weights of the last layer of the forms that start as plain mixup
+LAM_EPS = 1e-4  # lam is clamped to [LAM_EPS, 1 - LAM_EPS] before its logit is taken
+MAX_LOGIT = 8.0  # bound of the exact form's logits around their mean; e^-16 is negligible
+BISECTIONS, NEWTON_STEPS = 6, 3  # from a bracket of 16 to 1/4, then to rounding
+MIN_SLOPE = 1e-4  # lower bound of the mean slope of the sigmoids that the gradient is divided by
 
 
 class MixBlock(nn.Module):
     """Predicts a mask from two feature maps and a ratio (arXiv 2111.15454, section 3.3).
 
-    The ratio scales the maps (adaptive lambda encoding), queries and keys of an attention over all
-    positions come from both maps together, its values from the partner's map alone.
+    The ratio scales the maps (adaptive lambda encoding). Queries and keys of an attention over all
+    positions are computed from both maps, its values from the partner's map only.
 
     Args:
         channels: C of the feature maps.
-        width: Channels of query, key and value; C / 2 in the paper, at most this many here (wide
-            backbones would pay for it, not gain).
-        form: ``exact``: the output says only where; each mask's mean is 1 - lam (``balanced``).
-            Maps are normalised, and a convolution of both adds to the attention's output.
+        width: Channels of query, key and value: C / 2 as in the paper, but at most this many (more
+            would only make wide backbones slower).
+        form: ``exact``: the output is shifted so that each mask's mean is 1 - lam (``balanced``).
+            Maps are normalised, and a convolution of both is added to the attention's output.
             ``paper``: the mask is the sigmoid of the attention's output. ``anchored``: the output
             is added to the logit of the ratio. ``exact`` and ``anchored`` start as plain mixup.
         upsampling: From positions to pixels, ``bilinear`` or ``nearest``.
-        activation: Between the value's convolutions, ``relu`` or ``elu`` (what OpenMixup has).
-        lam_curve: What the ratio is bent by before it scales the maps (OpenMixup's ``lam_mul_k``):
-            0 most, the larger the less; None: not at all.
+        activation: Between the value's convolutions, ``relu`` or ``elu`` (as in OpenMixup).
+        lam_curve: Bends the ratio before it scales the maps (OpenMixup's ``lam_mul_k``): strongest
+            at 0, weaker for larger values; None: no bend.
 
     Raises:
         ConfigError: For an unknown form, up-sampling or activation, a width below 1, or a negative
@@ -76,14 +76,14 @@ class MixBlock(nn.Module):
             nn.Conv2d(inner, 1, 1),
         )
         if form == "exact":
-            # Attention is nearly even at its start, and even attention gives flat masks, which
-            # teach it nothing: the first steps learn by a way past it, position by position.
+            # At the start attention is nearly uniform, which gives flat masks with little gradient:
+            # a convolution beside it learns, position by position, in the first steps.
             self.norm = nn.BatchNorm2d(channels)
             self.place = nn.Sequential(
                 nn.Conv2d(2 * channels, inner, 1, bias=False),
                 nn.BatchNorm2d(inner),
                 ACTIVATIONS[activation](inplace=True),
-                nn.Conv2d(inner, 1, 1, bias=False),  # a level has no place
+                nn.Conv2d(inner, 1, 1, bias=False),  # ``balanced`` would cancel a bias
             )
         self._initialise()
 
@@ -91,7 +91,7 @@ class MixBlock(nn.Module):
         for conv in (self.query, self.key, self.value[0]):
             nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")  # type: ignore[arg-type]
         last: nn.Conv2d = self.value[3]  # type: ignore[assignment]
-        deviation = 0.1 if self.form == "paper" else SMALL_WEIGHTS
+        deviation = 0.1 if self.form == "paper" else SMALL_STD
         nn.init.normal_(last.weight, std=deviation)
         for conv in (self.query, self.key, last):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
@@ -100,11 +100,11 @@ class MixBlock(nn.Module):
 
     @property
     def bounded_gamma(self) -> Tensor:
-        """gamma in [0, 1]; its gradient passes the bound, so that it can come back."""
+        """gamma clamped to [0, 1], with a straight-through gradient: it can leave the bound."""
         return self.gamma + (self.gamma.clamp(0, 1) - self.gamma).detach()
 
     def forward(self, own: Tensor, partner: Tensor, lam: Tensor, size: int) -> Tensor:
-        """Predict the share of the partner in each pixel.
+        """Return masks: the predicted share of the partner in each pixel.
 
         Args:
             own: (K, C, h, w) feature maps of the images.
@@ -131,7 +131,7 @@ class MixBlock(nn.Module):
         if self.form == "exact":
             return balanced(output, lam)
         if self.form == "anchored":
-            anchor = torch.logit(1 - lam, eps=EDGE).to(output.dtype)
+            anchor = torch.logit(1 - lam, eps=LAM_EPS).to(output.dtype)
             output = output + anchor[:, None, None, None]
         return output.sigmoid()
 
@@ -141,7 +141,7 @@ class MixBlock(nn.Module):
 
 
 def bend(lam: Tensor, curve: float | None) -> Tensor:
-    """Flatten ratios around 1/2; 0, 1/2 and 1 stay, and the bent lam and 1 - lam sum to 1.
+    """Return ratios moved towards 1/2; 0, 1/2 and 1 are fixed, bent lam and 1 - lam sum to 1.
 
     Args:
         lam: (K,) in [0, 1].
@@ -154,14 +154,14 @@ def bend(lam: Tensor, curve: float | None) -> Tensor:
 
 
 def balanced(logits: Tensor, lam: Tensor) -> Tensor:
-    """Turn logits into masks whose mean is 1 - lam, whatever the logits are.
+    """Return masks whose mean is 1 - lam, computed from logits of any mean.
 
-    The mask is ``sigmoid(level + logits)``, with the one level per image that gives it its share.
-    The gradient is that of the exact level, by the implicit function: what a pixel wins, the others
-    of its image lose.
+    The mask is ``sigmoid(level + logits)``, with one level per image, solved for that mean. The
+    gradient is that of the exact level, by the implicit function theorem: if a logit raises its
+    pixel, the other pixels of the image fall.
 
     Args:
-        logits: (K, 1, S, S), where the partner should rather be; bent to +-8 around their mean.
+        logits: (K, 1, S, S), higher where the partner should be; squashed to +-8 around their mean.
         lam: (K,) share of the image itself, in [0, 1].
 
     Returns:
@@ -170,13 +170,13 @@ def balanced(logits: Tensor, lam: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         shape, logits = logits.shape, wide(logits).flatten(1)  # (K, S^2)
         logits = logits - logits.mean(dim=1, keepdim=True)
-        logits = CONTRAST * (logits / CONTRAST).tanh()
-        wanted = (1 - lam.to(logits.dtype)).clamp(EDGE, 1 - EDGE)[:, None]
+        logits = MAX_LOGIT * (logits / MAX_LOGIT).tanh()
+        wanted = (1 - lam.to(logits.dtype)).clamp(LAM_EPS, 1 - LAM_EPS)[:, None]
         level = _level(logits.detach(), wanted)
         mask = (level + logits).sigmoid()
-        slope = (mask * (1 - mask)).detach().mean(dim=1, keepdim=True).clamp_min(FLATTEST)
+        slope = (mask * (1 - mask)).detach().mean(dim=1, keepdim=True).clamp_min(MIN_SLOPE)
         share = mask.mean(dim=1, keepdim=True)
-        # Its value is 0; its gradient is how the level answers to the logits.
+        # Its value is 0; its gradient is that of the level in the logits.
         answer = (share.detach() - share) / slope
         mask = (level + answer + logits).sigmoid()
     return mask.view(shape)
@@ -184,16 +184,17 @@ def balanced(logits: Tensor, lam: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _level(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Find the level (K, 1) at which the mean of ``sigmoid(level + logits)`` is as wanted (K, 1).
+    """Solve for the level (K, 1) at which the mean of ``sigmoid(level + logits)`` is ``wanted``.
 
-    Halving, until Newton's method cannot miss: a fixed number of steps, so that nobody waits for
-    the device. Newton's steps are on the logit of the mean, nearly a straight line of the level.
+    Bisection until Newton's method is sure to converge: a fixed number of steps, so that the host
+    never waits for the device. Newton's steps are on the logit of the mean, which is nearly linear
+    in the level.
     """
     goal = torch.logit(wanted)
     low = goal - logits.amax(dim=1, keepdim=True)
     high = goal - logits.amin(dim=1, keepdim=True)
     level = (low + high) / 2
-    for _ in range(HALVINGS):
+    for _ in range(BISECTIONS):
         over = (level + logits).sigmoid().mean(dim=1, keepdim=True) > wanted
         low, high = torch.where(over, low, level), torch.where(over, level, high)
         level = (low + high) / 2
@@ -206,10 +207,10 @@ def _level(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention with a value of one channel.
+    """Return attention with a value of one channel.
 
-    The explicit matrix is the fastest form for few positions; for many it is computed in chunks of
-    queries, since (h w)^2 numbers per image would fill the memory.
+    The explicit matrix is fastest for few positions; for many it is computed in chunks of queries,
+    since (h w)^2 values per image would fill the memory.
 
     Args:
         query: (K, d, N), N positions.
@@ -219,10 +220,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (K, N) float32.
     """
-    query = query * query.shape[1] ** -0.5  # before the product, which float16 cannot hold
+    query = query * query.shape[1] ** -0.5  # before the product, which could overflow float16
     parts = []
     for chunk in query.split(MOST_POSITIONS, dim=2):
-        # The product may be of half precision under autocast; the exponential is not.
+        # Under autocast the product may be in half precision; the softmax is in float32.
         weights = wide(chunk.transpose(1, 2) @ key).softmax(dim=2)  # (K, n, N)
         with torch.autocast(query.device.type, enabled=False):
             parts.append((weights @ wide(value).transpose(1, 2))[..., 0])
@@ -230,18 +231,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor of at least float32."""
+    """Return the tensor in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class SAMix(nn.Module):
-    """Mixes by the masks of a ``MixBlock``.
+    """Mixing policy whose masks a ``MixBlock`` predicts.
 
     Args:
         channels: C of the feature maps that it reads.
-        lam: What the loss of a mixture is weighted with: ``drawn``, the ratio that was asked for,
-            or ``mask``, the share that the mask gives the image.
-        lam_margin: A ratio this near to 0 or 1 gets a flat mask.
+        lam: Weight of the image in a mixture's loss: ``drawn``, the requested ratio, or ``mask``,
+            the share that the mask gives the image.
+        lam_margin: Ratios this close to 0 or 1 get a flat mask.
         **block: Further arguments of ``MixBlock``.
 
     Raises:
@@ -264,13 +265,13 @@ class SAMix(nn.Module):
         self.block = MixBlock(channels, **block)
 
     def masks(self, plan: MixPlan, maps: tuple[Tensor, Tensor], size: int) -> Tensor:
-        """Predict the masks (K, 1, S, S) of a plan from both images' maps, each (B, C, h, w)."""
+        """Return the masks (K, 1, S, S) of a plan from both images' maps, each (B, C, h, w)."""
         return self.block(maps[0][plan.rows], maps[1][plan.partner], plan.lam, size)
 
     def attached(
         self, images: Tensor, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor]
     ) -> Mixed:
-        """Mix for the Mixer's own loss: nothing but the network's masks, and the drawn ratio."""
+        """Return mixtures for the Mixer's loss, with gradient: no flat masks, the drawn ratios."""
         masks = self.masks(plan, maps, images.shape[-1])
         return blend(images, partners, plan, masks, plan.lam)
 
@@ -283,14 +284,14 @@ class SAMix(nn.Module):
         maps: tuple[Tensor, Tensor] | None,
         plain: Tensor | None = None,
     ) -> Mixed:
-        """Mix for the encoder: no gradient reaches the Mixer.
+        """Return mixtures for the encoder; no gradient reaches the Mixer.
 
         Args:
             images: (B, 3, S, S).
             partners: (B, 3, S, S), indexed by ``plan.partner``.
             plan: Ratios and partners.
             maps: Feature maps of both, each (B, C, h, w).
-            plain: (K,) bool, the mixtures whose mask shall be flat; or None.
+            plain: (K,) bool, the mixtures that get a flat mask; or None.
         """
         assert maps is not None, "SAMix reads feature maps"
         masks = self.masks(plan, maps, images.shape[-1])

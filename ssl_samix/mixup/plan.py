@@ -1,4 +1,4 @@
-"""Who is mixed with whom and how much, and the blending of pixels by a mask."""
+"""Draws of partners and ratios, and the blending of pixels by a mask."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.types import Mixed, MixPlan
 
-SMALLEST = 1e-3  # alpha: below it, every draw is 0 or 1 to rounding
+SMALLEST = 1e-3  # alpha; below it, every draw is rounded to 0 or 1
 
 
 def derangement(size: int, device: torch.device) -> Tensor:
-    """Draw a permutation (size,) without fixed points: a random cycle through all rows.
+    """Return a random permutation (size,) without fixed points: one cycle through all rows.
 
     Raises:
-        ConfigError: If ``size`` is below 2: one image has no other to be mixed with.
+        ConfigError: If ``size`` is below 2: a single image has no partner.
     """
     if size < 2:
         raise ConfigError("mixing needs at least 2 images per device: raise data.batch_size")
@@ -26,12 +26,12 @@ def derangement(size: int, device: torch.device) -> Tensor:
 
 
 def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1.0) -> MixPlan:
-    """Draw ratios from Beta(alpha, alpha), one per mixture, and partners by a derangement.
+    """Return a plan: ratios from Beta(alpha, alpha), one per mixture, partners by a derangement.
 
     Args:
         size: B, images of the batch.
-        alpha: Of the Beta distribution.
-        device: Where the plan lives.
+        alpha: Parameter of the Beta distribution.
+        device: Device of the plan's tensors.
         fraction: Share of the images that are mixed, at least one; evenly over the batch, which is
             in random order. Any image may be a partner.
 
@@ -45,20 +45,20 @@ def draw_plan(size: int, alpha: float, device: torch.device, fraction: float = 1
     # Apple's GPUs cannot draw from a Beta distribution.
     place = torch.device("cpu") if device.type == "mps" else device
     concentration = torch.full((), float(alpha), device=place)
-    # Checked above: the distribution's own check would make the host wait for the device.
+    # Checked above: the distribution's own check would synchronise host and device.
     beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
     lam = beta.sample((count,))
     return MixPlan(lam=lam.to(device), partner=partner[rows], rows=rows)
 
 
 def window(during: object) -> tuple[float, float]:
-    """Return the shares of a run between which it mixes.
+    """Return ``mixup.during`` as two numbers, the shares of a run between which images are mixed.
 
     Args:
-        during: What was given for them.
+        during: The value given.
 
     Raises:
-        ConfigError: If that is not two numbers, 0 <= from < to <= 1.
+        ConfigError: If it is not two numbers, 0 <= from < to <= 1.
     """
     shares = during if isinstance(during, (list, tuple)) else ()
     numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in shares)
@@ -69,23 +69,23 @@ def window(during: object) -> tuple[float, float]:
 
 
 def share_done(step: int, total_steps: int) -> float:
-    """Return the share of a run that is done before a step, in [0, 1)."""
+    """Return the share of the run before a step, in [0, 1)."""
     last = max(1, total_steps)
     return min(step, last - 1) / last
 
 
 def blend(images: Tensor, partners: Tensor, plan: MixPlan, mask: Tensor, lam: Tensor) -> Mixed:
-    """Mix ``(1 - mask) * image + mask * partner``; a mask of 0 or 1 gives a parent exactly.
+    """Return ``(1 - mask) * image + mask * partner``; a mask of 0 or 1 gives a parent exactly.
 
     Args:
         images: (B, 3, S, S).
         partners: (B, 3, S, S), indexed by ``plan.partner``.
-        plan: Who is mixed with whom.
+        plan: The partners.
         mask: (K, 1, S, S) in [0, 1], the share of the partner.
-        lam: (K,) the ratio that the loss uses.
+        lam: (K,) weight of the image in the loss.
     """
     own, other = images[plan.rows], partners[plan.partner]
-    kind = torch.promote_types(own.dtype, mask.dtype)  # a ratio in bfloat16 has 3 digits
+    kind = torch.promote_types(own.dtype, mask.dtype)  # bfloat16 would leave a ratio 3 digits
     mixed = torch.lerp(own.to(kind), other.to(kind), mask.to(kind).expand_as(own))
     return Mixed(images=mixed.to(own.dtype), partner=plan.partner, lam=lam, mask=mask)
 

@@ -1,8 +1,8 @@
-"""Mixing policies without a network: masks drawn from the ratio, or placed by maps or saliency.
+"""Mixing policies without a network: masks drawn at random, or placed by maps or saliency.
 
 Legend: K mixtures of B images, S image side, n side of a grid of cells, C channels of a feature
 map, h and w its sides. A mask is the share of the partner in each pixel, (K, 1, S, S) float32.
-Nothing here makes the host wait for the device.
+Nothing here synchronises host and device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ssl_samix.types import Mixed, MixPlan
 
 
 def box(corner: Tensor, side: Tensor, size: int) -> Tensor:
-    """Fill a square of each mask (K, 1, S, S) with ones; what lies outside the image is cut off.
+    """Return masks (K, 1, S, S) of one square of ones each, clipped at the image border.
 
     Args:
         corner: (K, 2) whole numbers, the first row and column; may be negative.
@@ -45,7 +45,7 @@ def box_around(centre: Tensor, lam: Tensor, size: int) -> Tensor:
 
 
 def smallest(scores: Tensor, lam: Tensor) -> Tensor:
-    """Mark the smallest 1 - lam of each row's scores, to the nearest whole number of them.
+    """Return ones at the smallest 1 - lam of each row's scores, rounded to a whole number of them.
 
     Args:
         scores: (K, N) float.
@@ -56,24 +56,24 @@ def smallest(scores: Tensor, lam: Tensor) -> Tensor:
     """
     total = scores.shape[1]
     count = ((1 - lam.float()) * total).round()
-    order = scores.argsort(dim=1, stable=True)  # ties: the same ones in every run
+    order = scores.argsort(dim=1, stable=True)  # ties: the same order in every run
     taken = (torch.arange(total, device=scores.device) < count[:, None]).float()
     return torch.zeros_like(taken).scatter(1, order, taken)
 
 
 def enlarge(cells: Tensor, size: int) -> Tensor:
-    """Enlarge masks of cells (K, h, w) to (K, 1, S, S); every pixel is of one cell."""
+    """Return masks of cells (K, h, w) enlarged to (K, 1, S, S) by nearest neighbour."""
     return F.interpolate(cells[:, None], size=(size, size), mode="nearest-exact")
 
 
 class MaskPolicy(nn.Module, ABC):
-    """A policy that is known by its mask; the ratio of the loss is what the mask leaves."""
+    """A policy defined by its mask; the image's weight in the loss is the mean of 1 - mask."""
 
     needs_maps = False
 
     @abstractmethod
     def mask(self, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw the share of the partner in each pixel, (K, 1, S, S) float32 in [0, 1].
+        """Return the share of the partner in each pixel, (K, 1, S, S) float32 in [0, 1].
 
         Args:
             partners: (B, 3, S, S), indexed by ``plan.partner``.
@@ -104,11 +104,12 @@ class Mixup(nn.Module):
 class CutMix(MaskPolicy):
     """A square of the partner at a random place (arXiv 1905.04899).
 
-    Its centre is anywhere in the image, so that it may be clipped; the ratio follows what is left.
+    Its centre is anywhere in the image, so that it may be clipped; the ratio is that of the
+    clipped square.
     """
 
     def mask(self, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw a centre per mixture; the box covers 1 - lam of the image before it is clipped."""
+        """Return squares that cover 1 - lam of the image before clipping, around random centres."""
         size = partners.shape[-1]
         centre = (torch.rand(len(plan.lam), 2, device=partners.device) * size).floor()
         return box_around(centre, plan.lam, size)
@@ -133,17 +134,17 @@ class GridMix(MaskPolicy):
         self.grid = grid
 
     def mask(self, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw which cells are the partner's."""
+        """Return masks of random cells."""
         scores = torch.rand(len(plan.lam), self.grid**2, device=partners.device)
         cells = smallest(scores, plan.lam).unflatten(1, (self.grid, self.grid))
         return enlarge(cells, partners.shape[-1])
 
 
 class FMix(MaskPolicy):
-    """Regions of any shape: smooth noise, cut where the ratio says (arXiv 2002.12047).
+    """Regions of any shape: smooth noise, thresholded at the ratio (arXiv 2002.12047).
 
     Args:
-        decay: Amplitudes fall with the frequency to this power; the higher, the larger the regions.
+        decay: Amplitudes fall with this power of the frequency; higher values give larger regions.
 
     Raises:
         ConfigError: If ``decay`` is negative.
@@ -155,16 +156,16 @@ class FMix(MaskPolicy):
         self.decay = decay
 
     def mask(self, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Draw noise and give the partner the pixels below the rank that the ratio asks for."""
+        """Return masks of the 1 - lam lowest pixels of smooth noise."""
         size = partners.shape[-1]
         noise = self.noise(len(plan.lam), size, partners.device)
         return smallest(noise.flatten(1), plan.lam).view_as(noise)[:, None]
 
     def noise(self, count: int, size: int, device: torch.device) -> Tensor:
-        """Draw low-frequency noise, (count, size, size) float32."""
+        """Return low-frequency noise, (count, size, size) float32."""
         down = torch.fft.fftfreq(size, device=device)[:, None] * size
         across = torch.fft.rfftfreq(size, device=device) * size
-        # The constant has the weight of the longest wave: dividing by zero would give it all.
+        # The constant is weighted as the longest wave; its frequency is 0, a division by zero.
         amplitude = torch.hypot(down, across).clamp(min=1) ** -self.decay
         shape = (count, *amplitude.shape)
         waves = torch.randn(shape, dtype=torch.complex64, device=device) * amplitude
@@ -174,9 +175,9 @@ class FMix(MaskPolicy):
 class ResizeMix(nn.Module):
     """The whole partner, made small, at a random place inside the image (arXiv 2012.11101).
 
-    The paper draws the scale from U(0.1, 0.8). Here it is sqrt(1 - lam), so that the plan governs
-    the area as for every other policy. Resized bilinearly and without a filter before it: small
-    copies are aliased. Inside the box a pixel lies between the image and the *resized* partner.
+    The paper draws the scale from U(0.1, 0.8). Here it is sqrt(1 - lam), so that the plan sets the
+    area as for every other policy. Resized bilinearly without antialiasing. Inside the box a pixel
+    is of the *resized* partner.
     """
 
     needs_maps = False
@@ -187,7 +188,7 @@ class ResizeMix(nn.Module):
         """Mix as ``ssl_samix.types.MixingPolicy`` says; the mask is the box."""
         size = images.shape[-1]
         side = box_side(plan.lam, size)
-        free = (size - side + 1)[:, None]  # places where the whole box is inside the image
+        free = (size - side + 1)[:, None]  # positions at which the whole box is inside the image
         corner = (torch.rand(len(side), 2, device=images.device) * free).floor()
         mask = box(corner, side, size)
         small = shrink(partners[plan.partner], corner, side)  # in the order of the mixtures
@@ -197,16 +198,16 @@ class ResizeMix(nn.Module):
 
 
 def shrink(images: Tensor, corner: Tensor, side: Tensor) -> Tensor:
-    """Resize images (K, 3, S, S) into their boxes; outside of them, edge pixels go on.
+    """Return images (K, 3, S, S) resized into their boxes, with repeated edge pixels outside.
 
     Args:
-        images: To be resized.
+        images: The images to resize.
         corner: (K, 2) first row and column of the box.
-        side: (K,) px, of the box; an empty one gives finite pixels that no mask shows.
+        side: (K,) px, of the box; an empty one gives finite pixels, which the mask hides.
     """
     size = images.shape[-1]
     at = torch.arange(size, device=images.device) + 0.5
-    # From -1 to 1 over the box; affine_grid would multiply matrices, in half precision at times.
+    # From -1 to 1 over the box; affine_grid multiplies matrices, under autocast in half precision.
     place = 2 * (at - corner[:, :, None]) / side.clamp(min=1)[:, None, None] - 1  # (K, 2, S)
     down, across = place[:, 0, :, None], place[:, 1, None, :]
     grid = torch.stack(torch.broadcast_tensors(across, down), dim=-1)  # (K, S, S, 2)
@@ -217,36 +218,36 @@ def shrink(images: Tensor, corner: Tensor, side: Tensor) -> Tensor:
     return small.to(images.dtype)
 
 
-SHARES = (8, 4, 2)  # surroundings are an eighth, a quarter and half of the image's side wide
-FINEST = 64  # px; larger images are looked at in this size, at a fraction of the cost
+DIVISORS = (8, 4, 2)  # the image's side over that of the surroundings
+MAX_SIDE = 64  # px; larger images are reduced to this size, at a fraction of the cost
 
 
 def local_mean(images: Tensor, window: int) -> Tensor:
-    """Average (B, 3, S, S) over a square around each pixel, of odd side, cut at the border."""
-    # Two strips instead of one square: the cost grows with its side, not with its area.
+    """Return local means of (B, 3, S, S), over a square of odd side, clipped at the border."""
+    # Separable, rows then columns: the cost grows with the side, not with the area.
     reach = window // 2
     strips = F.avg_pool2d(images, (window, 1), 1, (reach, 0), count_include_pad=False)
     return F.avg_pool2d(strips, (1, window), 1, (0, reach), count_include_pad=False)
 
 
 def saliency(images: Tensor) -> Tensor:
-    """How far each pixel is from its surroundings, (B, S, S).
+    """Return how much each pixel differs from its surroundings, (B, S, S).
 
-    Absolute differences from local means, summed over ``SHARES`` and the channels.
+    Absolute differences from local means, summed over ``DIVISORS`` and the channels.
 
     Args:
         images: (B, 3, S, S).
     """
     contrast = torch.zeros_like(images)
-    for part in SHARES:
+    for part in DIVISORS:
         contrast += (images - local_mean(images, images.shape[-1] // part | 1)).abs()
     return contrast.sum(dim=1)
 
 
 def peak(images: Tensor) -> Tensor:
-    """Find the row and column of the most salient pixel of images (B, 3, S, S), (B, 2) float32."""
+    """Return row and column of the most salient pixel of images (B, 3, S, S), (B, 2) float32."""
     size = images.shape[-1]
-    side = min(size, FINEST)
+    side = min(size, MAX_SIDE)
     found = saliency(F.adaptive_avg_pool2d(images.detach().float(), side)).flatten(1).argmax(dim=1)
     cell = torch.stack([found // side, found % side], dim=1)
     return ((cell + 0.5) * (size / side)).floor()
@@ -255,9 +256,9 @@ def peak(images: Tensor) -> Tensor:
 class SaliencyMix(MaskPolicy):
     """A square of the partner around its most salient pixel, at the same place (arXiv 2006.01791).
 
-    Clipped at the border as in the paper; the ratio follows what is left. The paper takes OpenCV's
-    fine-grained saliency, centre against surround in grey images at several scales; here the same
-    idea on colours and for a whole batch, see ``saliency``. Every mixture has its own box.
+    Clipped at the border as in the paper; the ratio is that of the clipped square. The paper uses
+    OpenCV's fine-grained saliency, centre against surround in grey images at several scales; here
+    the same on colours and for a whole batch, see ``saliency``. Every mixture has its own box.
     """
 
     def mask(self, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -269,8 +270,8 @@ class SaliencyMix(MaskPolicy):
 class AttentiveMix(MaskPolicy):
     """The cells of the partner that its feature map is strongest in, in place (arXiv 2003.13048).
 
-    Strength is the mean over channels. The paper pastes 6 of 49 cells, as a network trained with
-    labels ranks them; here their share is 1 - lam, and the maps are those of the network itself.
+    Strength is the mean over channels. The paper pastes 6 of 49 cells, ranked by a network trained
+    with labels; here their share is 1 - lam, and the maps are those of the network being trained.
     """
 
     needs_maps = True

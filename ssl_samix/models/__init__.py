@@ -1,1 +1,1 @@
-"""Networks: backbones, the momentum twin, the queue."""
+"""Networks: backbones, the momentum encoder, the queue."""

@@ -13,11 +13,11 @@ from ssl_samix.errors import ConfigError, check_memory, check_range, nearest
 from ssl_samix.models.resnet import RESNETS, ResNetTrunk, weights_of
 from ssl_samix.types import Features, MapSpec
 
-NARROW = 16  # channels: numbers in the longest vector of a CPU
+NARROW = 16  # channels: float32 values in the longest vector of a CPU
 
 
 def breaks_in_channels_last(module: nn.Module) -> bool:
-    """Say whether the module may not be given images or weights in channels_last.
+    """Return whether images or weights in channels_last could corrupt memory in this module.
 
     oneDNN's backward pass of a strided 1x1 convolution writes past its memory in channels_last
     when it reads fewer channels than fit a vector: 8 numbers, with AVX-512 16 (seen with torch 2.15
@@ -33,8 +33,8 @@ def breaks_in_channels_last(module: nn.Module) -> bool:
 WIDEST = 65536  # first stage of a ResNet
 SMALL_IMAGE = 64  # px; below it the stem for small images is the automatic choice
 
-# What models raise for options and sizes that they do not check.
-UNBUILDABLE = (
+# Exceptions that models raise for options and sizes that they do not check.
+MODEL_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
@@ -45,11 +45,11 @@ class Backbone(nn.Module):
 
     Args:
         name: A torchvision or timm model name; torchvision's ResNets take a width and both stems.
-        image_size: Side of the square images in px; the model is checked to take it.
+        image_size: Side of the square images in px; checked by a forward pass.
         width: Channels of a ResNet's first stage; 64 is the published network.
         stem: ``small`` (3x3, no max-pool), ``standard``, or ``auto``: small below 64 px.
         options: Further arguments of ``timm.create_model`` for a timm model.
-        checkpointing: Compute activations again in the backward pass instead of keeping them.
+        checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
         ConfigError: For an unknown name, a width, stem or checkpointing that the model does not
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
         )
         check_options(options or {})
         self._check_resnet_settings(name, width, options)
-        # What rebuilds this network, whatever "auto" means elsewhere.
+        # Arguments that rebuild this network, with "auto" resolved.
         self.settings: dict[str, Any] = {
             "name": name,
             "width": width,
@@ -122,10 +122,10 @@ class Backbone(nn.Module):
             return TorchvisionTrunk(name)
         except ConfigError:
             raise
-        except UNBUILDABLE as error:
-            raise self._unfit(error) from error
+        except MODEL_ERRORS as error:
+            raise self._size_error(error) from error
 
-    def _unfit(self, error: Exception) -> ConfigError:
+    def _size_error(self, error: Exception) -> ConfigError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         return ConfigError(
             f"backbone {self.name} cannot take images of {self.image_size} px with these settings "
@@ -134,37 +134,37 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _try_one_image(self) -> tuple[list[Tensor], Tensor]:
-        # eval mode: normalisation statistics must not move, and a batch of one is welcome.
+        # eval mode: normalisation statistics must not change, and a batch of one image is allowed.
         self.trunk.eval()
         image = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
             maps, pooled = self._both(image)
-        except UNBUILDABLE as error:
-            raise self._unfit(error) from error
+        except MODEL_ERRORS as error:
+            raise self._size_error(error) from error
         if pooled.ndim != 2 or any(0 in m.shape for m in maps):
-            raise self._unfit(ValueError("nothing is left of the image after its last stage"))
+            raise self._size_error(ValueError("the feature map of its last stage is empty"))
         self.trunk.train()
         return maps, pooled
 
-    def _laid_out(self, images: Tensor) -> Tensor:
-        # A convolution follows the layout of its images, whatever that of its weights.
+    def _in_memory_format(self, images: Tensor) -> Tensor:
+        # A convolution computes in the layout of its images, not of its weights.
         return images.contiguous() if self._contiguous else images
 
     def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        images = self._laid_out(images)
+        images = self._in_memory_format(images)
         if isinstance(self.trunk, ResNetTrunk):
             maps = self.trunk.stage_maps(images)
             return maps, self.trunk.pool(maps[-1])
         return self.trunk.forward_both(images)  # type: ignore[operator]
 
     def freeze_patches(self) -> None:
-        """Train a transformer's patch projection no further; nothing for other networks."""
+        """Freeze a transformer's patch projection; does nothing for other networks."""
         patches = getattr(getattr(self.trunk, "model", None), "patch_embed", None)
         if patches is not None:
             patches.requires_grad_(False)
 
     def map_spec(self, stage: int) -> MapSpec:
-        """State channels and stride of a stage's feature map.
+        """Return channels and stride of a stage's feature map.
 
         Raises:
             ConfigError: If the backbone has no such stage.
@@ -175,13 +175,13 @@ class Backbone(nn.Module):
         return self._map_specs[stage]
 
     def names_read(self, stage: int) -> set[str]:
-        """Name the entries of the state that a stage's map depends on, and no others.
+        """Return the names of the ``state_dict`` entries that a stage's map depends on.
 
         Raises:
             ConfigError: If the backbone has no such stage.
         """
         self.map_spec(stage)
-        # The gradient is what names them, and a caller may have switched gradients off.
+        # They are found by their gradients, and the caller may have switched gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             copied = copy.deepcopy(self).eval().requires_grad_(True)
             weights = dict(copied.named_parameters())
@@ -197,7 +197,7 @@ class Backbone(nn.Module):
 
     def stage_map(self, images: Tensor, stage: int) -> Tensor:
         """Return one stage's map (B, C, h, w), computing no further than that stage."""
-        return self.trunk.stage_maps(self._laid_out(images), stage)[stage - 1]  # type: ignore[operator]
+        return self.trunk.stage_maps(self._in_memory_format(images), stage)[stage - 1]  # type: ignore[operator]
 
     def map_and_features(self, images: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Return one stage's map and the pooled features of one pass."""
@@ -211,11 +211,11 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to the pooled features (B, feature_dim)."""
-        return self.trunk(self._laid_out(images))
+        return self.trunk(self._in_memory_format(images))
 
 
 def _library(name: str) -> str:
-    """Return the library that has a model of this name: timm first, it gives maps of more models.
+    """Return the library that has a model of this name: timm first, which has maps of more models.
 
     Raises:
         ConfigError: If neither has, with the nearest name.

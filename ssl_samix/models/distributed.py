@@ -1,4 +1,4 @@
-"""What depends on the number of devices: gathered rows, batches normalised in groups."""
+"""Gathering over devices, and BatchNorm in groups of a batch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """Join the rows (B, D) of all ranks in rank order, (N, D), with gradient to each of them."""
+    """Return the rows (B, D) of all ranks in rank order, (N, D), with gradient to each of them."""
     return torch.cat(gather(rows), dim=0) if world_size() > 1 else rows
 
 
 def offset(rows: Tensor) -> int:
-    """Return the row of ``gathered(rows)`` at which this rank's begin."""
+    """Return the index of this rank's first row in ``gathered(rows)``."""
     return rank() * len(rows)
 
 
 def in_groups(
     encode: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor, groups: int
 ) -> tuple[Tensor, ...]:
-    """Encode each of ``groups`` consecutive parts of the batch and join what they give.
+    """Return the concatenated outputs of ``encode`` for ``groups`` consecutive parts of the batch.
 
-    BatchNorm sees one part at a time. A group has at least two images; fewer groups are made of a
-    batch that is too small.
+    BatchNorm sees one part at a time. A group has at least two images; a batch that is too small is
+    split into fewer groups.
 
     Args:
         encode: Maps images (n, 3, S, S) to tensors of n rows.

@@ -1,4 +1,4 @@
-"""The momentum (teacher) twin of an encoder."""
+"""The momentum encoder (teacher): an exponential moving average of an encoder."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ class EMATwin(nn.Module):
 
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: float, statistics: bool = False) -> None:
-        """Move every weight by ``1 - momentum`` of its distance to ``online``.
+        """Update every weight: ``momentum * own + (1 - momentum) * online``.
 
         Args:
-            online: What the twin follows.
-            momentum: Share of the old weights.
-            statistics: Move the normalisation statistics too: of a twin that sees no batch itself.
+            online: The module that the twin follows.
+            momentum: Weight of the old weights.
+            statistics: Also average the normalisation statistics; for a twin that is never run in
+                training mode.
         """
         pairs: list[tuple[Tensor, Tensor]] = list(
             zip(self.module.parameters(), online.parameters(), strict=True)
@@ -48,19 +49,19 @@ class EMATwin(nn.Module):
                 if own.is_floating_point()
             ]
         if pairs:
-            # One call for all: a GPU would take longer to be told of each than to do it.
+            # One fused call: on a GPU, a launch per weight would take longer than the arithmetic.
             own_tensors, others = (list(tensors) for tensors in zip(*pairs, strict=True))
             torch._foreach_lerp_(own_tensors, others, 1 - momentum)
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
-    """Cosine increase from ``start`` to ``end`` (BYOL, arXiv 2006.07733, section 3.3)."""
+    """Return the momentum at a step of a cosine from ``start`` to ``end`` (BYOL, section 3.3)."""
     return cosine_schedule(min(step, total_steps), total_steps, start, end)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold ``module`` in eval mode, then give each sub-module its own mode back."""
+    """Put ``module`` in eval mode, and restore the mode of each sub-module afterwards."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -71,7 +72,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def frozen_forward(module: nn.Module, images: Tensor) -> Tensor:
-    """Run ``module`` in eval mode with detached weights: gradient reaches the images alone.
+    """Run ``module`` in eval mode with detached weights: gradient reaches the images only.
 
     Neither the ``requires_grad`` flags nor the normalisation statistics of ``module`` change.
     """

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm as trunks: maps of stages, pooled features."""
+"""Models of torchvision and timm without classifier: maps of stages, pooled features."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TorchvisionTrunk(nn.Module):
 def remove_classifier(model: nn.Module) -> str | None:
     """Replace the last linear layer by the identity, and return its name.
 
-    SqueezeNet has none: its pooling stays.
+    SqueezeNet has none and keeps its pooling.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
@@ -99,7 +99,7 @@ class TimmTrunk(nn.Module):
         name: A timm model name.
         image_size: Passed to models that are built for one size (ViT, Swin).
         options: Further keyword arguments of ``timm.create_model``, such as ``patch_size``.
-        checkpointing: Keep the inputs of blocks alone for the backward pass.
+        checkpointing: Store only the inputs of blocks for the backward pass.
 
     Raises:
         ValueError, TypeError, AssertionError: As timm raises them for sizes or options that the
@@ -129,7 +129,7 @@ class TimmTrunk(nn.Module):
                     f"backbone.checkpointing would move {name}'s normalisation statistics twice a "
                     "step: leave it out"
                 )
-            self.model.set_grad_checkpointing(True)  # raises where there is none
+            self.model.set_grad_checkpointing(True)  # raises if there is none
         self.checkpointing = checkpointing
 
     def _stage_blocks(self) -> list[int]:
@@ -141,8 +141,8 @@ class TimmTrunk(nn.Module):
             return [round(len(strides) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         return [i for i, stride in enumerate(strides) if stride >= 4]
 
-    def _now(self) -> Any:
-        """Return the model, which keeps all in evaluation.
+    def _model_in_mode(self) -> Any:
+        """Return the model, with checkpointing switched off in eval mode.
 
         The Mixer's frozen pass is one, and what is computed again later would be in training mode.
         """
@@ -157,7 +157,7 @@ class TimmTrunk(nn.Module):
 
     def stage_maps(self, images: Tensor, last: int) -> list[Tensor]:
         """Return the maps of stages 1 to ``last``, each (B, C, h, w)."""
-        return self._now().forward_intermediates(
+        return self._model_in_mode().forward_intermediates(
             images,
             indices=self._blocks[:last],
             stop_early=True,
@@ -167,11 +167,11 @@ class TimmTrunk(nn.Module):
 
     def forward_both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps of all stages and the pooled features (B, C) of one pass."""
-        final, maps = self._now().forward_intermediates(
+        final, maps = self._model_in_mode().forward_intermediates(
             images, indices=self._blocks, output_fmt="NCHW"
         )
         return maps, self.model.forward_head(final, pre_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, C)."""
-        return self._now()(images)
+        return self._model_in_mode()(images)

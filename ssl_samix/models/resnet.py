@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 # name -> block, blocks per stage, groups, width per group (torchvision.models.resnet; resnet10: one
-# block a stage, for studies on a processor)
+# block a stage, for studies on a CPU)
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], int, int]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 1, 64),
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
@@ -31,7 +31,7 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], i
 
 
 def weights_of(name: str, width: int) -> int:
-    """Count the weights of a ResNet without making them."""
+    """Return the number of weights of a ResNet without building it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in ResNetTrunk(name, width).parameters())
 
@@ -44,13 +44,13 @@ class ResNetTrunk(TorchvisionResNet):
         width: Channels of the first stage; 64 is the published network.
         small_stem: A 3x3 stem of stride 1 without max-pool, for images below 64 px (SimCLR,
             arXiv 2002.05709, appendix B.9), in place of the 7x7 stem of stride 2.
-        checkpointing: Keep each block's input alone for the backward pass.
+        checkpointing: Store only each block's input for the backward pass.
     """
 
     def __init__(
         self, name: str, width: int = 64, small_stem: bool = False, checkpointing: bool = False
     ) -> None:
-        # torchvision's constructor fixes the width at 64: only its layer maker is used.
+        # torchvision's constructor fixes the width at 64: only its ``_make_layer`` is used.
         nn.Module.__init__(self)
         self.checkpointing = checkpointing
         block, blocks, self.groups, self.base_width = RESNETS[name]
@@ -75,7 +75,7 @@ class ResNetTrunk(TorchvisionResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stage_maps(self, images: Tensor, last: int = 4) -> list[Tensor]:
-        """Return the maps of stages 1 to ``last``, each (B, C, h, w), and compute no further."""
+        """Return the maps of stages 1 to ``last``, each (B, C, h, w); compute no further."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
@@ -99,22 +99,22 @@ class ResNetTrunk(TorchvisionResNet):
 
 
 def recomputed(block: nn.Module, images: Tensor) -> Tensor:
-    """Run a block, keep its input alone, and run it again in the backward pass.
+    """Run a block, store only its input, and run it again in the backward pass.
 
-    The second run finds the modes of the first, whatever they are by then, and leaves normalisation
-    statistics where they are: they would move twice.
+    The second run uses the train and eval modes of the first, and does not update normalisation
+    statistics a second time.
     """
     if not torch.is_grad_enabled():
         return block(images)
     modes = [(module, module.training) for module in block.modules()]
     return checkpoint(
-        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_before(modes))
+        block, images, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored(modes))
     )
 
 
 @contextmanager
-def _as_before(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Give modules the modes that they had, and normalise without counting the batch once more."""
+def _restored(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Restore modules' train and eval modes, and freeze their normalisation statistics."""
     now = [(module, module.training) for module, _ in modes]
     norms = [module for module, training in modes if isinstance(module, _NormBase) and training]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -1,4 +1,4 @@
-"""Guards of a run: its checkpoints, a loss that is not finite, a Mixer that does not learn."""
+"""Callbacks: checkpoints, a check for NaN losses, warnings about a Mixer that does not learn."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class RunCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score back, also where the run folder has been moved or copied.
+        """Restore the best score, also if the run folder was moved or copied.
 
-        Lightning would forget it there, and overwrite the best checkpoint by a worse one.
+        Lightning would discard it then, and overwrite the best checkpoint with a worse one.
         """
         state = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
@@ -52,33 +52,33 @@ class RunCheckpoint(ModelCheckpoint):
         return str(Path(self.dirpath) / Path(path).name) if path else path
 
 
-EVERY = 100  # steps between two looks: each makes the host wait for the device
+EVERY = 100  # steps between two checks: each synchronises host and device
 
 
 class FiniteLoss(pl.Callback):
-    """Looks, now and then and at the end of an epoch, for a step whose loss was no number.
+    """Stops the run if a loss was NaN or infinite; checks every 100 steps and after each epoch.
 
-    It is the first callback: neither the monitor nor a checkpoint sees a diverged encoder.
+    It runs before the monitor and the checkpoints, which thus never see a diverged encoder.
     """
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *batch: Any) -> None:
-        """Look, if it is time."""
+        """Check every 100 steps."""
         if trainer.global_step % EVERY == 0:
             self.check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Look before anything is measured or saved."""
+        """Check before anything is measured or saved."""
         self.check(trainer, pl_module)
 
     @staticmethod
     def check(trainer: pl.Trainer, module: Any) -> None:
-        """Refuse to go on.
+        """Raise if a loss or a mask was not finite.
 
         Raises:
             UserError: If a mask or a step's loss was NaN or infinite.
         """
         done = trainer.current_epoch
-        kept = "last.ckpt holds the last whole epoch" if done else "no epoch was finished"
+        kept = "last.ckpt holds the last complete epoch" if done else "no epoch was completed"
         error_message = None if module.mixing is None else module.mixing.error_message()
         if error_message is not None:
             raise UserError(f"{error_message} ({kept})")
@@ -87,44 +87,41 @@ class FiniteLoss(pl.Callback):
             schedule: Any = trainer.lr_scheduler_configs[0].scheduler
             rate = schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
             raise UserError(
-                f"the loss of step {step} was no number, at learning rate {rate:.2g}: "
+                f"loss became NaN or infinite at step {step}, at learning rate {rate:.2g}: "
                 f"lower optimizer.lr ({kept})"
             )
 
 
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
-LOWEST_SLOPE = (
-    0.5  # slope of the masks' shares on their ratios; 1 is right, 0 knows nothing of them
-)
-FEW_STEPS = 200  # of a run, in which a Mixer may stay near plain mixup
-LOSING_EPOCHS = (
-    2  # epochs in a row: the gain is measured in a few steps of each, and near 0 it is noise
-)
-ONE_SIDED = 0.9  # share of mixtures that are one of their parents, though their ratio is not
-EARLY = 0.1  # share of what is mixed of the run; the published form starts flat
+LOWEST_SLOPE = 0.5  # of masks' shares on their ratios; 1 is correct, 0 is independent of them
+FEW_STEPS = 200  # in shorter runs a Mixer may stay near plain mixup
+LOSING_EPOCHS = 2  # in a row: the gain is measured in a few steps of each, and noisy near 0
+ONE_SIDED = 0.9  # share of mixtures that copy one parent although their ratio is not near 0 or 1
+EARLY = 0.1  # share of the mixed part of the run; masks of the published form are flat at first
 _log = logging.getLogger(__name__)
 
 
 class MixerHealth(pl.Callback):
-    """Warns, once per run and fault, of a Mixer that has done nothing useful for a whole epoch.
+    """Warns, once per run and problem, if the Mixer did nothing useful for a whole epoch.
 
-    Before the first step it refuses a run that would mix nothing at all.
+    Before the first step it raises if ``mixup.during`` contains no step of the run.
     """
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.losing_epochs = 0  # epochs in a row whose gain was below 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep what has been said over a resume."""
-        return {"said": sorted(self.said), "losing_epochs": self.losing_epochs}
+        """Save which warnings were given."""
+        return {"said": sorted(self.warned), "losing_epochs": self.losing_epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what has been said; an earlier version counted no gains."""
-        self.said, self.losing_epochs = set(state_dict["said"]), state_dict.get("losing_epochs", 0)
+        """Restore which warnings were given; older checkpoints have no ``losing_epochs``."""
+        self.warned = set(state_dict["said"])
+        self.losing_epochs = state_dict.get("losing_epochs", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a ``during`` that holds no step.
+        """Raise if ``mixup.during`` contains no step.
 
         Raises:
             ConfigError: If it does.
@@ -138,16 +135,16 @@ class MixerHealth(pl.Callback):
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the epoch's means."""
+        """Check the epoch's means."""
         epoch, mixing = trainer.current_epoch, pl_module.mixing
         for fault in self._faults(trainer, mixing):
-            if fault not in self.said and trainer.is_global_zero:
+            if fault not in self.warned and trainer.is_global_zero:
                 sentence = _sentence(fault, trainer.callback_metrics, mixing)
                 _log.warning("epoch %d: %s", epoch + 1, sentence)
-            self.said.add(fault)
+            self.warned.add(fault)
 
     def _faults(self, trainer: pl.Trainer, mixing: Any) -> list[str]:
-        """Name what is wrong with the epoch's means, of what it has measured."""
+        """Return the problems that the epoch's means show."""
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         begin, end = (0.0, 1.0) if mixing is None else (mixing.begin, mixing.end)
         late = trainer.current_epoch >= (begin + EARLY * (end - begin)) * (trainer.max_epochs or 1)
@@ -161,7 +158,7 @@ class MixerHealth(pl.Callback):
         return faults
 
     def _unlearned(self, measured: dict[str, float]) -> list[str]:
-        """Name what a Mixer that has had the time to learn has not learned."""
+        """Return the problems of a Mixer that had enough steps to learn."""
         if measured.get("mixer/mask_std", 1.0) < FLAT:
             return ["flat"]
         if "mixer/gain" in measured:
@@ -170,15 +167,15 @@ class MixerHealth(pl.Callback):
 
 
 def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
-    """Say what was found, and what to change."""
+    """Return the warning: what was found, and what to change."""
     learns_more = ["mixup.update_every=1"] if mixing.update_every > 1 else []
     other_mask = ["mixup.mask=exact"] if mixing.policy.block.form != "exact" else []
     own = ["mixup.optimizer=adamw mixup.lr=0.02"] if mixing.optimizer.shared else []
     if fault == "ratio":
         tries = other_mask or ["a lower mixup.lr"]
         found = (
-            "the Mixer's masks ignore the ratio that is asked for (slope "
-            f"{metrics['mixer/ratio_slope']:.2f}; 1 is right): the encoder learns wrong weights"
+            "the Mixer's masks ignore the requested ratio (slope "
+            f"{metrics['mixer/ratio_slope']:.2f}; 1 is correct): mixtures' loss weights are wrong"
         )
     elif fault == "flat":
         tries = [*learns_more, *own, "a higher mixup.lr"]
@@ -189,8 +186,8 @@ def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
     elif fault == "harmful":
         tries = [*other_mask, *learns_more, *own, "a lower mixup.lr"]
         found = (
-            "the Mixer's masks are worse than flat ones by its own loss (gain "
-            f"{metrics['mixer/gain']:.3f}): plain mixup costs less"
+            "the Mixer's masks have a higher loss than flat masks (gain "
+            f"{metrics['mixer/gain']:.3f}): plain mixup would be cheaper"
         )
     else:
         tries = [*other_mask, "a lower mixup.lr", "a higher mixup.mask_weight"]
@@ -198,4 +195,4 @@ def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:
             f"{metrics['mixer/one_sided']:.0%} of the mixtures are a copy of one parent: "
             "the Mixer mixes nothing"
         )
-    return f"{found}; what may help in a new run: {', '.join(tries)}"
+    return f"{found}; try in a new run: {', '.join(tries)}"

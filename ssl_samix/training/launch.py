@@ -1,4 +1,4 @@
-"""Which process this is, when there are several."""
+"""Runs of several processes: which process this is, and how Lightning starts the others."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-# Lightning sets these for its further processes and leaves most behind: a second fit of the same
-# process would take itself for one of them.
+# Lightning sets these for the processes that it starts, and does not remove most of them: a second
+# fit in the same process would take itself for one of those.
 _LEFT_BEHIND = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FOLDER = "SSL_SAMIX_RUN"  # tells further processes the folder that the first one chose
-COMMAND = "SSL_SAMIX_COMMAND"  # set by the command line to its process id
+_FOLDER = "SSL_SAMIX_RUN"  # passes the run folder to the other processes
+COMMAND = "SSL_SAMIX_COMMAND"  # process id, set by the command line
 
 
 def is_main_process() -> bool:
-    """Say whether this process writes the files that all share."""
+    """Return whether this process writes the shared files (global rank 0)."""
     for name in _RANKS:
         if os.environ.get(name, "").isdigit():
             return os.environ[name] == "0"
@@ -26,30 +26,31 @@ def is_main_process() -> bool:
 
 
 def given_folder() -> str | None:
-    """Return the folder that the first of several processes chose; None in the first."""
+    """Return the run folder that the first process chose; None in the first process."""
     return None if is_main_process() else os.environ.get(_FOLDER)
 
 
 def imported_by_a_worker() -> bool:
-    """Say whether this process is a worker that is importing the script that started it.
+    """Return whether this process is a data worker that is importing the user's script.
 
     Where workers are spawned (macOS, Windows), a script without ``if __name__ == "__main__":``
-    begins once more in each of them.
+    starts again in each of them.
     """
     return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
 def launched_outside() -> bool:
-    """Say whether torchrun or SLURM started several processes of the same command."""
+    """Return whether torchrun or SLURM started several processes of the same command."""
     number = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", ""))
     return number.isdigit() and int(number) > 1
 
 
 @contextmanager
 def relaunched_as(folder: Path, *arguments: str) -> Iterator[None]:
-    """Let Lightning start its further processes with these arguments of the ``samix`` command.
+    """Set the arguments of the ``samix`` command with which Lightning starts further processes.
 
-    A script that calls the package from Python is started again as it is, and told the folder.
+    A script that calls the package from Python is started again unchanged; the folder is passed in
+    the environment.
     """
     words, before = sys.argv, {k: os.environ.get(k) for k in (*_LEFT_BEHIND, _FOLDER)}
     os.environ[_FOLDER] = str(folder)

@@ -1,4 +1,4 @@
-"""What a run writes and shows: metrics.csv, its pace, its progress, its summary."""
+"""Logging of a run: metrics.csv, throughput, progress bar, summary."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second")
 
 
 class MetricsCSV(pl.Callback):
-    """Writes each epoch's row before its checkpoint is written.
+    """Writes each epoch's row of metrics.csv before the epoch's checkpoint.
 
-    A run that is killed between the two repeats the epoch and replaces the row; written by a logger
-    of Lightning's, after the checkpoint, the row would be lost.
+    A run that is killed between the two repeats the epoch and replaces the row. Lightning's logger
+    writes after the checkpoint, so that the row would be lost.
 
     Args:
-        path: The file. Cells of what an epoch did not measure stay empty.
-        monitor: Whose measurements stand in the rows of the epochs that made them.
+        path: The file. Cells of values that an epoch did not measure are empty.
+        monitor: Its measurements are written only in the rows of the epochs that made them.
     """
 
     def __init__(self, path: Path, monitor: Monitor) -> None:
@@ -44,7 +44,7 @@ class MetricsCSV(pl.Callback):
         self.rows: list[dict[str, Any]] | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the epoch before, of which Lightning keeps what this one does not measure."""
+        """Remove the previous epoch's values, which Lightning would keep."""
         metrics = trainer.callback_metrics
         for name in [n for n in metrics if not n.startswith(self.monitor.columns)]:
             del metrics[name]
@@ -70,9 +70,9 @@ class MetricsCSV(pl.Callback):
 class Pace(pl.Callback):
     """Logs learning rate, seconds of training and images per second of each epoch.
 
-    It stands before the monitor in the list of callbacks, so that the clocks stop first. Seconds of
-    processor time are those of this process with all its threads: on a busy machine they say more
-    of what a run costs than the clock on the wall.
+    It is before the monitor in the list of callbacks, so that the clocks stop first. CPU seconds
+    are those of this process with all its threads: on a busy machine they are a better measure of
+    a run's cost than wall-clock time.
     """
 
     def __init__(self) -> None:
@@ -96,16 +96,16 @@ class Pace(pl.Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True)
 
 
-MOST_LINES = 12  # of a run whose output is no terminal, more or less
+MOST_LINES = 12  # at most, about; of a run without a terminal
 
 
 class RunProgress(pl.Callback):
-    """One bar over the whole run with loss, quality and the time that is left.
+    """One progress bar over the whole run with loss, quality and remaining time.
 
-    Without a terminal it prints at most a dozen lines instead, evenly over the run.
+    Without a terminal it prints at most a dozen lines, evenly over the run.
 
     Args:
-        monitor: Whose measurements are the quality; None if nothing is measured.
+        monitor: Its measurements are shown as quality; None if nothing is measured.
     """
 
     def __init__(self, monitor: Monitor | None = None) -> None:
@@ -119,7 +119,7 @@ class RunProgress(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so, if no epoch is left to do; Lightning refuses fewer than are done."""
+        """Print a note if all epochs are done; Lightning rejects fewer epochs than are done."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         done, wanted = progress["current"]["processed"], trainer.max_epochs or 0
         if done < wanted:
@@ -128,7 +128,7 @@ class RunProgress(pl.Callback):
         if trainer.is_global_zero:
             print(
                 f"nothing is left to do: {done} epochs are done and trainer.max_epochs={wanted}; "
-                "a larger one goes on",
+                "give a larger number to continue",
                 flush=True,
             )
 
@@ -143,12 +143,12 @@ class RunProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Move the bar."""
+        """Update the bar."""
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how it goes."""
+        """Show loss and quality of the epoch."""
         if not trainer.is_global_zero:
             return
         if self._bar is not None:
@@ -165,13 +165,13 @@ class RunProgress(pl.Callback):
             print(f"{text}  {self._left(trainer)} left", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def _close(self) -> None:
@@ -188,7 +188,7 @@ class RunProgress(pl.Callback):
 
 
 def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
-    """Return the epoch, its loss and these measures in a line."""
+    """Return one line: the epoch, its loss and the given measures."""
     metrics = trainer.callback_metrics
     parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
     names = {"loss": "loss {:.3f}", **quality}
@@ -232,7 +232,7 @@ def announce(
     meta: dict[str, Any],
     purpose: str,
 ) -> None:
-    """Say, in a few lines, what is about to happen, and what was chosen for the user."""
+    """Print what the run will do, including settings that were chosen automatically."""
     if not trainer.is_global_zero:
         return
     splits, backbone = data.splits, module.backbone.settings
@@ -249,7 +249,7 @@ def announce(
         "method": f"{meta['method']}, mixup {meta['mixup']}, {config.trainer.max_epochs} "
         f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
-        "out": f"{folder.path}" + (", continued from last.ckpt" if folder.last.exists() else ""),
+        "out": f"{folder.path}" + (", resumed from last.ckpt" if folder.last.exists() else ""),
     }
     said = [*rows.items(), *(("note", note) for note in splits.notes)]
     print("\n".join(f"{name:<10}{text}" for name, text in said), flush=True)

@@ -1,4 +1,4 @@
-"""Pictures of what mixing makes of images.
+"""Pictures of mixtures.
 
 Legend: K mixtures, S image side in px.
 """
@@ -25,22 +25,22 @@ from ssl_samix.models.ema import evaluating
 from ssl_samix.pictures import Channels, colours, greys, paint, write_png
 from ssl_samix.types import Mixed, MixPlan
 
-MOST_ROWS = 64  # of a picture
-PER_RUN = 5  # pictures, if the interval is chosen automatically
+MOST_ROWS = 64  # rows of a picture
+PER_RUN = 5  # pictures per run, if the interval is ``auto``
 
 
 def paint_mixed(
     own: Tensor, other: Tensor, mixed: Mixed, lam: Tensor, mean: Channels, std: Channels
 ) -> Image.Image:
-    """Paint a row of image, partner, mask and mixture for each of K mixtures.
+    """Return a picture with a row of image, partner, mask and mixture for each of K mixtures.
 
     Args:
         own: (K, 3, S, S) normalised images.
         other: (K, 3, S, S), the partner of each.
-        mixed: What mixing made of them.
-        lam: (K,) the ratios asked for; they stand above what the masks leave of the images.
-        mean: Per channel, of the normalisation.
-        std: Likewise.
+        mixed: The mixtures.
+        lam: (K,) the requested ratios; each row shows the requested and the actual mixing ratio.
+        mean: Mean of the normalisation, per channel.
+        std: Standard deviation of the normalisation, per channel.
     """
     tiles = [*(colours(i, mean, std) for i in (own, other)), greys(mixed.mask)]
     tiles.append(colours(mixed.images, mean, std))
@@ -53,13 +53,13 @@ def paint_mixed(
 
 
 class MixedPictures(pl.Callback):
-    """Shows the same images, mixed by the run's policy as it is now, while the run goes on.
+    """Writes pictures of fixed images, mixed by the current policy, during the run.
 
-    Un-augmented training images, always the same pairs with the same ratios from 0.1 to 0.9; in
-    ``<folder>/epoch-0010.png`` after the tenth epoch, and in TensorBoard. Nothing without mixing.
+    Training images without augmentation, always the same pairs with the same ratios from 0.1 to
+    0.9: ``<folder>/epoch-0010.png`` after the tenth epoch, and in TensorBoard. None without mixing.
 
     Args:
-        folder: Where the pictures go.
+        folder: Folder of the pictures.
         every_n_epochs: The interval; ``auto`` gives about five pictures. The last epoch has one.
         rows: Mixtures per picture.
 
@@ -76,13 +76,13 @@ class MixedPictures(pl.Callback):
         self.folder, self.every_n_epochs, self.rows = folder, every_n_epochs, rows
 
     def interval(self, epochs: int) -> int:
-        """Return the epochs between two pictures of a run of so many epochs."""
+        """Return the number of epochs between two pictures of a run of ``epochs``."""
         if self.every_n_epochs != "auto":
             return int(self.every_n_epochs)
         return math.ceil(epochs / PER_RUN)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Paint, if it is time; one process does, and no other waits for it."""
+        """Write a picture if due; only rank 0 does, and the others do not wait."""
         if getattr(pl_module, "mixing", None) is None or not trainer.is_global_zero:
             return
         done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
@@ -98,7 +98,7 @@ class MixedPictures(pl.Callback):
 
     @torch.no_grad()
     def picture(self, module: Any, data: DataModule) -> Image.Image:
-        """Paint what the module's policy makes of the fixed pairs, and disturb nothing."""
+        """Return a picture of the fixed pairs, mixed by the module's policy; restores the RNG."""
         mean, std, device = data.splits.mean, data.splits.std, module.device
         pixels = fixed_images(data.splits.train, 2 * self.rows).to(device)
         channels = [torch.tensor(values, device=device) for values in (mean, std)]
@@ -109,19 +109,19 @@ class MixedPictures(pl.Callback):
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             evaluating(module.mixing),
         ):
-            torch.manual_seed(0)  # a policy that draws its masks draws the same ones each time
+            torch.manual_seed(0)  # random masks are the same in every picture
             maps = module.mixing.maps(module, own, other)
             mixed = module.mixing.policy(own, other, plan, maps)
         return paint_mixed(own, other, mixed, plan.lam, mean, std)
 
 
 def fixed_images(images: ImageSet, most: int, seed: int = 0) -> Tensor:
-    """Load un-augmented images of all classes, in a drawn order.
+    """Return images of all classes, without augmentation, in random order.
 
     Args:
         images: The data set.
-        most: How many at most.
-        seed: Fixes the choice and the order.
+        most: Largest number of images.
+        seed: Seed of the choice and the order.
 
     Returns:
         (N, 3, S, S) uint8.
@@ -132,11 +132,11 @@ def fixed_images(images: ImageSet, most: int, seed: int = 0) -> Tensor:
 
 
 def paired(images: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Give each of the first images a partner: one that is in no other row, if there are enough.
+    """Return the first images with partners, which appear in no other row if there are enough.
 
     Args:
         images: (N, 3, S, S), at least two.
-        rows: How many pairs are wanted.
+        rows: Number of pairs.
 
     Returns:
         Images and partners, (min(rows, N), 3, S, S) each.

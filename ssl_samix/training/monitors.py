@@ -1,4 +1,4 @@
-"""What is measured of a network while it trains: kNN and RankMe, accuracy, clusters for mixing."""
+"""Callbacks that measure a network during training, and one that clusters images for SAMix-C."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
 from ssl_samix.evaluation.measures import alignment, embed_two_views, kmeans, rankme, uniformity
 
-SHARE = 0.05  # of the training cost; the automatic interval keeps a monitor below it
+SHARE = 0.05  # share of the training cost that ``every_n_epochs=auto`` stays below
 
 
 def _features(
@@ -33,15 +33,15 @@ def _features(
     picks: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Return what a network gives of some un-augmented images of a run's data, (n, D)."""
+    """Return features (n, D) of some un-augmented images of a run's data."""
     mean, std, workers = data.splits.mean, data.splits.std, data.worker_count()
     return extract(network, images, picks, mean, std, device=device, workers=workers)
 
 
 class Monitor(pl.Callback, ABC):
-    """Every n epochs, and after the first and the last: a measurement, logged.
+    """Measures and logs every n epochs, and after the first and the last epoch.
 
-    ``fresh`` holds what this epoch has measured, nothing if it was not this epoch's turn.
+    ``fresh`` holds the values measured in this epoch; empty if none were.
 
     Args:
         every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
@@ -51,10 +51,10 @@ class Monitor(pl.Callback, ABC):
         ConfigError: For an interval below 1.
     """
 
-    name: ClassVar[str]  # of its group of measurements, and of its key under ``callbacks``
-    columns: ClassVar[tuple[str, ...]]  # what the names of its measurements begin with
-    first: ClassVar[tuple[str, ...]]  # what of them stands in the first columns of metrics.csv
-    shown: ClassVar[dict[str, str]]  # what of them the progress shows, and how
+    name: ClassVar[str]  # key under ``callbacks``
+    columns: ClassVar[tuple[str, ...]]  # prefixes of its measurements' names
+    first: ClassVar[tuple[str, ...]]  # measurements in the first columns of metrics.csv
+    shown: ClassVar[dict[str, str]]  # measurements that the progress bar shows, and their format
     step_cost: ClassVar[int]  # passes of the network per image and epoch of the cheapest training
 
     def __init__(self, every_n_epochs: int | Literal["auto"] = "auto") -> None:
@@ -66,38 +66,38 @@ class Monitor(pl.Callback, ABC):
 
     @property
     def quality(self) -> str:
-        """The measurement of which the best checkpoint is kept."""
+        """Name of the measurement that decides which checkpoint is the best."""
         return f"{self.columns[0]}top1"
 
     @abstractmethod
     def passes(self, data: DataModule) -> int:
-        """Return the images that one measurement sends through a network."""
+        """Return the number of images that one measurement passes through a network."""
 
     @abstractmethod
     def measure(self, module: Any, data: DataModule) -> dict[str, float]:
-        """Measure what is being trained."""
+        """Return the measurements of the module."""
 
     @abstractmethod
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return the lines about quality of a finished run's table."""
+        """Return the lines about quality in a finished run's table."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the best over a resume."""
+        """Save the best values."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best back."""
+        """Restore the best values."""
         self.best = state_dict["best"]
 
     def interval(self, data: DataModule) -> int:
-        """Return the epochs between two measurements."""
+        """Return the number of epochs between two measurements."""
         if self.every_n_epochs != "auto":
             return int(self.every_n_epochs)
         cost = SHARE * self.step_cost * len(data.splits.train)
         return max(1, math.ceil(self.passes(data) / cost))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure, if it is time, and log."""
+        """Measure if due, and log."""
         self.fresh = {}
         epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
         data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -116,11 +116,11 @@ class Monitor(pl.Callback, ABC):
 
 
 class AccuracyMonitor(Monitor):
-    """Every n epochs: top-1 and top-5 of the classifier and of its moving average (EMA), and loss.
+    """Measures top-1, top-5 and loss of the classifier and of its moving average (EMA).
 
-    On un-augmented validation images; nothing where there are none. Where mixtures have a head of
-    their own it is measured in the same passes, but the plain images' head is the one whose best
-    epoch is kept.
+    On validation images without augmentation; nothing if there are none. If mixtures have a
+    separate head, it is measured in the same passes, but the best epoch is that of the plain
+    images' head.
 
     Args:
         every_n_epochs: The interval, see ``Monitor``.
@@ -133,15 +133,15 @@ class AccuracyMonitor(Monitor):
     step_cost = 3
 
     def passes(self, data: DataModule) -> int:
-        """Count the validation images, for both networks."""
+        """Return twice the number of validation images: there are two networks."""
         return 0 if data.splits.val is None else 2 * len(data.splits.val)
 
     def measure(self, module: Any, data: DataModule) -> dict[str, float]:
-        """Measure the classifier and its average.
+        """Return the measurements of the classifier and its moving average.
 
         Returns:
-            ``val/top1``, ``val/top5`` in percent and ``val/loss``, the plain cross-entropy; of the
-            average ``val/ema_top1`` and so on; of the mixtures' heads, where there are some,
+            ``val/top1``, ``val/top5`` in percent and ``val/loss``, the plain cross-entropy; for the
+            average ``val/ema_top1`` and so on; for the mixtures' heads, if there are any,
             ``val/mix_top1``, ``val/ema_mix_top1`` and so on.
         """
         val = data.splits.val
@@ -159,7 +159,7 @@ class AccuracyMonitor(Monitor):
         return found
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return the accuracy of both networks, of each head where there are two."""
+        """Return lines with the accuracy of both networks, and of each head if there are two."""
         if "val/top1" not in newest:
             return []
         now, best, ema = (newest[f"val/{n}"] for n in ("top1", "best_top1", "ema_top1"))
@@ -171,18 +171,18 @@ class AccuracyMonitor(Monitor):
         return lines
 
 
-RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
+RANK_SAMPLE = 1000  # images for RankMe and uniformity; an upper bound of the rank
 VIEW_SAMPLE = 250  # images for alignment, embedded twice
 _log = logging.getLogger(__name__)
 
 
 class KNNMonitor(Monitor):
-    """Every n epochs: weighted kNN on un-augmented images, RankMe, alignment and uniformity.
+    """Measures weighted kNN on images without augmentation, RankMe, alignment and uniformity.
 
     Args:
         every_n_epochs: The interval, see ``Monitor``.
         k: Neighbours to vote; the first gives ``knn/top1``, the others ``knn/top1_k<k>``.
-        temperature: Of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
+        temperature: Temperature of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
         bank_limit: At most this many images in the memory bank (None: all).
         val_limit: At most this many validation images (None: all).
 
@@ -218,7 +218,7 @@ class KNNMonitor(Monitor):
         self.bank_limit, self.val_limit = bank_limit, val_limit
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so, if there are fewer images than neighbours that shall vote."""
+        """Warn if there are fewer images than ``k``."""
         bank = trainer.datamodule.splits.bank  # type: ignore[attr-defined]
         images = 0 if bank is None else self._count(bank, self.bank_limit)
         beyond = [k for k in self.k if k > images]
@@ -230,7 +230,7 @@ class KNNMonitor(Monitor):
             )  # fmt: skip
 
     def passes(self, data: DataModule) -> int:
-        """Count the images that are embedded; those of two views twice."""
+        """Return the number of embedded images; those of two views count twice."""
         splits = data.splits
         passes = 2 * min(VIEW_SAMPLE, len(splits.train))
         if splits.bank is not None and splits.val is not None:
@@ -245,11 +245,11 @@ class KNNMonitor(Monitor):
         return min(len(images), limit or len(images))
 
     def measure(self, module: Any, data: DataModule) -> dict[str, float]:
-        """Measure the backbone."""
+        """Return the measurements of the backbone."""
         return self.measure_encoder(module.backbone, data, module.device)
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return kNN, where there are labels, and RankMe."""
+        """Return lines with kNN accuracy, if there are labels, and RankMe."""
         lines = [("RankMe", f"{newest['rankme']:.1f}")] if "rankme" in newest else []
         if {"knn/top1", "knn/best_top1"} <= newest.keys():
             now, best = newest["knn/top1"], newest["knn/best_top1"]
@@ -259,7 +259,7 @@ class KNNMonitor(Monitor):
     def measure_encoder(
         self, encoder: torch.nn.Module, data: DataModule, device: torch.device
     ) -> dict[str, float]:
-        """Measure an encoder on a data set.
+        """Return an encoder's measurements on a data set.
 
         Returns:
             ``rankme``, ``alignment``, ``uniformity`` and, with labels, ``knn/top1``, ``knn/top5``
@@ -308,10 +308,10 @@ class KNNMonitor(Monitor):
 
 
 class Recluster(pl.Callback):
-    """Every ``cluster_every`` epochs of a mixing objective that has it, where it mixes."""
+    """Clusters every ``cluster_every`` epochs of a ``ClusterObjective`` while it mixes."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Embed all training images and hand their clusters to the objective."""
+        """Embed and cluster all training images, and set the clusters of the objective."""
         mixing = getattr(pl_module, "mixing", None)
         every = getattr(mixing, "cluster_every", None)
         if mixing is None or every is None:
@@ -328,5 +328,5 @@ class Recluster(pl.Callback):
             encoder: Any = pl_module.teacher_backbone
             features = _features(encoder, data, images, range(len(images)), pl_module.device)
         found = kmeans(features, mixing.clusters, start=mixing.centroids)
-        # One process decides: sums in another order might move an image to another cluster.
+        # One process clusters for all: rounding could put an image into another cluster elsewhere.
         mixing.assign(*trainer.strategy.broadcast(found))

@@ -33,8 +33,8 @@ def pretrain(
         data: A data set's name (``digits`` if None), or the path of a folder of images;
             a ``Path`` is never a name.
         method: ``moco`` (if None), ``simclr`` or ``byol``.
-        out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
-            interrupted run goes on.
+        out: Run folder; a new one under ``runs`` if None. The same call resumes an interrupted
+            run.
         **overrides: Choices (``backbone="resnet50"``) and keys, as nested dicts
             (``trainer={"max_epochs": 10}``) or dotted (``**{"trainer.max_epochs": 10}``); or
             ``resume=<run folder>``.
@@ -43,25 +43,25 @@ def pretrain(
         The run: its folder, its last metrics, its encoder.
 
     Raises:
-        UserError: For whatever the command line would refuse, with the same sentence.
+        UserError: For all errors that the command line reports, with the same message.
     """
     return train_from_words(as_words(data, overrides, method=method, out=out))
 
 
 def train_from_words(arguments: list[str]) -> Run:
-    """Do what ``key=value`` words say."""
+    """Run ``samix pretrain`` with these ``key=value`` arguments."""
     return train(Pretraining(), *configured(Pretraining.command, arguments))
 
 
 class Pretraining(Mode):
-    """Views of the same image are alike, and labels are for the monitor only."""
+    """Pretraining mode; labels are for the monitor only."""
 
     command = "pretrain"
     monitor = "knn"
     purpose = "for the monitor only"
 
     def views(self, config: DictConfig) -> Recipes:
-        """Give the two views of the method."""
+        """Return the settings of the method's two views."""
         views: Recipes = build(config.views)
         return views
 
@@ -81,5 +81,5 @@ class Pretraining(Mode):
         return method
 
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
-        """Name the method."""
+        """Return the method's name."""
         return {"method": choices["method"]}

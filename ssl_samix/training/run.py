@@ -1,4 +1,4 @@
-"""What both modes of training share: from words to a configuration, a trainer, a finished run."""
+"""Code of both training modes: from the configuration to a finished run."""
 
 from __future__ import annotations
 
@@ -48,26 +48,26 @@ from ssl_samix.training.monitors import Monitor, Recluster
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's files; their folder is made again if it is removed while a run goes on."""
+    """TensorBoard's logger; it creates its folder again if that is removed during a run."""
 
     @property
     def experiment(self) -> Any:
-        """Return the writer, whose thread dies of a missing folder."""
+        """Return the writer; its thread would fail if the folder were missing."""
         os.makedirs(self.log_dir, exist_ok=True)
         return super().experiment
 
 
 class Mode(ABC):
-    """What one mode of training, and no other, does."""
+    """Interface of a training mode: what differs between pretraining and supervised training."""
 
-    command: str  # of ``samix``, and the name of its configuration
-    labelled = False  # whether it learns from labelled images alone
-    monitor: str  # key, under ``callbacks``, of what watches the training
+    command: str  # subcommand of ``samix``, and name of its configuration
+    labelled = False  # whether it trains on labelled images only
+    monitor: str  # key of its monitor, under ``callbacks``
     purpose: str  # of labels, for the screen
 
     @abstractmethod
     def views(self, config: DictConfig) -> Recipes:
-        """Say of which views a batch consists."""
+        """Return the settings of a batch's views."""
 
     @abstractmethod
     def module(
@@ -78,14 +78,14 @@ class Mode(ABC):
         backbone: Backbone,
         mixing: MixObjective | None,
     ) -> BaseMethod:
-        """Build what is trained, if the data are such as it can learn from."""
+        """Build the module to train; raise if the data do not suit it."""
 
     @abstractmethod
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
-        """Describe the run in its files, beside what both modes say: its ``method`` at least."""
+        """Return the mode's metadata of the run's files: at least its ``method``."""
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
-        """Write what others use: the encoder, and the Mixer if there is one."""
+        """Write the encoder, and the Mixer if there is one."""
         save_encoder(folder.encoder, module.backbone, meta)
         if module.mixing is not None and module.mixing.learns:
             save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
@@ -94,12 +94,12 @@ class Mode(ABC):
 def as_words(
     data: str | os.PathLike[str] | None, overrides: dict[str, Any], **choices: Any
 ) -> list[str]:
-    """Write the arguments of a Python call as the words of the command line.
+    """Return the arguments of a Python call as command-line arguments.
 
     Args:
         data: A data set's name, or the path of a folder of images; a ``Path`` is never a name.
-        overrides: Choices and keys, as nested dicts or dotted.
-        **choices: Further ones; None is left out.
+        overrides: Choices and keys, as nested dictionaries or dotted.
+        **choices: Further choices; None is left out.
     """
     given = {**choices, **dotted(overrides)}
     if isinstance(data, str) and data in groups()["data"]:
@@ -110,11 +110,11 @@ def as_words(
 
 
 def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str, str], RunFolder]:
-    """Return configuration, choices and folder of a new or a resumed run."""
+    """Return configuration, choices and folder of a new or resumed run."""
     if imported_by_a_worker():
         raise UserError(
-            "this script trains when it is imported, as data workers do: put what calls the "
-            "training under if __name__ == '__main__':"
+            "this script starts training when it is imported, and data workers import it: put the "
+            "call under if __name__ == '__main__':"
         )
     resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
     if resume and resume[-1] is not None:
@@ -124,7 +124,7 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
     absolute(config)
     out = config.out or given_folder()
     if out is None and launched_outside():
-        raise ConfigError("started as several processes, the run needs a name: give out=<folder>")
+        raise ConfigError("a run of several processes needs a run folder: give out=<folder>")
     folder = RunFolder(out or default_out(choices, config.seed))
     if is_main_process():
         folder.check_same_run(config)
@@ -132,8 +132,8 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
 
 
 def train(mode: Mode, config: DictConfig, choices: dict[str, str], folder: RunFolder) -> Run:
-    """Train what the configuration says, in the folder, from its last checkpoint if it has one."""
-    # Its folder first: what has been built for a folder that somebody else has would be lost.
+    """Train by the configuration, from the folder's last checkpoint if it has one."""
+    # Lock the folder first, before any work that would be lost if another process has it.
     with folder.lock() if is_main_process() else nullcontext():
         return _trained(mode, config, choices, folder)
 
@@ -151,7 +151,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     meta = {**_meta(choices, backbone, data, mixing), **mode.meta(choices, data)}
     monitor: Monitor = build(config.callbacks[mode.monitor])
     trainer = _trainer(config, folder, module, data, monitor, meta)
-    compiling = config.trainer.get("compile", False)  # a run from before it existed has none
+    compiling = config.trainer.get("compile", False)  # older runs have no such key
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
     if is_main_process():
         folder.create(config, choices)
@@ -160,14 +160,14 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     announce(trainer, config, folder, module, data, meta, mode.purpose)
     _fit(mode.command, trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
-        trainer.save_checkpoint(folder.last)  # the interval has left the last epochs out
+        trainer.save_checkpoint(folder.last)  # the checkpoint interval skipped the last epochs
     if trainer.is_global_zero:
         mode.save(folder, module, meta)
     return finish(trainer, folder, monitor)
 
 
 def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> MixObjective | None:
-    """Build the mixing objective for images as the data set normalises them, if there is one."""
+    """Build the mixing objective, for images normalised as in the data set; None without mixing."""
     if not config.mixup:
         return None
     mixing: MixObjective = build(config.mixup, backbone=backbone)
@@ -176,9 +176,9 @@ def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> Mi
 
 
 def build_optimizer(config: DictConfig) -> OptimizerRecipe:
-    """Build the optimizer; where gradients are clipped, one that is not fused.
+    """Build the optimizer; not a fused one if gradients are clipped.
 
-    Lightning clips no gradient of a fused optimizer in mixed precision.
+    Lightning cannot clip gradients of a fused optimizer in mixed precision.
     """
     settings = config.optimizer.copy()
     if config.trainer.get("gradient_clip_val") is not None and "fused" in settings.optimizer:
@@ -194,15 +194,15 @@ def _fit(
     with relaunched_as(folder.path, command, f"resume={quoted(str(folder.path))}"):
         try:
             trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
-        except SystemExit as stop:  # Lightning's way to end a fit that was interrupted
+        except SystemExit as stop:  # Lightning ends an interrupted fit this way
             resume = shlex.quote(f"resume={folder.path}")
-            raise Interrupted(f"interrupted: samix {command} {resume} goes on") from stop
+            raise Interrupted(f"interrupted: resume with samix {command} {resume}") from stop
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
-                f"a data worker ended without a word to this process ({error}): what it printed is "
-                "above, else memory may be short; data.workers=0 does without"
+                f"a data worker ended unexpectedly ({error}): see its output above; without any, "
+                "memory may be short; data.workers=0 uses no workers"
             ) from error
         except MisconfigurationException as error:
             raise ConfigError(str(error).strip().splitlines()[0]) from error
@@ -233,7 +233,7 @@ def _trainer(
     monitor: Monitor,
     meta: dict[str, Any],
 ) -> pl.Trainer:
-    # The best checkpoint is written first, so that the last one knows of it.
+    # The best checkpoint is written first, so that the last one contains its path and score.
     checkpoints = [RunCheckpoint(folder.path, "best", monitor=monitor.quality, mode="max")]
     if data.splits.val is None:
         checkpoints.clear()
@@ -242,7 +242,7 @@ def _trainer(
     )
     watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
     watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
-    pictures = config.callbacks.get("pictures")  # a run from before they existed has no such key
+    pictures = config.callbacks.get("pictures")  # older runs have no such key
     if pictures is not None:
         watchers.append(build(pictures, folder=folder.pictures))
     trainer: pl.Trainer = build(

@@ -35,34 +35,34 @@ def train_supervised(
     Args:
         data: A data set's name (``digits`` if None), or the path of a folder with a folder of
             images per class; a ``Path`` is never a name.
-        out: Run folder; a new one under ``runs`` if None. Called again with the same settings, an
-            interrupted run goes on.
+        out: Run folder; a new one under ``runs`` if None. The same call resumes an interrupted
+            run.
         **overrides: Choices (``mixup="cutmix"``) and keys, as ``pretrain`` takes them.
 
     Returns:
         The run: its folder, its last metrics, its encoder.
 
     Raises:
-        UserError: For whatever the command line would refuse, with the same sentence.
+        UserError: For all errors that the command line reports, with the same message.
     """
     return train_from_words(as_words(data, overrides, out=out))
 
 
 def train_from_words(arguments: list[str]) -> Run:
-    """Do what ``key=value`` words say."""
+    """Run ``samix supervised`` with these ``key=value`` arguments."""
     return train(Supervised(), *configured(Supervised.command, arguments))
 
 
 class Supervised(Mode):
-    """Labels teach, and validation images tell what was learned."""
+    """Supervised mode: trains on labels, and measures on validation images."""
 
     command = "supervised"
     labelled = True
     monitor = "accuracy"
-    purpose = "which teach"
+    purpose = "for training"
 
     def views(self, config: DictConfig) -> Recipes:
-        """Give the one view of the augmentation."""
+        """Return the settings of the augmentation's one view."""
         return OneView(**config.augment)
 
     def module(
@@ -73,7 +73,7 @@ class Supervised(Mode):
         backbone: Backbone,
         mixing: MixObjective | None,
     ) -> BaseMethod:
-        """Build the classifier, on an encoder that has learned before if one is named."""
+        """Build the classifier, from the encoder in ``init`` if given."""
         _check_labels(config, data)
         if config.init is not None and not folder.last.exists():
             _start_from(config.init, backbone)
@@ -87,22 +87,22 @@ class Supervised(Mode):
         return classifier
 
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:
-        """Name the classes."""
+        """Return the class names."""
         return {"method": "supervised", "classes": list(data.splits.classes)}
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
-        """Write both classifiers too."""
+        """Also write both classifiers."""
         super().save(folder, module, meta)
         networks: dict[str, nn.Module] = {"online": module.embedder, "ema": module.teacher}
         save_classifier(folder.classifier, networks, meta)
 
 
 def _check_labels(config: DictConfig, data: DataModule) -> None:
-    """Refuse labels that teach nothing.
+    """Raise if labels are missing or invalid, or a class has no image.
 
     Raises:
-        DataError: Without labels, with a label that no class has, with a class that no image
-            has.
+        DataError: Without labels, with a label outside the classes, or with a class without
+            images.
     """
     classes, labels = data.splits.classes, data.splits.train.labels
     bare = empty_classes(config.data.root) if config.data.name == "folder" else []
@@ -110,7 +110,7 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
         hint = f" (no image is in {listed(bare)})" if bare else ""
         raise DataError(
             f"supervised training needs labels{hint}: give a folder of images per class, or use "
-            "samix pretrain, which needs none"
+            "samix pretrain, which needs no labels"
         )
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
@@ -121,7 +121,7 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
     counts = torch.bincount(labels, minlength=len(classes))
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     if empty + bare:
-        raise DataError(f"no training image of {listed(empty + bare)}: add some, or drop the class")
+        raise DataError(f"no training image of {listed(empty + bare)}: add one or remove the class")
 
 
 def _start_from(init: str, backbone: Backbone) -> None:

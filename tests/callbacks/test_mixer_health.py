@@ -50,7 +50,7 @@ def test_flat_masks_are_told_of_once(said):
     (sentence,) = said(MixerHealth(), *flat, of=module(update_every=4))
     assert sentence == (
         "epoch 5: the Mixer's masks are flat (spatial deviation 0.019): it has fallen back to "
-        "plain mixup; what may help in a new run: mixup.update_every=1, "
+        "plain mixup; try in a new run: mixup.update_every=1, "
         "mixup.optimizer=adamw mixup.lr=0.02, a higher mixup.lr"
     )
 
@@ -59,8 +59,8 @@ def test_masks_that_ignore_their_ratio_are_told_of_once(said):
     ignoring = [trainer(epoch, ratio_slope=0.1, mask_std=0.2) for epoch in (1, 2, 3)]
     (sentence,) = said(MixerHealth(), *ignoring)
     assert sentence == (
-        "epoch 3: the Mixer's masks ignore the ratio that is asked for (slope 0.10; 1 is right): "
-        "the encoder learns wrong weights; what may help in a new run: mixup.mask=exact"
+        "epoch 3: the Mixer's masks ignore the requested ratio (slope 0.10; 1 is correct): "
+        "mixtures' loss weights are wrong; try in a new run: mixup.mask=exact"
     )
     assert said(MixerHealth(), trainer(ratio_slope=0.51)) == []
 
@@ -69,8 +69,8 @@ def test_masks_that_are_worse_than_flat_ones_are_told_of_once(said):
     harmful = [trainer(epoch, gain=-0.012, mask_std=0.2, ratio_slope=1.0) for epoch in (4, 5, 6)]
     (sentence,) = said(MixerHealth(), *harmful, of=module(form="exact", optimizer="adamw"))
     assert sentence == (
-        "epoch 6: the Mixer's masks are worse than flat ones by its own loss (gain -0.012): plain "
-        "mixup costs less; what may help in a new run: a lower mixup.lr"
+        "epoch 6: the Mixer's masks have a higher loss than flat masks (gain -0.012): plain "
+        "mixup would be cheaper; try in a new run: a lower mixup.lr"
     )
     unclear = [trainer(gain=gain, mask_std=0.2) for gain in (-0.1, 0.001, -0.1)]
     assert said(MixerHealth(), *unclear) == []
@@ -150,7 +150,7 @@ def test_a_real_run_says_it_and_remembers(tmp_path, caplog):
     }  # fmt: skip
     run = ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
     (said,) = [m for m in caplog.messages if "Mixer" in m]
-    assert "the Mixer's masks ignore the ratio that is asked for (slope " in said
+    assert "the Mixer's masks ignore the requested ratio (slope " in said
     checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["MixerHealth"] == {"said": ["ratio"], "losing_epochs": 0}
     caplog.clear()

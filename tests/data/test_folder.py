@@ -231,7 +231,7 @@ def test_what_is_no_file_is_left_out(tmp_path):
     index = scan(tmp_path)
     assert shown(index.train, tmp_path) == [("1.jpg", -1), ("linked.jpg", -1)]
     assert index.notes == (
-        "left out: 3 names that are neither files nor folders (links to nothing, pipes), such as "
+        "left out: 3 names that are neither files nor folders (broken links, pipes), such as "
         "circle.jpg",
     )
 
@@ -261,7 +261,7 @@ def test_notes_can_be_printed_whatever_the_names(tmp_path):
 @pytest.mark.parametrize("given", ["", "nowhere"])
 def test_a_folder_given_by_hand(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tree(tmp_path, "1.jpg"))
-    with pytest.raises(DataError, match=r"images= is empty|images=nowhere is no folder"):
+    with pytest.raises(DataError, match=r"images= is empty|images=nowhere is not a folder"):
         given_images(given)
     assert given_images(".").train.paths == [str(tmp_path / "1.jpg")]
 

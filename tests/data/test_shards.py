@@ -211,7 +211,7 @@ def test_a_cache_that_cannot_be_written_is_needed_for_remote_shards_only(tmp_pat
     root = write_shards(tmp_path / "s")
     assert len(load_splits("webdataset", root, "auto", None).train) == 12
     memory.pipe("/a.tar", tar(("a.png", picture(1))))
-    with pytest.raises(UserError, match="set SSL_SAMIX_CACHE to a folder with room"):
+    with pytest.raises(UserError, match="set SSL_SAMIX_CACHE to a folder with enough space"):
         index("memory://a.tar")
 
 
@@ -291,7 +291,7 @@ def test_masks_are_left_out_and_counted(tmp_path, caplog):
 
 
 def test_masks_alone_are_no_images(tmp_path):
-    with pytest.raises(DataError, match=r"what follows the first dot .* 1\.seg\.png has more"):
+    with pytest.raises(DataError, match=r"after the first dot .*, unlike 1\.seg\.png"):
         index(str(shard(tmp_path, "1.seg.png", "2.seg.png")))
 
 
@@ -308,9 +308,9 @@ def test_words_are_classes_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("second", "sentence"),
     [
-        (b"12", r"\.cls members hold numbers, such as 12, and names, such as cat: write either"),
-        (b"\xff\xfe", r"one number or one name, as text, and one holds '\ufffd\ufffd': write"),
-        (b"\x03\x00\x00", r"one number or one name, as text, and one holds '\\x03\\x00\\x00'"),
+        (b"12", r"\.cls members hold numbers, such as 12, and names, such as cat: use one kind"),
+        (b"\xff\xfe", r"one number or one name, as text, but one holds '\ufffd\ufffd': correct"),
+        (b"\x03\x00\x00", r"one number or one name, as text, but one holds '\\x03\\x00\\x00'"),
     ],
 )
 def test_labels_of_several_kinds_are_refused_unless_they_are_ignored(second, sentence, tmp_path):
@@ -523,10 +523,10 @@ def test_an_unreachable_server_is_a_sentence():
 )
 def test_truncated_shards_and_other_files(content, tmp_path, memory, cache):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.tar is truncated or no uncompressed tar file"):
+    with pytest.raises(DataError, match=r"a\.tar is truncated or not an uncompressed tar file"):
         load_splits("webdataset", tmp_path, "auto", None)
     memory.pipe("/a.tar", content)
-    with pytest.raises(DataError, match=r"a\.tar is truncated or no uncompressed tar file"):
+    with pytest.raises(DataError, match=r"a\.tar is truncated or not an uncompressed tar file"):
         load_splits("webdataset", "memory://a.tar", "auto", None)
     assert not list(cache.glob("*.tar")), "a damaged copy is not kept"
 
@@ -534,7 +534,7 @@ def test_truncated_shards_and_other_files(content, tmp_path, memory, cache):
 def test_compressed_and_empty_shards(tmp_path, caplog):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         archive.add(__file__)
-    with pytest.raises(DataError, match="no uncompressed tar"):
+    with pytest.raises(DataError, match="not an uncompressed tar"):
         load_splits("webdataset", tmp_path, "auto", None)
     (tmp_path / "a.tar").write_bytes(tar(("notes.txt", b"words")))
     with pytest.raises(DataError, match="no image in the 1 shards"):
