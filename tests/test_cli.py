@@ -126,7 +126,7 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "data.batch_size=1"], "at least 2"),
         (["pretrain", "data.limit=0"], "data.limit"),
         (["pretrain", "backbone=any", "backbone.name=vgg11", "data.image_size=8"], "cannot take"),
-        (["pretrain", "resume=nowhere"], "is no run folder"),
+        (["pretrain", "resume=nowhere"], "is not a run folder"),
         (["pretrain", "trainer.precision=12"], "precision"),
         (["pretrain", "trainer.accelerator=gpu"], "settings do not work here"),
         (["pretrain", "method.temperature=0"], "temperature"),
@@ -175,7 +175,7 @@ def test_too_many_unreadable_images_stop_at_the_start(photos, fails, tmp_path):
 
 def test_out_that_holds_other_things(fails, tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
-    assert "is no run folder" in fails("pretrain", f"out={tmp_path}")
+    assert "not a run folder" in fails("pretrain", f"out={tmp_path}")
     assert (tmp_path / "thesis.tex").read_text() == "all my work"
 
 

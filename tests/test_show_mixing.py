@@ -164,7 +164,7 @@ def test_a_run_that_goes_on_is_read_from_its_checkpoint(run, tmp_path):
         (["run={run}", "images=damaged"], "of 2 images 1 can be read: repair"),
         (["run={run}/mixer.safetensors"], "is a file and names no images: give images=<folder>"),
         (["run={run}/config.yaml", "images=two"], "is damaged or no checkpoint"),
-        (["run=empty"], "empty is no run folder"),
+        (["run=empty"], "empty is not a run folder"),
         (["run=empty", "images=two"], "empty holds no mixer.safetensors and no last.ckpt"),
         (["run={unmixed}"], "holds no Mixer: it is of a run with mixup=none"),
         (["run={unmixed}", "images=two"], "holds no Mixer: it is of a run with mixup=none"),

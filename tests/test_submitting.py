@@ -105,7 +105,7 @@ def test_devices_that_are_no_number_are_told(slurm, tmp_path):
         ("hydra/launcher=slum", "unknown hydra/launcher 'slum': did you mean 'slurm'?"),
         ("hydra/lancher=slurm", "unknown key 'hydra/lancher': did you mean 'hydra/launcher'?"),
         ("hydra.sweep.dri=x", "unknown key 'hydra.sweep.dri': did you mean 'hydra.sweep.dir'?"),
-        ("hydra.launcher=4", "hydra.launcher is no key, write hydra/launcher=<name>"),
+        ("hydra.launcher=4", "hydra.launcher is not a key: write hydra/launcher=<name>"),
     ],
 )
 def test_a_mistake_in_hydras_own_words_is_one_sentence(word, sentence, fails):

@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or no checkpoint")
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict) or META not in checkpoint:
-        raise CheckpointError(f"{path} is no checkpoint of ssl_samix")
+        raise CheckpointError(f"{path} is not a checkpoint of ssl_samix")
     check_description(checkpoint[META], path)
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -203,7 +203,7 @@ def load_strictly(
         weights: By the names of the module's state.
         path: Where they were read.
         what: The module in a word, for the error.
-        read: The entries that are needed and taken, whatever else the file or the module has.
+        read: The entries that are loaded; others, of the file or the module, are ignored.
             None: all of the module's, and no others.
 
     Raises:

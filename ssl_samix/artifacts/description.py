@@ -66,7 +66,8 @@ def check_images(given: Mapping[str, Any]) -> None:
     """Check how images are prepared: those of ``image_size``, ``mean`` and ``std`` that are given.
 
     Raises:
-        ConfigError: For a size that is no whole number of px, or channels other than three numbers.
+        ConfigError: For a size that is not a whole number of px, or if ``mean`` or ``std`` are not
+            three numbers.
     """
     if "image_size" in given:
         check_range("image_size", given["image_size"], 1, LARGEST_SIDE)

@@ -1,6 +1,6 @@
 """``samix export``: a trained encoder as other libraries and runtimes read it.
 
-Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+Modules that need torch are imported inside functions, so that errors are reported at once.
 """
 
 from __future__ import annotations

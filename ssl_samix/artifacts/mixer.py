@@ -52,7 +52,7 @@ class TrainedMixer(nn.Module):
         self._told: set[int] = set()
 
     def train(self, mode: bool = True) -> TrainedMixer:
-        """Stay in eval mode whatever the model around it does: statistics must not move."""
+        """Stay in eval mode, also within a model in training: statistics must not change."""
         return super().train(False)
 
     def forward(

@@ -12,7 +12,7 @@ from filelock import FileLock
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
 
-# The columns of numbers; whatever a protocol measures beside them stands in results.json.
+# The columns of numbers; a protocol's other measurements are in results.json.
 NUMBERS = (
     "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy", "ece",
     "fgsm_top1", "corrupted_top1", "gaussian_noise_top1", "gaussian_blur_top1", "contrast_top1",

@@ -79,7 +79,7 @@ class RunFolder:
     def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
 
-        A run that has no checkpoint yet has nothing to lose and may be begun anew.
+        A run without a checkpoint has nothing to lose and may be restarted.
 
         Raises:
             UserError: If it belongs to another run, holds other things, or cannot be read.
@@ -94,7 +94,7 @@ class RunFolder:
             return
         if not self.config.exists():
             raise UserError(
-                f"out={self.path} is not empty and is no run folder: choose another out"
+                f"out={self.path} is not empty and not a run folder: choose another out"
             )
         if not self.last.exists():
             return
@@ -145,7 +145,7 @@ class RunFolder:
                 says more than values of known keys.
         """
         if not self.config.is_file():
-            raise CheckpointError(f"{self.path} is no run folder: it has no config.yaml")
+            raise CheckpointError(f"{self.path} is not a run folder: it has no config.yaml")
         said = read_plain(self.config)
         try:
             choices = _choices(said)
@@ -171,7 +171,7 @@ def _choices(said: dict[str, Any]) -> dict[str, str]:
     known = groups(_command(said, choices))
     for group, name in choices.items():
         check_choice("group", group, known)
-        if group != "experiment":  # whose values are written out, whatever became of the recipe
+        if group != "experiment":  # its values are in the configuration; the recipe may be gone
             check_choice(group, name, known[group])
         elif not isinstance(name, (str, type(None))):
             raise ConfigError("experiment needs a name")

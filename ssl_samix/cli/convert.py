@@ -1,6 +1,6 @@
 """``samix convert``: other projects' checkpoints as files of ours.
 
-Whatever needs torch is imported when the words have been checked.
+Modules that need torch are imported inside functions, so that errors are reported at once.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(words: list[str]) -> str:
 
 
 def parse_convert(words: list[str]) -> ConvertRequest:
-    """Read the words, and check all that can be told before the file is opened.
+    """Return the checked request; the checkpoint is not opened.
 
     Raises:
         UserError: For the first mistake.

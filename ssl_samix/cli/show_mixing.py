@@ -1,6 +1,6 @@
 """One picture of what a trained Mixer makes of images: ``samix show-mixing``.
 
-Whatever needs torch is imported by the functions that do, so that mistakes are told at once.
+Modules that need torch are imported inside functions, so that errors are reported at once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parse_show_mixing(words: list[str]) -> ShowMixingRequest:
 
 
 def _check_run(run: Path, own_images: bool) -> None:
-    """Refuse what holds no Mixer or names no images, as far as a run's configuration tells."""
+    """Check that there are a Mixer and images, as far as a run's configuration tells."""
     if not run.exists():
         raise CheckpointError(f"run={run} does not exist: give a run folder or mixer.safetensors")
     if not run.is_dir() and own_images:

@@ -63,7 +63,7 @@ def jobs_reported(name: str, folder: str) -> Iterator[None]:
 
     logs = os.path.join(folder, ".submitit")
     print(f"jobs of {GROUP}={name} print to {logs}; this command waits for them", flush=True)
-    # Hydra prints a traceback and exits unless it is told to let errors through.
+    # Hydra prints a traceback and exits unless this variable is set.
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

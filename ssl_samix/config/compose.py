@@ -433,10 +433,10 @@ def recipe_names(folder: Path, command: str | None = None) -> list[str]:
 
 
 def spelled_out(folder: Path, chosen: Mapping[str, Any]) -> list[str] | None:
-    """Write a recipe as words, if some of its choices are replaced.
+    """Return a recipe as arguments, if some of its choices are replaced.
 
     What a recipe sets is for its own choices: cutmix has nothing to do with the ratios of SAMix,
-    nor AdamW with the learning rate of SGD. So of a group that is chosen anew nothing is set.
+    nor AdamW with the learning rate of SGD. So settings of a replaced group are left out.
 
     Args:
         folder: Of recipes.

@@ -1,4 +1,4 @@
-"""Words that are Hydra's own, such as ``hydra/launcher=slurm``: mistakes are told as sentences."""
+"""Words that are Hydra's own, such as ``hydra/launcher=slurm``: errors are one sentence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
                 raise ConfigError(str(error).strip().splitlines()[0]) from error
             for part in ("launcher", "sweeper"):
                 if not isinstance(whole.hydra[part], DictConfig):
-                    raise ConfigError(f"hydra.{part} is no key, write hydra/{part}=<name>")
+                    raise ConfigError(f"hydra.{part} is not a key: write hydra/{part}=<name>")
     finally:
         GlobalHydra.instance().hydra = taken
 

@@ -1,6 +1,6 @@
 """The features of a folder of images, as files: ``samix embed``.
 
-Whatever needs torch is imported by the functions that do, so that mistakes are reported at once.
+Modules that need torch are imported inside functions, so that errors are reported at once.
 """
 
 from __future__ import annotations

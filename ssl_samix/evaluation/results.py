@@ -89,7 +89,7 @@ class Report:
         Args:
             task: What was measured.
             rows: The results.
-            details: Whatever else the protocol found, as plain values.
+            details: Further findings of the protocol, as plain values.
 
         Raises:
             UserError: If a file cannot be written.

@@ -3,7 +3,7 @@
 Noise, blur, contrast and JPEG are of the kinds and strengths of CIFAR-10-C and ImageNet-C
 (https://github.com/hendrycks/robustness, ``make_cifar_c.py`` and ``make_imagenet_c.py``; arXiv
 1903.12261), computed on the fly, so that they exist for any data set. Numbers are not those of the
-published sets: noise is drawn anew, pixels are rounded where the scripts cut fractions off, and
+published sets: noise is drawn again, pixels are rounded where the scripts cut fractions off, and
 ImageNet-C was stored as JPEG once more.
 
 Legend: B images in a batch, S the image side.

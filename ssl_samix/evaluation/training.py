@@ -117,7 +117,7 @@ class Classifier(pl.LightningModule):
         self.scaling = nn.BatchNorm1d(width, affine=False) if recipe.standardize else nn.Identity()
         self.frozen = recipe.backbone_lr == 0
         self.backbone.requires_grad_(not self.frozen)
-        self.train()  # whatever mode the backbone came in
+        self.train()  # the backbone may be in eval mode
 
     def train(self, mode: bool = True) -> Classifier:
         """Keep the statistics of a frozen backbone where they are."""

@@ -59,7 +59,7 @@ class BaseMethod(pl.LightningModule, ABC):
     # Of a Mixer's local and global term, likewise (measured: docs/results/mixer.md).
     mixer_weights = (1.0, 0.0)
     projector: nn.Module
-    bad_step: Tensor  # the first whose loss was no number; -1: none
+    bad_step: Tensor  # first step with a NaN or infinite loss; -1: none
 
     def __init__(
         self, backbone: Backbone, optimizer: OptimizerRecipe, mixing: MixObjective | None = None

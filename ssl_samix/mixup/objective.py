@@ -41,13 +41,13 @@ class MixObjective(nn.Module):
             after are plain ones, at the cost of plain ones.
         pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
             ``auto``: same where mixtures replace the views (else their only task were an easy one:
-            the partner is compared with the very view its pixels are of), cross beside them.
+            the partner is compared with the view that its pixels are of), cross beside them.
         lam: Weight of the image in a mixture's loss. ``drawn``: the ratio that was drawn, or what
             the policy says instead. ``seen``: the mean of that and of what the teacher sees: the
             softmax of the mixture's similarities to both parents, at a pass of the teacher without
             gradient (after SUMix, arXiv 2407.07805).
         targets: Of the parents of ``cross`` pairs. ``shared``: both of the view that the partner's
-            pixels are of, which every method has anyway; the partner is told by that very view.
+            pixels are of, which every method embeds anyway; the partner meets its own view.
             ``sibling``: each parent's is of the view that its pixels are not of, as in OpenMixup's
             moco_samix.py; a method that embeds one view only (MoCo) makes a pass for it.
         stage: Of the backbone, whose maps the policy reads; None if it reads none.

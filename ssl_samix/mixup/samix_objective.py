@@ -248,7 +248,7 @@ class SAMixObjective(MixObjective):
                 parameter.grad = None
 
     def error_message(self) -> str | None:
-        """Name the first step whose masks were no numbers."""
+        """Return a message with the first step whose masks were NaN or infinite, or None."""
         step = int(self.bad_step)
         if step < 0:
             return None

@@ -21,7 +21,7 @@ class Passed:
 class StepMemory:
     """Remembers passes by branch and images while a step lasts; outside of one it forgets at once.
 
-    Images are told apart by identity: the same tensor, not an equal one.
+    Images are compared by identity: the same tensor, not an equal one.
     """
 
     def __init__(self) -> None:

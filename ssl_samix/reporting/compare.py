@@ -320,7 +320,7 @@ are named by the keys in which they differ. Untrained networks (weights=random) 
 own. Of a run that was measured several times the newest numbers count; those of several seeds of an
 evaluation are averaged before runs are counted.
 
-Keys, with the values they have now:
+Keys and their current values:
 
 format: text        # text | markdown | latex (a tabular, needs booktabs)
 out: null           # file; null: the screen

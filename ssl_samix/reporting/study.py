@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CHANGED = ("workers", "launcher", "out", "csv")  # keys of the file that the command line may change
 MODES = ("list", "report")  # what is done instead of the runs
-FAILURES_SHOWN = 5  # that are told again at the end
+FAILURES_SHOWN = 5  # repeated at the end
 NAMES_SHOWN = 3  # of runs, in a sentence
 POLL_SECONDS = 0.2  # between looks at jobs
 BUSY_SECONDS = 2.0  # between looks at runs that other processes work on
@@ -44,7 +44,7 @@ supervised) of its own in a folder of its own, measured by samix knn and linear.
 interrupted study, repeat the command: runs that have a row in the table are done. It may be started
 several times: no run is done twice. Beside the table: the report (.md), pictures (.png).
 
-Keys, with the values they have now:
+Keys and their current values:
 
 list: false     # print the runs with their commands, and what is done, instead
 report: false   # write the report of what is done, instead
@@ -364,16 +364,16 @@ class Schedule:
         Raises:
             UserError: If the table cannot be read or written, or no job can be started.
         """
-        waiting, next_look, told = self._waiting(), 0.0, False
+        waiting, next_look, announced = self._waiting(), 0.0, False
         while waiting or self.jobs:
             if len(self.jobs) < self.study.workers and time.monotonic() >= next_look:
                 self._fill(self._waiting())
                 waiting, next_look = self._waiting(), time.monotonic() + BUSY_SECONDS
-                if waiting and not (self.jobs or told):
+                if waiting and not (self.jobs or announced):
                     names = [run.name for run in waiting[:NAMES_SHOWN]]
                     names += ["..."] * (len(waiting) > NAMES_SHOWN)
                     _tell(f"waiting for other processes: {', '.join(names)}")
-                    told = True
+                    announced = True
             time.sleep(POLL_SECONDS)
             for started in [started for started in self.jobs if started.done()]:
                 self._ended(self.jobs.pop(started), self.launcher.outcome(started))

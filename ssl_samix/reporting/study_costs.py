@@ -1,7 +1,7 @@
 """How many epochs of a method with a policy fit a budget of processor time. Imports no torch.
 
 What a step costs is measured before the first run, all policies of a method by turns in one
-process, so that whatever else the machine does slows all of them alike: a policy's cost is the
+process, so that a disturbance slows all of them alike: a policy's cost is the
 reference's times the median ratio of the rounds. The costs are a table beside the study's own, so
 that a resumed study, here or on another machine, keeps its epochs.
 """

@@ -339,16 +339,16 @@ def log_excerpt(log: Path, heard: int = 0) -> str:
     return ((own or lines)[-1:] or ["it printed nothing"])[0][:LOG_EXCERPT_CHARS]
 
 
-def processor(told: Path = Path("/proc/cpuinfo")) -> str:
-    """Name the processor, as far as the system tells; times of different ones do not compare.
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name; times are comparable only on the same one.
 
     Args:
-        told: Where Linux tells. Virtual machines often hide all but the maker and the numbers of
-            family and model, which are therefore part of the name.
+        cpuinfo: Linux's description. Virtual machines often hide all but the maker and the numbers
+            of family and model, which are therefore part of the name.
     """
     found: dict[str, str] = {}
-    if told.exists():  # Linux
-        lines = [line.partition(":") for line in told.read_text("utf-8").splitlines()]
+    if cpuinfo.exists():  # Linux
+        lines = [line.partition(":") for line in cpuinfo.read_text("utf-8").splitlines()]
         found = {key.strip(): value.strip() for key, _, value in reversed(lines)}
     name = found.get("model name") or platform.processor() or platform.machine()
     numbers = {"model name", "cpu family", "model"} <= found.keys()
