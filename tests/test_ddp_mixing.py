@@ -119,7 +119,10 @@ def test_every_mixture_learns_what_it_learns_on_one_rank(case, two_ranks):
         assert (both - gradient).abs().max() <= 1e-3 * scale
 
 
-@pytest.mark.parametrize(("name", "mixing"), [("simclr", "samix"), ("moco", "samix_c")])
+@pytest.mark.parametrize(
+    ("name", "mixing"),
+    [("moco", "samix_c"), pytest.param("simclr", "samix", marks=pytest.mark.slow)],
+)
 def test_the_command_mixes_on_two_processes(name, mixing, tmp_path):
     words = [
         f"method={name}", f"mixup={mixing}", "mixup.update_every=2", "data.limit=128",
