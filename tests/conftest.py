@@ -114,19 +114,31 @@ RUNS = {
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """Return a function that puts a copy of a run into a folder; each is trained once."""
+def once(tmp_path_factory):
+    """Return a function that fills a folder once, whatever the number of testing processes."""
     shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run the tests
+    if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
 
+    def made(name, make):
+        folder = shared / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not (folder / ".made").exists():
+                make(folder)
+                (folder / ".made").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained(once):
+    """Return a function that puts a copy of a run of ``RUNS`` into a folder."""
+
     def copy(name, folder):
-        whole = shared / "trained" / name
-        whole.parent.mkdir(exist_ok=True)
-        with FileLock(shared / "trained" / f"{name}.lock"):
-            if not (whole / "encoder.safetensors").exists():
-                samix_here("pretrain", *RUNS[name], f"out={whole}", cwd=shared)
-        return shutil.copytree(whole, folder)
+        made = once(name, lambda home: samix_here("pretrain", *RUNS[name], "out=run", cwd=home))
+        return shutil.copytree(made / "run", folder)
 
     return copy
 

@@ -467,10 +467,10 @@ def test_targets_collects_what_was_printed(bench, tmp_path, capsys):
 
 def test_a_part_that_takes_too_long_does_not_stop_the_others(bench, tmp_path, capsys):
     gpu = importlib.import_module("gpu")
-    words = ["--device", "cpu", "--parts", "eval,mixer,views", "--limit", "1"]
+    words = ["--device", "cpu", "--parts", "eval,views", "--limit", "1"]
     assert gpu.main([str(tmp_path), *words]) == 1
     printed = capsys.readouterr().out
-    for name in ("eval", "mixer", "views"):
+    for name in ("eval", "views"):
         assert f"| {name} | stopped after 1 s |" in printed
         assert (tmp_path / f"{name}.log").exists()
     assert "not measured" in (tmp_path / "targets.md").read_text()

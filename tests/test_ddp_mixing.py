@@ -93,10 +93,8 @@ def worker(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(free_port(), str(folder)), nprocs=2)
-    return folder
+def two_ranks(once):
+    return once("mixing ranks", lambda home: mp.spawn(worker, (free_port(), str(home)), nprocs=2))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

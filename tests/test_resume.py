@@ -88,16 +88,13 @@ def here():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(here, tmp_path_factory):
-    """Words of a run, and the folder of the whole of it; each is made once."""
-    made = {}
+def uninterrupted(here, once):
+    """Return a function: the words of a run, and the folder of the whole of it."""
 
     def make(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            here(*RUNS[name], *WORDS, "out=whole", cwd=folder)
-            made[name] = folder / "whole"
-        return [*RUNS[name], *WORDS], made[name]
+        words = [*RUNS[name], *WORDS]
+        made = once(f"whole {name}", lambda home: here(*words, "out=whole", cwd=home))
+        return words, made / "whole"
 
     return make
 
