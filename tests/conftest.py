@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ssl_samix.artifacts.mixer import Frozen, TrainedMixer
 from ssl_samix.cli.main import main
@@ -96,6 +98,49 @@ def method(request):
 @pytest.fixture
 def views():
     return torch.randn(6, 3, 16, 16), torch.randn(6, 3, 16, 16)
+
+
+# Words of runs that several files of tests read.
+RUNS = {
+    "moco samix": [
+        "method=moco", "mixup=samix", "data.limit=96", "data.batch_size=32", "backbone.width=8",
+        "trainer.max_epochs=1", "method.queue_size=64",
+    ],
+    "moco none": [
+        "method=moco", "mixup=none", "data.limit=64", "data.batch_size=32", "backbone.width=8",
+        "trainer.max_epochs=1", "method.queue_size=64",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Return a function that fills a folder once, whatever the number of testing processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def made(name, make):
+        folder = shared / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not (folder / ".made").exists():
+                make(folder)
+                (folder / ".made").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained(once):
+    """Return a function that puts a copy of a run of ``RUNS`` into a folder."""
+
+    def copy(name, folder):
+        made = once(name, lambda home: samix_here("pretrain", *RUNS[name], "out=run", cwd=home))
+        return shutil.copytree(made / "run", folder)
+
+    return copy
 
 
 def samix(*words, cwd, check=False, **options):

@@ -19,12 +19,9 @@ from PIL import Image
 from ssl_samix.artifacts.run_folder import RunFolder, default_out
 from ssl_samix.cli.main import job_name
 from ssl_samix.errors import UserError
-from tests.conftest import samix, samix_here
+from tests.conftest import RUNS, samix, samix_here
 
-TINY = [
-    "data.limit=96", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=1",
-    "method.queue_size=64",
-]  # fmt: skip
+TINY = RUNS["moco samix"]
 
 
 @pytest.fixture
@@ -74,7 +71,7 @@ def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
 
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
-    words = ["--multirun", "method=simclr,byol", "seed=0,1", *TINY[:4], "out=sweep"]
+    words = ["--multirun", "method=simclr,byol", "seed=0,1", *TINY[1:-1], "out=sweep"]
     samix_here("pretrain", *words, cwd=tmp_path)
     runs = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
     assert len(runs) == 4
@@ -214,10 +211,8 @@ def test_slurm_variables_that_do_not_fit(fails, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    samix_here("pretrain", *TINY, "out=run", cwd=folder)
-    return folder / "run"
+def finished(trained, tmp_path_factory):
+    return trained("moco samix", tmp_path_factory.mktemp("finished") / "run")
 
 
 def test_out_of_another_run(finished, fails):
@@ -288,37 +283,34 @@ class Trap:
         return (open, (self.path, "w"))
 
 
-def test_no_space_is_one_sentence_and_the_last_checkpoint_stays(finished, tmp_path):
+def test_no_space_is_one_sentence_and_the_last_checkpoint_stays(finished, fails, tmp_path):
     """Files above the limit cannot be written: the write really fails, half-way."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.yaml", "last.ckpt", "metrics.csv"):
         (run / name).write_bytes((finished / name).read_bytes())
     limit = (finished / "last.ckpt").stat().st_size // 2
-    done = samix(
-        "pretrain", f"resume={run}", "trainer.max_epochs=3", cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stderr
-    assert "Traceback" not in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        sentence = fails("pretrain", f"resume={run}", "trainer.max_epochs=3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot write" in sentence
     assert (run / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
     assert not list(run.glob(".*.partial"))
 
 
-def test_a_damaged_image_is_named_counted_and_skipped(photos, tmp_path):
+def test_a_damaged_image_is_named_counted_and_skipped(photos, tmp_path, caplog):
     for i in range(40, 120):
         (photos / f"{i}.jpg").write_bytes((photos / f"{i % 40:02}.jpg").read_bytes())
     whole = (photos / "05.jpg").read_bytes()
     (photos / "05.jpg").write_bytes(whole[: len(whole) // 2])
-    done = samix(
-        "pretrain", "data=folder", f"data.root={photos}", *TINY, "data.limit=null", "out=run",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "05.jpg" in done.stderr
-    assert "119 images at 32 px, no labels" in done.stdout
-    assert "RankMe" in done.stdout
+    words = ["data=folder", f"data.root={photos}", *TINY, "data.limit=null", "out=run"]
+    printed = samix_here("pretrain", *words, cwd=tmp_path)
+    assert "05.jpg" in caplog.text
+    assert "119 images at 32 px, no labels" in printed
+    assert "RankMe" in printed
     assert not (tmp_path / "run" / "best.ckpt").exists()
 
 
@@ -326,8 +318,7 @@ def test_threads_wait_in_short_loops(tmp_path, monkeypatch):
     """On a busy machine a step would otherwise take many times as long."""
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")  # libgomp prints what it runs with
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    words = ["pretrain", "data.limit=64", "data.batch_size=32", "backbone.width=4"]
-    done = samix(*words, "trainer.max_epochs=1", "out=run", cwd=tmp_path)
+    done = samix("pretrain", "data.batch_size=2000", cwd=tmp_path)  # torch is there, no more
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch's threads here are not libgomp's")
     assert "GOMP_SPINCOUNT = '10000'" in done.stderr

@@ -93,10 +93,8 @@ def worker(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(free_port(), str(folder)), nprocs=2)
-    return folder
+def two_ranks(once):
+    return once("mixing ranks", lambda home: mp.spawn(worker, (free_port(), str(home)), nprocs=2))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -119,7 +117,10 @@ def test_every_mixture_learns_what_it_learns_on_one_rank(case, two_ranks):
         assert (both - gradient).abs().max() <= 1e-3 * scale
 
 
-@pytest.mark.parametrize(("name", "mixing"), [("simclr", "samix"), ("moco", "samix_c")])
+@pytest.mark.parametrize(
+    ("name", "mixing"),
+    [("moco", "samix_c"), pytest.param("simclr", "samix", marks=pytest.mark.slow)],
+)
 def test_the_command_mixes_on_two_processes(name, mixing, tmp_path):
     words = [
         f"method={name}", f"mixup={mixing}", "mixup.update_every=2", "data.limit=128",

@@ -35,9 +35,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "a run, (1)=x"
-    return ssl_samix.pretrain("digits", "moco", folder, mixup="none", **TINY).out
+def run(trained, tmp_path_factory):
+    return trained("moco none", tmp_path_factory.mktemp("trained") / "a run, (1)=x")
 
 
 @pytest.fixture

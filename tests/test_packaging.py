@@ -44,6 +44,7 @@ def test_every_module_and_configuration_is_in_the_wheel(wheel):
     assert not [name for name in inside if name.startswith(("tests", "benchmarks"))]
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     target = tmp_path / "site"
     subprocess.run(

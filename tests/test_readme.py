@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand
+from ssl_samix.config.compose import check
 from tests.conftest import samix_here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +31,11 @@ MEASURING = [line for line in COMMANDS[2:] if line not in PRETRAINING and line n
 # fewer digits, and a single try, of what would take minutes
 LESS = {"semi": ["data.limit=300", "finetune=barlow_1", "finetune.epochs=1"]}
 SMALL = ["trainer.max_epochs=1", "backbone.width=8", "data.batch_size=32"]
+PROTOCOLS = commands((ROOT / "docs" / "protocols.md").read_text())
+MIXING = commands((ROOT / "docs" / "samix.md").read_text())
+QUICK = ("samix pretrain data=folder data.root=photos out=runs/photos", "samix pretrain --help")
+# Understood in every run of the tests, and run by ``pytest -m slow``.
+SLOW = sorted({*COMMANDS[2:], *PROTOCOLS, *MIXING} - set(QUICK))
 
 
 @pytest.fixture
@@ -52,7 +56,19 @@ def test_the_set_up_commands_are_those_that_ci_runs():
         assert part in script
 
 
-@pytest.mark.parametrize("command", PRETRAINING)
+@pytest.mark.parametrize("command", SLOW)
+def test_its_keys_and_choices_exist(command):
+    samix, name, *words = shlex.split(command, comments=True)
+    assert samix == "samix"
+    entry = SUBCOMMANDS[name]
+    if not isinstance(entry, PlainSubcommand):
+        assert check(entry.config, [word for word in words if word != "--multirun"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in PRETRAINING],
+)
 def test_commands(command, folder):
     words = shlex.split(command)
     assert words[:2] == ["samix", "pretrain"]
@@ -64,6 +80,7 @@ def test_commands(command, folder):
     samix_here(*words[1:], *small, cwd=folder)
 
 
+@pytest.mark.slow
 def test_commands_with_labels(folder):
     for command in LABELLED.strip().splitlines():
         words = shlex.split(command)
@@ -72,12 +89,12 @@ def test_commands_with_labels(folder):
     assert (folder / "runs" / "digits" / "classifier.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_commands_that_measure(folder):
     """The README's and those of the page on protocols, in their order, on one run."""
     pretrain = ["pretrain", "data=folder", "data.root=photos", "out=runs/photos", *SMALL]
     samix_here(*pretrain, cwd=folder)
-    page = commands((ROOT / "docs" / "protocols.md").read_text())
-    for command in dict.fromkeys([*MEASURING, *page]):
+    for command in dict.fromkeys([*MEASURING, *PROTOCOLS]):
         words = shlex.split(command)
         assert words[0] == "samix"
         out = samix_here(*words[1:], *LESS.get(words[1], []), cwd=folder)
@@ -88,10 +105,9 @@ def test_commands_that_measure(folder):
     assert {"encoder.pt2", "encoder.onnx"} <= {path.name for path in home.iterdir()}
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_on_mixing(folder):
-    text = (ROOT / "docs" / "samix.md").read_text()
-    (block,) = re.findall(r"```bash\n(.*?)```", text, re.S)
-    for line in block.strip().splitlines():
+    for line in MIXING:
         words = shlex.split(line, comments=True)
         assert words[0] == "samix"
         small = SMALL if words[1] == "pretrain" else []
@@ -101,18 +117,11 @@ def test_commands_of_the_page_on_mixing(folder):
     assert (folder / "runs" / "photos" / "mixing.png").exists()
 
 
-def test_the_code(folder):
+def test_the_code(folder, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in done.stdout
+    monkeypatch.chdir(folder)
+    exec(code, {"__name__": "__main__"})
+    assert "torch.Size([1, 128]) 16 (0.485, 0.456, 0.406)" in capsys.readouterr().out
 
 
 def anchors(page):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
@@ -17,13 +19,18 @@ from ssl_samix.data.layout import DATASETS
 from ssl_samix.errors import ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.training.pretrain import train_from_words as pretrain
+from ssl_samix.training.run import build_optimizer
 from ssl_samix.training.supervised import train_from_words as supervised
+from ssl_samix.types import Batch, MixPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = {"pretrain": pretrain, "supervised": supervised}
 RECIPES = {recipe.name: recipe for recipe in recipes()}
 SUPERVISED = sorted(n for n, r in RECIPES.items() if r.command == "supervised")
 CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "tiny_imagenet": 200, "imagenet": 1000}
+SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "tiny_imagenet": 64, "imagenet": 224}
+# Trained in every run of the tests, one for each command; the others by ``pytest -m slow``.
+QUICK = {"cifar10/mocov2", "tiny_imagenet/resnet18"}
 # Weights in millions with the classifier of all classes (timm's table, torchvision's models).
 MILLIONS = {
     "imagenet/resnet18": 11.69, "imagenet/resnet34": 21.80, "imagenet/resnet50": 25.56,
@@ -119,8 +126,53 @@ def weights(backbone, classes):
     return (own + (backbone.feature_dim + 1) * classes) / 1e6
 
 
-@pytest.mark.usefixtures("_small_is_whole")
+@pytest.fixture
+def _on_meta(monkeypatch):
+    """Make tensors that have a shape and no numbers, of which nothing is computed."""
+    # Meta tensors have no mixed precision.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with torch.device("meta"):
+        yield
+
+
+@pytest.mark.usefixtures("_on_meta")
 @pytest.mark.parametrize("name", sorted(RECIPES))
+def test_its_networks_make_a_step_at_their_full_size(name):
+    recipe, kind = RECIPES[name], name.split("/")[0]
+    # One group of MoCo's: a pass for each takes seconds without any numbers, too.
+    words = ["method.bn_groups=1"] if "moco" in name else []
+    config, _ = compose(recipe.command, [f"experiment={name}", *words])
+    size, images = config.data.image_size, 64
+    backbone = build(config.backbone, image_size=size)
+    parts = {"mixing": build(config.mixup, backbone=backbone), "optimizer": build_optimizer(config)}
+    if recipe.command == "pretrain":
+        method = build(config.method, backbone=backbone, **parts)
+    else:
+        method = build(config.classifier, backbone=backbone, classes=CLASSES[kind], **parts)
+    rows = torch.arange(images)
+    # Beta's samples cannot be drawn on meta.
+    method.mixing.draw = lambda _: MixPlan(torch.rand(images), rows, rows)
+    views = tuple(torch.empty(images, 3, size, size) for _ in range(2))
+    batch = Batch(views, torch.zeros(images, dtype=torch.long), rows)
+    with method.memory.step():
+        losses = method.mixing(method, batch, 0, 10).losses
+    assert set(losses) == {"own", "mix", "mixer"}, "the Mixer read the maps of this backbone"
+    sum(losses.values()).backward()
+    for part in (backbone, method.mixing.policy):
+        assert all(p.grad is not None for p in part.parameters() if p.requires_grad)
+    assert size == SIZES[kind]
+    if name in MILLIONS:
+        assert weights(backbone, CLASSES[kind]) == pytest.approx(MILLIONS[name], abs=0.005)
+        assert backbone.small_stem == (size < 64 or kind == "tiny_imagenet")
+
+
+TRAINED = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(RECIPES)
+]
+
+
+@pytest.mark.usefixtures("_small_is_whole")
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_trains_a_few_steps(name, data, tmp_path):
     recipe, kind = RECIPES[name], name.split("/")[0]
     words = [f"experiment={name}", f"data.root={data / kind}", f"out={tmp_path / 'run'}", *SHORT]
@@ -140,21 +192,7 @@ def test_it_trains_a_few_steps(name, data, tmp_path):
     assert np.isfinite(run.metrics["loss"])
     assert run.metrics["mixer/local"] > 0, "the Mixer read the maps of this backbone"
     assert (run.out / "mixer.safetensors").exists()
-    assert run.encoder.image_size == {"imagenet": 224, "stl10": 96, "tiny_imagenet": 64}.get(
-        kind, 32
-    )
-    if name in MILLIONS and kind == "imagenet":
-        assert weights(run.encoder.backbone, 1000) == pytest.approx(MILLIONS[name], abs=0.005)
-
-
-@pytest.mark.parametrize("name", [n for n in SUPERVISED if not n.startswith("imagenet")])
-def test_networks_for_small_images_have_the_number_of_weights_of_their_classes(name):
-    config, _ = compose("supervised", [f"experiment={name}"])
-    kind = name.split("/")[0]
-    backbone = build(config.backbone, image_size=config.data.image_size)
-    assert isinstance(backbone, Backbone)
-    assert backbone.small_stem
-    assert weights(backbone, CLASSES[kind]) == pytest.approx(MILLIONS[name], abs=0.005)
+    assert run.encoder.image_size == SIZES[kind]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +201,8 @@ def test_networks_for_small_images_have_the_number_of_weights_of_their_classes(n
 )
 def test_whose_numbers_of_weights_the_published_table_has(name, cifar10, imagenet):
     """OpenMixup's page on ImageNet lists those for CIFAR-10; ours are torchvision's, as said."""
-    small = Backbone(f"resnet{name}", 32)
+    with torch.device("meta"):
+        small = Backbone(f"resnet{name}", 32)
     assert weights(small, 10) == pytest.approx(cifar10, abs=0.005)
     known = getattr(torchvision.models, f"ResNet{name}_Weights").IMAGENET1K_V1.meta["num_params"]
     assert known / 1e6 == pytest.approx(imagenet, abs=0.005)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssl_samix.artifacts.run_folder import RunFolder
+from tests.conftest import samix_here
 
 WORDS = [
     "data.limit=160", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=12",
@@ -78,22 +79,28 @@ def same(ours, theirs, name):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Words of a run, and the folder of the whole of it; each is made once."""
-    made = {}
+def here():
+    """Run the command in this process as ``start`` does in one of its own: on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield samix_here
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(here, once):
+    """Return a function: the words of a run, and the folder of the whole of it."""
 
     def make(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            finish(start(folder, *RUNS[name], *WORDS, "out=whole"))
-            made[name] = folder / "whole"
-        return [*RUNS[name], *WORDS], made[name]
+        words = [*RUNS[name], *WORDS]
+        made = once(f"whole {name}", lambda home: here(*words, "out=whole", cwd=home))
+        return words, made / "whole"
 
     return make
 
 
 @pytest.mark.parametrize(("name", "how"), WAYS)
-def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, name, how, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, here, name, how, tmp_path):
     words, whole = uninterrupted(name)
     run = tmp_path / "run"
     status, error = interrupt_after(start(tmp_path, *words, "out=run"), run, 3, how)
@@ -103,9 +110,11 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, name, how, tmp_pa
         assert "resume=" in error
     kept = len(rows(run))
     assert kept < 12, "the run was over before it was interrupted"
-    again = "resume=run" if how == signal.SIGTERM else "out=run"
-    arguments = [words[0], again] if how == signal.SIGTERM else [*words, again]
-    assert "resumed from last.ckpt" in finish(start(tmp_path, *arguments))
+    if how == signal.SIGTERM:  # a new process, too
+        printed = finish(start(tmp_path, words[0], "resume=run"))
+    else:
+        printed = here(*words, "out=run", cwd=tmp_path)
+    assert "resumed from last.ckpt" in printed
     assert rows(run) == rows(whole)
     ours, theirs = (torch.load(r / "last.ckpt", weights_only=True) for r in (run, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
@@ -113,10 +122,10 @@ def test_a_killed_run_goes_on_to_the_same_curve(uninterrupted, name, how, tmp_pa
         same(value, theirs["state_dict"][key], key)
 
 
-def test_a_finished_run_is_left_alone(uninterrupted):
+def test_a_finished_run_is_left_alone(uninterrupted, here):
     words, whole = uninterrupted("byol")
     before = (whole / "encoder.safetensors").read_bytes()
-    out = finish(start(whole.parent, *words, "out=whole"))
+    out = here(*words, "out=whole", cwd=whole.parent)
     assert "kNN top-1" in out
     assert (whole / "encoder.safetensors").read_bytes() == before
     assert len(rows(whole)) == 12

@@ -16,29 +16,17 @@ from ssl_samix.cli.main import main
 from ssl_samix.cli.show_mixing import parse_show_mixing, show
 from ssl_samix.data.views import normalize
 from ssl_samix.types import MixPlan
-from tests.conftest import samix, samix_here
-
-TINY = {
-    "data.limit": 64,
-    "data.batch_size": 32,
-    "backbone.width": 8,
-    "method.queue_size": 64,
-    "trainer.max_epochs": 1,
-    "trainer.accelerator": "cpu",
-    "callbacks.knn.val_limit": 20,
-}
+from tests.conftest import samix_here
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "a run, (1)=x"
-    return ssl_samix.pretrain("digits", "moco", folder, mixup="samix", **TINY).out
+def run(trained, tmp_path_factory):
+    return trained("moco samix", tmp_path_factory.mktemp("trained") / "a run, (1)=x")
 
 
 @pytest.fixture(scope="module")
-def unmixed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unmixed") / "run"
-    return ssl_samix.pretrain("digits", "moco", folder, mixup="none", **TINY).out
+def unmixed(trained, tmp_path_factory):
+    return trained("moco none", tmp_path_factory.mktemp("unmixed") / "run")
 
 
 @pytest.fixture
@@ -69,11 +57,10 @@ def tile(picture, column, row):
     return torch.from_numpy(picture[y : y + 128 : 8, x : x + 128 : 8]).permute(2, 0, 1)
 
 
-def test_from_another_folder_it_leaves_one_picture_and_says_where(run, tmp_path):
-    done = samix("show-mixing", f"run={run}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{run / 'mixing.png'}\n"
-    assert done.stderr == ""
+def test_from_another_folder_it_leaves_one_picture_and_says_where(run, tmp_path, capsys):
+    printed = samix_here("show-mixing", f"run={run}", cwd=tmp_path)
+    assert printed == f"{run / 'mixing.png'}\n"
+    assert capsys.readouterr().err == ""
     assert Image.open(run / "mixing.png").size == (12 + 12 * 132 - 4 + 12, 48 + 8 * 132 - 4 + 12)
     assert not list(tmp_path.iterdir())
 

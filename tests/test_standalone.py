@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +29,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standalone")
-    ssl_samix.pretrain(method="simclr", mixup="samix", out=folder / "runs" / "samix", **SMALL)
-    return folder / "runs" / "samix"
+def run(trained, tmp_path_factory):
+    return trained("moco samix", tmp_path_factory.mktemp("standalone") / "runs" / "samix")
 
 
 @pytest.fixture
@@ -118,7 +114,7 @@ def test_a_backbone_made_in_inference_mode_names_what_is_read(run):
 def test_it_mixes_as_the_run_would(run, images):
     """The teacher's maps of the whole backbone and of the part in the file are the same."""
     mixer, encoder = ssl_samix.load_mixer(run), torch.load(run / "last.ckpt", weights_only=True)
-    method = mixed_method("simclr", "samix")
+    method = mixed_method("moco", "samix")
     assert mixer.stage == method.mixing.stage
     weights = {
         k.removeprefix("twin.module.0."): v
@@ -148,10 +144,10 @@ def test_samix_p_trains_with_it_and_leaves_it_alone(run, tmp_path):
         assert torch.equal(kept[key], tensor), key
 
 
-def test_a_run_without_a_mixer_says_so(tmp_path):
-    ssl_samix.pretrain(mixup="cutmix", out=tmp_path / "cut", **{**SMALL, "method.queue_size": 64})
-    with pytest.raises(CheckpointError, match="holds no Mixer: it is of a run with mixup=cutmix"):
-        ssl_samix.load_mixer(tmp_path / "cut")
+def test_a_run_without_a_mixer_says_so(trained, tmp_path):
+    unmixed = trained("moco none", tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds no Mixer: it is of a run with mixup=none"):
+        ssl_samix.load_mixer(unmixed)
 
 
 def test_samix_p_needs_a_file(tmp_path):
@@ -189,16 +185,13 @@ def test_a_file_with_a_hole_is_refused(run, tmp_path):
         ssl_samix.load_mixer(path)
 
 
-def test_the_documented_loop_learns(run):
+def test_the_documented_loop_learns(run, monkeypatch, capsys):
     text = (ROOT / "docs" / "samix.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 36
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch; torch.manual_seed(0)\n{code}"],
-        cwd=run.parent.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    accuracy = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1])
+    monkeypatch.chdir(run.parent.parent)
+    exec(code, {"__name__": "__main__"})
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1])
     assert accuracy > 80
 
 

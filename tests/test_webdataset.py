@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.conftest import samix_here
-from tests.test_resume import finish, interrupt_after, rows, start
+from tests.test_resume import finish, here, interrupt_after, rows, start  # noqa: F401 - a fixture
 
 WORDS = [
     "pretrain", "data=webdataset", "data.root=shards/train-{000..019}.tar", "data.image_size=16",
@@ -43,13 +43,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(600)  # three starts, each with worker processes
-def test_a_killed_run_goes_on_as_the_uninterrupted_one(folder):
+def test_a_killed_run_goes_on_as_the_uninterrupted_one(folder, here):  # noqa: F811
     words = [*WORDS, "trainer.max_epochs=5", "data.workers=1"]
-    assert "144 images at 16 px, 10 classes" in finish(start(folder, *words, "out=whole"))
+    assert "144 images at 16 px, 10 classes" in here(*words, "out=whole", cwd=folder)
     run = folder / "run"
     interrupt_after(start(folder, *words, "out=run"), run, 1, signal.SIGKILL)
     assert len(rows(run)) < 5, "the run was over before it was interrupted"
-    assert "resumed from last.ckpt" in finish(start(folder, *words, "out=run"))
+    assert "resumed from last.ckpt" in here(*words, "out=run", cwd=folder)
     assert rows(run) == rows(folder / "whole")
     ours, theirs = (
         torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"]

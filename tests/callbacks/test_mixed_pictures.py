@@ -200,7 +200,5 @@ def test_the_last_epoch_has_a_picture_and_pictures_change_nothing(run, tmp_path)
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_without_mixing_there_is_nothing_to_show(tmp_path):
-    settings = {**TINY, "mixup": "none", "trainer.max_epochs": 1}
-    plain = ssl_samix.pretrain("digits", "moco", tmp_path / "run", **settings)
-    assert not (plain.out / "mixing").exists()
+def test_without_mixing_there_is_nothing_to_show(trained, tmp_path):
+    assert not (trained("moco none", tmp_path / "run") / "mixing").exists()

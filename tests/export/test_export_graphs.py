@@ -17,7 +17,12 @@ from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.errors import ConfigError, UserError
 from tests.export.conftest import ENCODERS, MEAN, STD, backbone_and_meta, exported, saved
 
-KINDS = ("narrow_standard", "narrow", "vit", "squeezenet")
+KINDS = [
+    "narrow",
+    "vit",
+    pytest.param("narrow_standard", marks=pytest.mark.slow),
+    pytest.param("squeezenet", marks=pytest.mark.slow),
+]
 CODE = [Path(m.__file__).parent.parent for m in (ssl_samix, torch, torchvision)]
 
 

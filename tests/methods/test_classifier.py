@@ -279,6 +279,7 @@ def test_every_weight_has_a_gradient_in_every_step_and_the_heads_learn_in_theirs
         optimizer.step()
 
 
+@pytest.mark.slow  # tests/test_compiling.py compiles a method's passes
 def test_compiled_passes_of_two_heads_give_the_same_losses_and_gradients():
     runs = []
     for compiled in (False, True):

@@ -94,7 +94,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", [*sorted(METHODS), "supervised"])
+QUICK = ("simclr", "supervised")  # a method with a twin of its own, and a classifier
+TRAINED = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in [*sorted(METHODS), "supervised"]
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_shipped_mixer_is_alive_in_every_method(name, tmp_path):
     settings = dict(SETTINGS)
     if name == "supervised":
