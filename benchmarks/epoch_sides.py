@@ -55,7 +55,7 @@ class EpochTimes(pl.Callback):
         self.lightly, self.monitor = lightly, monitor
         self.ours: list[tuple[float, float]] = []  # seconds per epoch, and of waiting in it
         self.theirs: list[tuple[float, float]] = []
-        self.views = self.look = 0.0  # seconds of an epoch's views, of a measurement
+        self.views = self.measured = 0.0  # seconds of an epoch's views, of a measurement
         self.start = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -86,7 +86,7 @@ class EpochTimes(pl.Callback):
             times = [seconds(lambda: data.views(pixels), device, wall=True) for _ in range(4)]
             self.views = median(times[1:]) * trainer.num_training_batches
         with trainer.precision_plugin.forward_context():
-            self.look = seconds(
+            self.measured = seconds(
                 lambda: self.monitor.measure_encoder(module.backbone, data, module.device),
                 device,
                 wall=True,
@@ -118,7 +118,7 @@ class EpochTimes(pl.Callback):
     @property
     def monitoring(self) -> float:
         """Share of the monitor in training time at its automatic interval, in percent."""
-        return 100 * self.look / median(spent for spent, _ in self.ours[1:])
+        return 100 * self.measured / median(spent for spent, _ in self.ours[1:])
 
 
 def share(epochs: Sequence[tuple[float, float]]) -> float:

@@ -29,7 +29,7 @@ from our_step import configuration, our_method
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.datasets import Splits
-from ssl_samix.trainer import PRECISIONS, choose_precision, quieten
+from ssl_samix.trainer import PRECISIONS, choose_precision, silence_lightning
 
 COLUMNS = ("method", "side", "epoch s", "images/s", "lightly / ours", "waiting %", "views %")
 
@@ -95,7 +95,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
-    quieten()
+    silence_lightning()
     splits = None if args.data else random_splits(args.images, args.size)
     print_header("An epoch with views and loader", args)
     every: list[EpochTimes] = []

@@ -31,7 +31,7 @@ from ssl_samix.config.compose import build, compose
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.errors import CheckpointError
 from ssl_samix.methods.base import BaseMethod
-from ssl_samix.mixup.objective import towards, weighted
+from ssl_samix.mixup.objective import parent_losses, weighted
 from ssl_samix.mixup.plan import blend, flat, share
 from ssl_samix.mixup.samix_objective import SAMixObjective, local_loss
 from ssl_samix.trainer import memory_format
@@ -92,11 +92,11 @@ class OnFrozenEncoder(pl.LightningModule):
         size = images.shape[-1]
         uniform = blend(images, partners, plan, flat(plan.lam, size), plan.lam)
         query = method.frozen_query(uniform.images)
-        targets = mixing.both_targets(method, batch, method.targets(batch.views[1]))
-        like = towards(
+        targets = mixing.targets_of_parents(method, batch, method.targets(batch.views[1]))
+        like = parent_losses(
             partial(method.likeness, temperature=mixing.temperature), query, targets, plan.parents
         )
-        contrast = towards(method.contrast, query, targets, plan.parents)
+        contrast = parent_losses(method.contrast, query, targets, plan.parents)
         maps = mixing.maps(method, images, partners)
         assert maps is not None
         ratio, own = plan.lam, share(mixing.policy.masks(plan, maps, size))

@@ -42,7 +42,7 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.errors import CheckpointError, check_choice
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.mixer import balanced
-from ssl_samix.mixup.objective import MixObjective, towards, weighted
+from ssl_samix.mixup.objective import MixObjective, parent_losses, weighted
 from ssl_samix.mixup.plan import blend, flat
 from ssl_samix.mixup.policies import Mixup
 from ssl_samix.mixup.samix_objective import SAMixObjective, local_loss, spread
@@ -86,7 +86,7 @@ class Oracle(MixObjective):
     ) -> Mixed:
         """Return mixtures by optimised masks."""
         images, partners = self.sources(method, batch, first, second)
-        targets = self.both_targets(method, batch, method.targets(batch.views[second]), first)
+        targets = self.targets_of_parents(method, batch, method.targets(batch.views[second]), first)
         masks = self.masks(method, images, partners, plan, targets)
         return blend(images, partners, plan, masks, plan.lam)
 
@@ -130,8 +130,8 @@ def terms(
     """Return the local and the global term of mixtures (K, 3, S, S), (K,) each."""
     query = method.frozen_query(mixed)
     like = partial(method.likeness, temperature=TEMPERATURE)
-    local = local_loss(towards(like, query, targets, plan.parents), plan.lam)
-    return local, weighted(towards(method.contrast, query, targets, plan.parents), plan.lam)
+    local = local_loss(parent_losses(like, query, targets, plan.parents), plan.lam)
+    return local, weighted(parent_losses(method.contrast, query, targets, plan.parents), plan.lam)
 
 
 def trained(path: str) -> tuple[BaseMethod, DataModule]:
@@ -200,7 +200,7 @@ def scored(method: BaseMethod, data: DataModule, args: Any) -> dict[str, list[fl
         batch = Batch(views=views, label=train.labels[index], index=index)
         with method.memory.step(), torch.no_grad():
             images, partners = mixing.sources(method, batch, 0, 1)
-            targets = mixing.both_targets(method, batch, method.targets(batch.views[1]))
+            targets = mixing.targets_of_parents(method, batch, method.targets(batch.views[1]))
             plan = mixing.draw(images)
             maps = mixing.maps(method, images, partners)
             assert maps is not None
@@ -223,7 +223,7 @@ def taught(
 ) -> tuple[Tensor, Tensor]:
     """Return the encoder's loss on mixtures (K, 3, S, S), and its gradient's norm."""
     with torch.enable_grad():
-        losses = towards(method.pair_loss, method.mixed_query(mixed), targets, plan.parents)
+        losses = parent_losses(method.pair_loss, method.mixed_query(mixed), targets, plan.parents)
         loss = weighted(losses, plan.lam).mean()
         gradients = torch.autograd.grad(loss, list(method.backbone.parameters()))
     return loss.detach(), torch.stack([g.norm() for g in gradients]).norm()

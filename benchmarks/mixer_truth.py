@@ -238,7 +238,7 @@ class Validation:
         parts = (images[rows], images[partners], objects[rows], objects[partners])
         return Pairs(*(part.to(self.device) for part in parts))
 
-    def look(self, masks: Masks, size: int | None) -> list[Seen]:
+    def measure(self, masks: Masks, size: int | None) -> list[Seen]:
         """Return the measurements of masks, for each set of ratios."""
         found: list[list[Seen]] = [[] for _ in RATIOS]
         torch.manual_seed(0)
@@ -324,7 +324,7 @@ def measure(args: argparse.Namespace) -> None:
         sides += [(name, masks, None) for name, masks in REFERENCES.items()]
         for name, masks, size in sides:
             progress(f"{name} ...")
-            for ratios, seen in zip(RATIOS, validation.look(masks, size), strict=True):
+            for ratios, seen in zip(RATIOS, validation.measure(masks, size), strict=True):
                 yield [name, ratios, *(number(seen) for number in NUMBERS.values())]
 
     print_table(("masks", "ratios", *NUMBERS), rows())

@@ -35,7 +35,7 @@ from lightly_examples import LightlySide
 from meter import Meter, Views, largest_resident, resident
 from our_step import OurSide, configuration
 
-from ssl_samix.trainer import PRECISIONS, choose_precision, quieten
+from ssl_samix.trainer import PRECISIONS, choose_precision, silence_lightning
 
 COLUMNS = (
     "method", "side", "precision", "ms", "images/s", "lightly / ours", "step / plain",
@@ -195,7 +195,7 @@ def rows(
 @exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
-    quieten()
+    silence_lightning()
     warm_cublas(args.device)
     if args.memory_of:
         print_resident(*args.memory_of, args)

@@ -121,7 +121,7 @@ def build_trainer(
     Raises:
         ConfigError: If Lightning rejects the settings, or the hardware is missing.
     """
-    quieten()
+    silence_lightning()
     check_range("trainer.max_epochs", arguments["max_epochs"], 1, MOST_EPOCHS)
     for key in ("accumulate_grad_batches", "num_nodes"):
         check_range(f"trainer.{key}", arguments.get(key, 1), 1, MOST_EPOCHS)
@@ -156,7 +156,7 @@ def build_trainer(
         raise ConfigError(f"the trainer's settings do not work here: {reason}") from error
 
 
-def quieten() -> None:
+def silence_lightning() -> None:
     """Silence Lightning's hints; this package prints what a user needs."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -79,7 +79,7 @@ def test_vit_configurations_build(name, size):
 
 def test_the_part_of_a_transformer_that_the_mixer_reads():
     backbone = vit()
-    names = backbone.names_read(2)
+    names = backbone.state_names_for_stage(2)
     blocks = {name.split(".")[3] for name in names if ".blocks." in name}
     assert blocks == {"0", "1"}
     assert any("pos_embed" in name for name in names)

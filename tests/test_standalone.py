@@ -96,7 +96,7 @@ def test_it_can_be_loaded_where_gradients_are_off(run, images, mode):
         mixer, second = ssl_samix.load_mixer(run), ssl_samix.load_encoder(run)
         assert not torch.is_grad_enabled()  # as it was
         assert torch.equal(mixer(images, 0.3, partner).images, expected)
-        assert mixer.backbone.names_read(3) == encoder.backbone.names_read(3)
+        assert mixer.backbone.state_names_for_stage(3) == encoder.backbone.state_names_for_stage(3)
     assert not any(tensor.is_inference() for tensor in mixer.state_dict().values())
     loss = mixer.requires_grad_(True).backbone.stage_map(images, 3).sum()
     loss.backward()  # weights of inference mode would refuse
@@ -107,8 +107,8 @@ def test_it_can_be_loaded_where_gradients_are_off(run, images, mode):
 def test_a_backbone_made_in_inference_mode_names_what_is_read(run):
     with torch.inference_mode():
         backbone = Backbone("resnet18", image_size=16, width=8)
-        names = backbone.names_read(3)
-    assert names == ssl_samix.load_mixer(run).backbone.names_read(3)
+        names = backbone.state_names_for_stage(3)
+    assert names == ssl_samix.load_mixer(run).backbone.state_names_for_stage(3)
 
 
 def test_it_mixes_as_the_run_would(run, images):

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ssl_samix.artifacts.description import META, check_description, described
-from ssl_samix.data.folder import listed
+from ssl_samix.data.folder import join_names
 from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import Backbone
@@ -94,8 +94,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if learned != given:
             raise CheckpointError(
                 f"{path} holds a classifier of {len(learned)} classes, the data have {len(given)}: "
-                f"{listed(learned)} there, {listed(given)} in the data; rename the folders back, "
-                f"or start a new run with init={path}"
+                f"{join_names(learned)} there, {join_names(given)} in the data; rename the folders "
+                f"back, or start a new run with init={path}"
             )
         before, now = theirs.get("train_images"), self.meta.get("train_images")
         if before not in (None, now):

@@ -49,7 +49,7 @@ class TrainedMixer(nn.Module):
         self.mean, self.std = tuple(meta["mean"]), tuple(meta["std"])
         self.requires_grad_(False)
         self.train()
-        self._told: set[int] = set()
+        self._warned: set[int] = set()
 
     def train(self, mode: bool = True) -> TrainedMixer:
         """Stay in eval mode, also within a model in training: statistics must not change."""
@@ -98,8 +98,8 @@ class TrainedMixer(nn.Module):
         return maps
 
     def _tell_size(self, size: int) -> None:
-        if size != self.image_size and size not in self._told:
-            self._told.add(size)
+        if size != self.image_size and size not in self._warned:
+            self._warned.add(size)
             _log.warning(
                 "the Mixer was trained on images of %d px and mixes images of %d px",
                 self.image_size,
@@ -173,7 +173,7 @@ class PretrainedObjective(MixObjective):
 
 def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
     """Write a Mixer, and of its teacher no more than it reads, as safetensors."""
-    read = backbone.names_read(meta["mixer"]["stage"])
+    read = backbone.state_names_for_stage(meta["mixer"]["stage"])
     weights = {BACKBONE + n: t for n, t in backbone.state_dict().items() if n in read}
     weights |= {POLICY + n: t for n, t in policy.state_dict().items()}
     write_ours(path, weights, meta)
@@ -205,7 +205,7 @@ def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
         policy = SAMix(**meta["mixer"]["settings"])
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} describes what cannot be built: {error}") from error
-    read = backbone.names_read(meta["mixer"]["stage"])
+    read = backbone.state_names_for_stage(meta["mixer"]["stage"])
     load_strictly(backbone, renamed(weights, {BACKBONE: ""}), path, "Mixer", read)
     load_strictly(policy, renamed(weights, {POLICY: ""}), path, "Mixer", policy.state_dict())
     return TrainedMixer(backbone, policy, meta)

@@ -25,7 +25,7 @@ from ssl_samix.config.compose import (
     plain,
     set_key,
 )
-from ssl_samix.config.saved import laid_over, read_plain
+from ssl_samix.config.saved import merged, read_plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
 from ssl_samix.files import PARTIAL, expanded, make_folder, new_folder, write_atomically
 
@@ -149,7 +149,7 @@ class RunFolder:
         said = read_plain(self.config)
         try:
             choices = _choices(said)
-            whole = OmegaConf.create(laid_over(said, _installed(said, choices)))
+            whole = OmegaConf.create(merged(said, _installed(said, choices)))
         except ConfigError as error:
             reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")
             raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import compose
-from ssl_samix.data.folder import FolderIndex, given_images, listed
+from ssl_samix.data.folder import FolderIndex, given_images, join_names
 from ssl_samix.data.layout import is_there
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_range
 from ssl_samix.files import expanded
@@ -142,7 +142,7 @@ def _decoded(request: ShowMixingRequest, paths: list[str], size: int) -> Tensor:
         if len(found) == 2 * request.rows:
             break
     if damaged:
-        named = listed(damaged)
+        named = join_names(damaged)
         if len(found) < 2:
             raise DataError(f"of {len(paths)} images {len(found)} can be read: repair {named}")
         tried = len(damaged) + len(found)

@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.config.key_types import PATHS, fitted
+from ssl_samix.config.key_types import PATHS, converted
 from ssl_samix.config.options import check_options, is_plain
 from ssl_samix.errors import ConfigError, UserError, nearest
 from ssl_samix.files import expanded
@@ -187,7 +187,7 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
                 raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
     names = {o.key_or_group: o.value() for o in chosen}
-    words = spelled_out(RECIPES, names) or [str(o.input_line) for o in chosen]
+    words = expanded_arguments(RECIPES, names) or [str(o.input_line) for o in chosen]
     unresolved, choices = _composed(config_name, tuple(words))
     base = _resolved(unresolved, config_name, words)
     whole, own = unresolved.copy(), []
@@ -292,7 +292,7 @@ def _fitted(key: str, value: Any, default: Any) -> Any:
         return value
     if not is_plain(value):
         raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
-    return fitted(key, value, default)
+    return converted(key, value, default)
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
@@ -432,7 +432,7 @@ def recipe_names(folder: Path, command: str | None = None) -> list[str]:
     return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in fitting)
 
 
-def spelled_out(folder: Path, chosen: Mapping[str, Any]) -> list[str] | None:
+def expanded_arguments(folder: Path, chosen: Mapping[str, Any]) -> list[str] | None:
     """Return a recipe as arguments, if some of its choices are replaced.
 
     What a recipe sets is for its own choices: cutmix has nothing to do with the ratios of SAMix,

@@ -93,8 +93,8 @@ CHECKS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
-def fitted(key: str, value: Any, default: Any) -> Any:
-    """Return a value as its key takes it: one value where a list is meant becomes a list of one.
+def converted(key: str, value: Any, default: Any) -> Any:
+    """Return a value in the type of its key; a single value for a list key becomes a list.
 
     Args:
         key: Dotted.

@@ -20,7 +20,8 @@ from ssl_samix.errors import CheckpointError, ConfigError
 
 LARGEST = 64 * 1024  # bytes; a run writes about 4,000
 DEEPEST = 8  # mappings and lists in each other; a run writes 4
-OURS = "ssl_samix."  # classes of the package move from version to version; the choices name them
+# Classes of the package move from version to version; the choices name them.
+PACKAGE_PREFIX = "ssl_samix."
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -64,10 +65,10 @@ def _beyond_plain(text: str) -> str | None:
     return "it does not consist of keys and values" if root else None
 
 
-def laid_over(
+def merged(
     said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Lay what a file says over an installed configuration, which has all that it may say.
+    """Return the installed configuration with the values of a file, which has no other keys.
 
     Args:
         said: Nested keys, of any origin.
@@ -82,29 +83,29 @@ def laid_over(
         ConfigError: For an unknown key, a value of another kind, a class that is not the installed
             one, or an interpolation.
     """
-    merged = _merged(said, installed, prefix)
-    check_fit(prefix.rstrip("."), merged, installed)
-    return merged
+    config = _merged(said, installed, prefix)
+    check_fit(prefix.rstrip("."), config, installed)
+    return config
 
 
 def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    merged = {key: value for key, value in installed.items() if is_hydras(key)}
+    config = {key: value for key, value in installed.items() if is_hydras(key)}
     for key, value in said.items():
         name = f"{prefix}{key}"
         own = installed.get(key)
         if is_hydras(key):
             _check_class(name, value, own)
         elif isinstance(value, dict) and isinstance(own, dict):
-            merged[key] = _merged(value, own, f"{name}.")
+            config[key] = _merged(value, own, f"{name}.")
         else:
             _check_resolved(name, value)
-            merged[key] = value
-    return merged
+            config[key] = value
+    return config
 
 
 def _check_class(key: str, theirs: Any, own: Any) -> None:
     """Refuse a class other than the installed one; one of ours has only moved."""
-    moved = str(theirs).startswith(OURS) and str(own).startswith(OURS)
+    moved = str(theirs).startswith(PACKAGE_PREFIX) and str(own).startswith(PACKAGE_PREFIX)
     if theirs != own and not moved:
         instead = "nothing is built" if own is None else f"{own} is built"
         raise ConfigError(f"{key} is {theirs}, where {instead}")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_samix.data.folder import listed
+from ssl_samix.data.folder import join_names
 from ssl_samix.data.images import MemoryImages, fit, resized_side, to_rgb
 from ssl_samix.data.sources import UNREADABLE, EncodedSource, Source, described
 from ssl_samix.errors import DataError
@@ -162,6 +162,8 @@ def _judge(bad: list[str], total: int) -> None:
     if len(bad) > most:
         raise DataError(
             f"{len(bad)} of {total} images cannot be read, more than the {most} that would be "
-            f"skipped: repair or remove {listed(bad, 20)}"
+            f"skipped: repair or remove {join_names(bad, 20)}"
         )
-    _log.warning("%d of %d images cannot be read and are skipped: %s", len(bad), total, listed(bad))
+    _log.warning(
+        "%d of %d images cannot be read and are skipped: %s", len(bad), total, join_names(bad)
+    )

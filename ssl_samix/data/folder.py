@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssl_samix.data.image_files import told, visible
+from ssl_samix.data.image_files import count_by_ending, visible
 from ssl_samix.data.layout import no_images
 from ssl_samix.errors import DataError
 from ssl_samix.files import expanded
@@ -127,7 +127,7 @@ def require_same_classes(train: tuple[str, ...], val: tuple[str, ...], val_path:
         DataError: Names the classes that only one of the two has.
     """
     sides = {"only in train": set(train) - set(val), f"only in {val_path}": set(val) - set(train)}
-    differ = [f"{side}: {listed(sorted(names))}" for side, names in sides.items() if names]
+    differ = [f"{side}: {join_names(sorted(names))}" for side, names in sides.items() if names]
     if differ:
         raise DataError(
             f"train and validation have different classes ({'; '.join(differ)}): "
@@ -148,7 +148,7 @@ def wanted_labels(labels: bool | str) -> bool | None:
     return choices[key]
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
+def join_names(names: Sequence[str], most: int = 10) -> str:
     """Return up to ``most`` names as text, and the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -321,8 +321,8 @@ def _ask_for_classes(tree: _Tree) -> None:
     suspect = [name for name in tree.classes if name in (*splits, *parts)]
     rename = "rename them to train and val, or " if len(splits) > 1 else ""
     raise DataError(
-        f"the folders {listed(suspect)} in {tree.path} look like parts of one data set, not like "
-        f"classes: {rename}give data.root=<the one to train on>, data.labels=true if they are "
+        f"the folders {join_names(suspect)} in {tree.path} look like parts of one data set, not "
+        f"like classes: {rename}give data.root=<the one to train on>, data.labels=true if they are "
         "classes, or data.labels=false to train on all their images"
     )
 
@@ -341,7 +341,7 @@ def _is_labelled(tree: _Tree, wanted: bool | None) -> bool:
     if wanted and tree.loose:
         raise DataError(
             f"{len(tree.loose)} images lie outside the class folders of {tree.path} "
-            f"({listed([os.path.basename(path) for path in tree.loose])}): move them into one"
+            f"({join_names([os.path.basename(path) for path in tree.loose])}): move them into one"
         )
     return len(tree.classes) >= 2 and not tree.loose if wanted is None else wanted
 
@@ -364,7 +364,7 @@ def _first_val(
             if set(tree.classes) - set(classes):
                 require_same_classes(classes, tuple(tree.classes), name)
             missing = sorted(set(classes) - set(tree.classes))
-            lacks = [f"{name}/ has no images of class {listed(missing)}"] if missing else []
+            lacks = [f"{name}/ has no images of class {join_names(missing)}"] if missing else []
             return tree, notes + lacks
         notes.append(f"{name}/ has no class folders and is not used for validation")
     return None, notes
@@ -381,13 +381,13 @@ def _split_notes(walk: _Walk, train: _Tree, val: _Tree | None) -> list[str]:
     names = " and ".join(f"{name}/" for name in used)
     purpose = "training and validation images" if val else "images"
     first = f"the {purpose} are those in {names}"
-    return [first + (f", left out beside {names}: {listed(beside)}" if beside else "")]
+    return [first + (f", left out beside {names}: {join_names(beside)}" if beside else "")]
 
 
 def _left_out(found: _Found, root: str) -> list[str]:
     notes: list[str] = []
     if found.others:
-        notes.append(f"left out: {told(found.others)}")
+        notes.append(f"left out: {count_by_ending(found.others)}")
     if found.neither:
         notes.append(
             f"left out: {len(found.neither)} names that are neither files nor folders (broken "
@@ -395,5 +395,5 @@ def _left_out(found: _Found, root: str) -> list[str]:
         )
     if found.ours:
         names = [os.path.relpath(path, root) for path in found.ours]
-        notes.append(f"left out: what samix wrote in {listed(names, 3)}")
+        notes.append(f"left out: what samix wrote in {join_names(names, 3)}")
     return notes

@@ -59,7 +59,7 @@ def endings() -> frozenset[str]:
     )
 
 
-def told(others: Mapping[str, int]) -> str:
+def count_by_ending(others: Mapping[str, int]) -> str:
     """Return a text: how many files were not taken for images, by ending.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_samix.data.image_files import told, visible
+from ssl_samix.data.image_files import count_by_ending, visible
 from ssl_samix.errors import DataError, nearest
 from ssl_samix.files import expanded
 
@@ -136,7 +136,7 @@ def no_images(
 
     ``others`` counts its files by ending.
     """
-    held = f", but {told(others)}" if others else ""
+    held = f", but {count_by_ending(others)}" if others else ""
     return DataError(
         f"no image found under {key}={root}{held}: give a folder of files that end in .jpg, .png, "
         ".webp, .tif or another ending that Pillow reads"

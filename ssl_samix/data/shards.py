@@ -101,7 +101,7 @@ def find(root: str) -> list[Found]:
             protocol needs a package that is not installed.
     """
     root = _CACHES.sub("", root, count=1) if is_url(root) else os.path.expanduser(root)
-    with _told(root):
+    with _fsspec_errors(root):
         found = list(_places(root))
         with ThreadPoolExecutor(CONNECTIONS) as pool:  # one request each if remote
             shards = list(pool.map(lambda place: _described(*place), found))
@@ -202,7 +202,7 @@ def _cached(url: str, version: str, suffix: str) -> Path:
 
 
 @contextmanager
-def _told(root: str) -> Iterator[None]:
+def _fsspec_errors(root: str) -> Iterator[None]:
     """Convert exceptions of any fsspec file system into ``DataError``."""
     protocol = re.match(r"(\w+)(?:://|::)", root)
     name = protocol[1] if protocol else "file"

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ssl_samix.artifacts.encoder import Encoder
-from ssl_samix.data.folder import listed
+from ssl_samix.data.folder import join_names
 from ssl_samix.data.images import FileImages, ImageSet, fit, to_rgb
 from ssl_samix.data.sources import UNREADABLE, Source
 from ssl_samix.data.views import normalize
@@ -192,7 +192,7 @@ def _write_names(out: Path, source: Pictures, found: Embedded) -> None:
     names = DataFrame({"path": [source.name(i) for i in found.rows]}, dtype=object)
     rows = [(source.name(i), reason) for i, reason in found.damaged]
     damaged = DataFrame(rows, columns=["path", "reason"], dtype=object)
-    unreadable = listed([name.encode("utf-8", "replace").decode() for name in damaged["path"]])
+    unreadable = join_names([name.encode("utf-8", "replace").decode() for name in damaged["path"]])
     if len(names) == 0:
         raise DataError(f"none of {len(damaged)} images can be read: repair {unreadable}")
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ssl_samix.artifacts.description import META, described
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import absolute, compose, groups, parse, plain
-from ssl_samix.config.saved import laid_over
+from ssl_samix.config.saved import merged
 from ssl_samix.data.layout import check_layout
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
 from ssl_samix.files import expanded
@@ -139,7 +139,7 @@ def _origin(protocol: str, config: DictConfig) -> Origin:
 def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[str, Any]:
     """Take the data settings of an encoder's own files, which may be somebody else's, as values."""
     try:
-        return laid_over(own, plain(config.data), "data.")
+        return merged(own, plain(config.data), "data.")
     except ConfigError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

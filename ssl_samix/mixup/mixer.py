@@ -168,7 +168,7 @@ def balanced(logits: Tensor, lam: Tensor) -> Tensor:
         (K, 1, S, S) of at least float32, in [0, 1], of mean 1 - lam to 1e-3.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        shape, logits = logits.shape, wide(logits).flatten(1)  # (K, S^2)
+        shape, logits = logits.shape, at_least_float32(logits).flatten(1)  # (K, S^2)
         logits = logits - logits.mean(dim=1, keepdim=True)
         logits = MAX_LOGIT * (logits / MAX_LOGIT).tanh()
         wanted = (1 - lam.to(logits.dtype)).clamp(LAM_EPS, 1 - LAM_EPS)[:, None]
@@ -224,13 +224,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     parts = []
     for chunk in query.split(MOST_POSITIONS, dim=2):
         # Under autocast the product may be in half precision; the softmax is in float32.
-        weights = wide(chunk.transpose(1, 2) @ key).softmax(dim=2)  # (K, n, N)
+        weights = at_least_float32(chunk.transpose(1, 2) @ key).softmax(dim=2)  # (K, n, N)
         with torch.autocast(query.device.type, enabled=False):
-            parts.append((weights @ wide(value).transpose(1, 2))[..., 0])
+            parts.append((weights @ at_least_float32(value).transpose(1, 2))[..., 0])
     return torch.cat(parts, dim=1)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

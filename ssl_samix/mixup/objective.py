@@ -143,11 +143,11 @@ class MixObjective(nn.Module):
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         plan = self.draw(batch.views[0])
         # Before the mixtures: what these passes give may be the maps that masks are made from.
-        targets = self.both_targets(method, batch, method.targets(batch.views[1]))
+        targets = self.targets_of_parents(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
         query = method.mixed_query(mixed.images.detach())
         lam = self.weights(method, mixed, plan, targets)
-        return weighted(towards(method.pair_loss, query, targets, plan.parents), lam)
+        return weighted(parent_losses(method.pair_loss, query, targets, plan.parents), lam)
 
     @torch.no_grad()
     def weights(
@@ -158,7 +158,7 @@ class MixObjective(nn.Module):
             return mixed.lam
         query = method.frozen_query(mixed.images)
         like = partial(method.likeness, temperature=SEEN_TEMPERATURE)
-        seen = towards(like, query, targets, plan.parents).float().softmax(dim=1)[:, 0]
+        seen = parent_losses(like, query, targets, plan.parents).float().softmax(dim=1)[:, 0]
         return (mixed.lam + seen.to(mixed.lam.dtype)) / 2
 
     def _in_place(self, method: Method, batch: Batch, first: int, second: int) -> Tensor:
@@ -169,17 +169,17 @@ class MixObjective(nn.Module):
         mixed = self.mixtures(method, batch, plan, first, second)
         own = torch.arange(len(images), device=images.device)[:, None]
         parents = own.repeat(1, 2).index_copy(0, plan.rows, plan.parents)
-        targets = self.both_targets(method, batch, keys, first)
+        targets = self.targets_of_parents(method, batch, keys, first)
         weights = self.weights(method, mixed, plan, targets)
         lam = torch.ones(len(images), device=images.device, dtype=weights.dtype)
         lam = lam.index_copy(0, plan.rows, weights)
         query = method.query(images.index_copy(0, plan.rows, mixed.images.detach()))
-        return weighted(towards(method.pair_loss, query, targets, parents), lam)
+        return weighted(parent_losses(method.pair_loss, query, targets, parents), lam)
 
-    def both_targets(
+    def targets_of_parents(
         self, method: Method, batch: Batch, own: Tensor, first: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Return what mixtures are compared with, for the images and for their partners.
+        """Return the targets of the images and of their partners.
 
         Args:
             method: Embeds.
@@ -238,13 +238,13 @@ class MixObjective(nn.Module):
         return None
 
 
-def towards(
+def parent_losses(
     criterion: Callable[[Tensor, Tensor, Tensor], Tensor],
     query: Tensor,
     targets: tuple[Tensor, Tensor],
     parents: Tensor,
 ) -> Tensor:
-    """Compare mixtures with both parents, each among the targets of its own view.
+    """Return the losses of mixtures for both parents, each among the targets of its own view.
 
     Args:
         criterion: Called with queries, targets (B, D) and parents, gives (K, 2).

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ssl_samix.errors import check_choice, check_range
 from ssl_samix.losses import full_precision
 from ssl_samix.mixup.mixer import SAMix
-from ssl_samix.mixup.objective import MixObjective, towards, weighted
+from ssl_samix.mixup.objective import MixObjective, parent_losses, weighted
 from ssl_samix.mixup.plan import blend, flat, share, share_done
 from ssl_samix.optim import MixerOptimizer
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
 ONE_SIDED = 0.05  # share of a parent in a mixture, below which the mixture is the other parent
-EAGER = 0.05  # share of what is mixed of the run, in which the Mixer learns in every step
+EVERY_STEP_SHARE = 0.05  # of the steps that mix: in these first ones, the Mixer always learns
 GAIN_EVERY = 5  # learning steps between two comparisons with flat masks, a forward pass each
 
 
@@ -132,8 +132,8 @@ class SAMixObjective(MixObjective):
         )
 
     def _due(self, step: int, total_steps: int) -> bool:
-        """Say whether the Mixer's turn has come: every time at first, so that it soon is alive."""
-        return self._done(step, total_steps) < EAGER or step % self.update_every == 0
+        """Return whether the Mixer learns in this step: at first in all, so that it starts fast."""
+        return self._done(step, total_steps) < EVERY_STEP_SHARE or step % self.update_every == 0
 
     def _done(self, step: int, total_steps: int) -> float:
         """Return the share that is done of the part of the run that mixes, in [0, 1]."""
@@ -153,12 +153,12 @@ class SAMixObjective(MixObjective):
             progress: Share that is done of the part of the run that mixes, in [0, 1].
         """
         images, partners = self.sources(method, batch, 0, 1)
-        targets = self.both_targets(method, batch, method.targets(batch.views[1]))
+        targets = self.targets_of_parents(method, batch, method.targets(batch.views[1]))
         maps = self.maps(method, images, partners)
         assert maps is not None
         plan = self.draw(images)
         mixed = self.policy.attached(images, partners, plan, maps)
-        local, global_ = self.judged(method, batch, mixed, plan, targets)
+        local, global_ = self.loss_terms(method, batch, mixed, plan, targets)
         share_local, share_global = self.term_weights(method)
         loss = share_local * local + share_global * global_ + self.mask_loss(mixed, progress)
         logs = {"mixer/local": local, "mixer/global": global_, **self._diagnostics(mixed)}
@@ -166,7 +166,7 @@ class SAMixObjective(MixObjective):
             with torch.no_grad():
                 masks = flat(plan.lam, images.shape[-1])
                 plain = blend(images, partners, plan, masks, plan.lam)
-                flat_local, flat_global = self.judged(method, batch, plain, plan, targets)
+                flat_local, flat_global = self.loss_terms(method, batch, plain, plan, targets)
             gains = flat_local - local, flat_global - global_
             logs["mixer/gain"] = share_local * gains[0] + share_global * gains[1]
         return Terms({"mixer": loss}, {name: value.detach() for name, value in logs.items()})
@@ -179,7 +179,7 @@ class SAMixObjective(MixObjective):
             global_ if self.eta == "auto" else self.eta,
         )
 
-    def judged(
+    def loss_terms(
         self,
         method: Method,
         batch: Batch,
@@ -187,10 +187,10 @@ class SAMixObjective(MixObjective):
         plan: MixPlan,
         targets: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the local and the global term of mixtures as the frozen teacher sees them."""
+        """Return the local and the global term of the Mixer's loss, by the frozen teacher."""
         query = method.frozen_query(mixed.images)
         like = partial(method.likeness, temperature=self.temperature)
-        likeness = towards(like, query, targets, plan.parents)
+        likeness = parent_losses(like, query, targets, plan.parents)
         local = local_loss(likeness, plan.lam).mean()
         return local, self.global_loss(method, query, targets, plan, batch).mean()
 
@@ -203,7 +203,7 @@ class SAMixObjective(MixObjective):
         batch: Batch,
     ) -> Tensor:
         """Tell a mixture's parents from all other images, by the method's criterion, (K,)."""
-        return weighted(towards(method.contrast, query, targets, plan.parents), plan.lam)
+        return weighted(parent_losses(method.contrast, query, targets, plan.parents), plan.lam)
 
     def mask_loss(self, mixed: Mixed, progress: float) -> Tensor:
         """Hold each mask's share near its ratio; and, if wanted, away from flat."""

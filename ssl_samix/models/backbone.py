@@ -174,7 +174,7 @@ class Backbone(nn.Module):
             raise ConfigError(f"backbone {self.name} has no stage {stage}; its stages: {known}")
         return self._map_specs[stage]
 
-    def names_read(self, stage: int) -> set[str]:
+    def state_names_for_stage(self, stage: int) -> set[str]:
         """Return the names of the ``state_dict`` entries that a stage's map depends on.
 
         Raises:

@@ -106,7 +106,7 @@ def main(words: list[str]) -> str:
         return report
     _check(study, study.runs() if request.listing else _left(study))
     if request.listing:
-        return listed(study)
+        return list_runs(study)
     with _sigterm_as_interrupt():
         try:
             failures = _do(study)
@@ -196,7 +196,7 @@ def _check(study: Study, runs: Sequence[Run]) -> None:
         check_layout(config.data.name, config.data.root, config.data.download)
 
 
-def listed(study: Study) -> str:
+def list_runs(study: Study) -> str:
     """Return a line per run: whether it is done, and its commands."""
     done, costs, lines = read_table(study), Costs(study), []
     for run in study.runs():

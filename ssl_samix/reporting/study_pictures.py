@@ -46,7 +46,7 @@ Curve = dict[int, tuple[float, float]]  # epochs done -> CPU seconds of training
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name; the same name has the same look in all panels."""
+    """Points of one name; the same name has the same style in all panels."""
 
     name: str
     points: Points  # (x, y)
@@ -117,15 +117,15 @@ def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         x, y = zip(*panel.front, strict=True)
         axes.plot(x, y, color=GREY, linestyle="--")
     for series in panel.series:
-        look = names.index(series.name)
+        style = names.index(series.name)
         x, y = zip(*series.points, strict=True)
         axes.errorbar(
             x,
             y,
             yerr=series.errors or None,
             label=series.name,
-            color=COLOURS[look % len(COLOURS)],
-            marker=MARKS[look // len(COLOURS) % len(MARKS)],
+            color=COLOURS[style % len(COLOURS)],
+            marker=MARKS[style // len(COLOURS) % len(MARKS)],
             markersize=4 if series.joined else 7,
             linestyle="-" if series.joined else "none",
             capsize=3,

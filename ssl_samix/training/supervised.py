@@ -14,7 +14,7 @@ from ssl_samix.artifacts.encoder import load_encoder, save_classifier
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
-from ssl_samix.data.folder import empty_classes, listed
+from ssl_samix.data.folder import empty_classes, join_names
 from ssl_samix.data.view_spec import OneView, Recipes
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.methods.base import BaseMethod
@@ -107,7 +107,7 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
     classes, labels = data.splits.classes, data.splits.train.labels
     bare = empty_classes(config.data.root) if config.data.name == "folder" else []
     if not classes:
-        hint = f" (no image is in {listed(bare)})" if bare else ""
+        hint = f" (no image is in {join_names(bare)})" if bare else ""
         raise DataError(
             f"supervised training needs labels{hint}: give a folder of images per class, or use "
             "samix pretrain, which needs no labels"
@@ -121,7 +121,9 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
     counts = torch.bincount(labels, minlength=len(classes))
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     if empty + bare:
-        raise DataError(f"no training image of {listed(empty + bare)}: add one or remove the class")
+        raise DataError(
+            f"no training image of {join_names(empty + bare)}: add one or remove the class"
+        )
 
 
 def _start_from(init: str, backbone: Backbone) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import ssl_samix
 from ssl_samix.methods.classifier import Classifier
-from ssl_samix.mixup.samix_objective import EAGER, GAIN_EVERY, slope
+from ssl_samix.mixup.samix_objective import EVERY_STEP_SHARE, GAIN_EVERY, slope
 from ssl_samix.training.guards import FLAT
 from ssl_samix.training.logging import read_metrics
 from tests.conftest import METHODS, mixed_method
@@ -77,7 +77,7 @@ def test_a_mixer_learns_in_every_step_of_the_beginning():
         with method.memory.step():
             logs = method.mixing(method, batch(), step, 100).logs
         learned += [step] if "mixer/local" in logs else []
-    assert learned == [*range(round(EAGER * 100)), 8, 12]
+    assert learned == [*range(round(EVERY_STEP_SHARE * 100)), 8, 12]
 
 
 SETTINGS = {
