@@ -70,10 +70,10 @@ def pretrained(words: list[str], make: Make) -> float:
     return float(run.metrics["cpu_seconds"] * config.trainer.max_epochs)
 
 
-def top1(run: Path, protocol: str) -> str:
-    """Return the top-1 of a run's encoder by a protocol."""
+def top1(run: Path, protocol: str, words: Sequence[str] = ()) -> str:
+    """Return the top-1 of a run's encoder by a protocol, with further arguments of it."""
     result = run / "results" / f"benchmark-{protocol}"
     command: Any = SUBCOMMANDS[protocol]
-    command.job([f"run={run}", f"out={result}"])
+    command.job([f"run={run}", f"out={result}", *words])
     results = json.loads((result / "results.json").read_text("utf-8"))["results"]
     return f"{results[0]['numbers']['top1']:.2f}"

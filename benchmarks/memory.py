@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_samix.config.compose import build, compose
+from ssl_samix.training.defaults import resolve_auto
 from ssl_samix.types import Batch
 
 NETWORKS = {  # name -> arguments, side of the images in px
@@ -54,7 +55,8 @@ def counted(own: nn.Module) -> Iterator[dict[int, int]]:
 
 def bytes_of(words: list[str], size: int, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes that a step saves for its backward pass, and those held permanently."""
-    config, _ = compose("pretrain", words)
+    config, choices = compose("pretrain", words)
+    resolve_auto(config, choices, 50_000, {"data.batch_size": batch})
     backbone = build(config.backbone, image_size=size)
     mixing = build(config.mixup, backbone=backbone) if config.mixup else None
     method = build(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_samix.config.compose import build, compose
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
+from ssl_samix.training.defaults import resolve_auto
 from ssl_samix.types import Batch
 
 # The sizes of lightly's examples; a projector's hidden width is the feature width, our default.
@@ -23,12 +24,15 @@ SIZES = {
     "byol": ["method.hidden_dim=1024", "method.output_dim=256"],
 }
 STEPS = 1000  # of the imaginary run
+IMAGES = 50_000  # whose automatic settings it has
 
 
 def configuration(method: str, backbone: str, width: int, words: Sequence[str]) -> Any:
     """Return the configuration of a run of `samix pretrain` with lightly's sizes."""
     network = [f"backbone={backbone}", f"backbone.width={width}"]
-    return compose("pretrain", [f"method={method}", *SIZES[method], *network, *words])[0]
+    config, choices = compose("pretrain", [f"method={method}", *SIZES[method], *network, *words])
+    resolve_auto(config, choices, IMAGES, {"data.batch_size": 256})
+    return config
 
 
 def our_method(config: Any, size: int, device: str) -> BaseMethod:

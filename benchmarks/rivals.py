@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = Path(args.csv) if args.csv else Path(args.out) / "rivals.csv"
     table = Table(path, ("method", "rival", "seed"))
     (method,) = [w.removeprefix("method=") for w in args.words if w.startswith("method=")] or [
-        "moco"
+        "simclr"
     ]
     for seed in args.seeds.split(","):
         for name in names:

@@ -138,10 +138,18 @@ def views_name(views: dict[str, Any]) -> str:
     papers = [
         name
         for name in groups()["views"]
-        if plain(OmegaConf.load(CONFIG_DIR / "views" / f"{name}.yaml")) == views
+        if _alike(views, plain(OmegaConf.load(CONFIG_DIR / "views" / f"{name}.yaml")))
     ]
     digest = hashlib.sha256(json.dumps(views, sort_keys=True).encode()).hexdigest()[:6]
     return "/".join(papers) or digest
+
+
+def _alike(views: Any, published: Any) -> bool:
+    """Return whether settings are the published ones, where these are not ``auto``."""
+    if isinstance(views, dict) and isinstance(published, dict):
+        same = views.keys() == published.keys()
+        return same and all(_alike(views[name], value) for name, value in published.items())
+    return published in (views, "auto")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from ssl_samix.artifacts.encoder import TrainedClassifier, load_classifiers
 from ssl_samix.errors import ConfigError, DataError, check_range
-from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.measures import top1_top5
 from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.robustness import (

@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ssl_samix.config.compose import plain
-from ssl_samix.errors import ConfigError, check_range
-from ssl_samix.evaluation.label_split import (
+from ssl_samix.data.subsets import (
     draw_per_class,
     draw_percent,
     read_split,
     write_split,
 )
+from ssl_samix.errors import ConfigError, check_range
 from ssl_samix.evaluation.linear import logistic_regression
 from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table

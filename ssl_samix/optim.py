@@ -214,15 +214,15 @@ def cosine(total_steps: int, final: float, warmup: int = 0) -> Callable[[int], f
     from a checkpoint: a resumed run could not be made longer.
 
     Args:
-        total_steps: Where the cosine ends.
+        total_steps: Where the cosine ends: the step after the last one has ``final``.
         final: The factor there.
-        warmup: Steps of linear warm-up from 0.
+        warmup: Steps of linear warm-up; step i has (i + 1) / warmup.
     """
 
     def factor(step: int) -> float:
         return cosine_warmup_schedule(
             step=min(step, total_steps),
-            max_steps=total_steps,
+            max_steps=total_steps + 1,  # whose last step, with a rate of 0, is never made
             start_value=1.0,
             end_value=final,
             warmup_steps=warmup,

@@ -274,6 +274,20 @@ def test_rivals(bench, tmp_path, method, names):
     assert len({(row["knn_top1"], row["linear_top1"]) for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
+def test_out_of_the_box(bench, tmp_path):
+    sides = "default,lightly-byol,untrained,pixels"
+    words = ["--sides", sides, "--minutes", "0.01", "--out", tmp_path / "out", "--csv"]
+    words += [tmp_path / "rows.csv", "data=digits", "data.limit=64", "backbone.width=4"]
+    _, (rows,) = bench("out_of_the_box", *words)
+    assert [row["side"] for row in rows] == sides.split(",")
+    assert len({row["knn_top1"] for row in rows}) == 4
+    assert all(float(row["linear_top1"]) > 10 for row in rows)
+    before = (tmp_path / "rows.csv").read_bytes()
+    bench("out_of_the_box", *words)  # does nothing again
+    assert (tmp_path / "rows.csv").read_bytes() == before
+
+
 def test_what_mixtures_have_in_common(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     rivals = importlib.import_module("rivals")

@@ -45,7 +45,7 @@ def test_pretrain_help_shows_groups_and_choices(tmp_path):
     shown = samix_here("pretrain", "--help", cwd=tmp_path)
     assert re.search("method: .*byol, .*moco, .*simclr", shown)
     assert re.search("mixup: .*none, .*samix", shown)
-    assert "max_epochs: 20" in shown
+    assert "max_epochs: auto" in shown
     assert "hydra:" not in shown
 
 
@@ -141,7 +141,10 @@ def test_a_mistake_is_told_before_heavy_imports(tmp_path):
         (["pretrain", "trainer.accumulate_grad_batches=0"], "in [1, 1000000], got 0"),
         (["pretrain", "callbacks.pictures.rows=100000"], "in [1, 64], got 100000"),
         (["pretrain", "method.hidden_dim=0"], "method.hidden_dim must be a number in [1, 65536]"),
-        (["pretrain", f"method.queue_size={10**11}"], f"method.queue_size={10**11} takes 47,683.7"),
+        (
+            ["pretrain", "method=moco", f"method.queue_size={10**11}"],
+            f"method.queue_size={10**11} takes 47,683.7",
+        ),
         (["pretrain", "backbone.width=1000000"], "backbone.width of resnet18 must be a number in"),
         (
             ["pretrain", "backbone.width=60000"],

@@ -17,7 +17,11 @@ SMALL = {"hidden_dim": 32, "output_dim": 16}
 
 @pytest.fixture(scope="module")
 def methods():
-    return {name: compose("pretrain", [f"method={name}"])[0].method for name in groups()["method"]}
+    queue = {"moco": ["method.queue_size=64"]}
+    return {
+        name: compose("pretrain", [f"method={name}", *queue.get(name, [])])[0].method
+        for name in groups()["method"]
+    }
 
 
 @pytest.fixture(scope="module")

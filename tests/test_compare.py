@@ -29,7 +29,9 @@ _numbers = count()
 def composed(*words):
     """Compose a run of pretraining, or of the command that the first word names."""
     command = words[0] if "supervised" in words else "pretrain"
-    return compose(command, [word for word in words if word != command])
+    given = [word for word in words if word != command]
+    moco = [] if command == "supervised" or "method=" in " ".join(given) else ["method=moco"]
+    return compose(command, [*moco, *given])
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def _flat(node):
 
 def test_the_defaults():
     config, choices = compose("pretrain", [])
-    assert choices["method"] == "moco"
+    assert choices["method"] == "simclr"
     assert (choices["data"], choices["mixup"]) == ("digits", "samix")
     assert config.backbone.width == 16
     assert OmegaConf.is_struct(config)
@@ -68,9 +68,9 @@ def test_views_follow_the_method_unless_chosen():
         (["optimizer.weight_deacy=0"], "did you mean 'optimizer.weight_decay'"),
         (["method.queue_size=8", "method=simclr"], "unknown key 'method.queue_size'"),
         (["data.zzz=1"], "unknown key 'data.zzz'"),
-        (["trainer.max_epochs=ten"], "needs a whole number, got 'ten'"),
-        (["trainer.max_epochs=1.5"], "needs a whole number, got '1.5'"),
-        (["optimizer.lr=high"], "needs a number, got 'high'"),
+        (["trainer.max_epochs=ten"], "needs a whole number or auto, got 'ten'"),
+        (["trainer.max_epochs=1.5"], "needs a whole number or auto, got '1.5'"),
+        (["optimizer.lr=high"], "needs a number or auto, got 'high'"),
         (["data.flip=perhaps"], "needs true or false, got 'perhaps'"),
         (["mixup=null"], "unknown mixup"),
         (["callbacks.knn=null"], "holds keys of its own"),
@@ -102,7 +102,7 @@ def test_a_mistake_is_one_sentence_with_the_nearest_name(words, sentence):
         ("pretrain", "callbacks.knn={kk:2}", "unknown key 'callbacks.knn.kk': did you mean"),
         ("pretrain", "mixup.mask=null", "mixup.mask needs a name, got 'null'"),
         ("pretrain", "seed=${data.flip}", "seed needs a whole number, got 'false'"),
-        ("pretrain", "optimizer.lr=inf", "optimizer.lr needs a number, got 'inf'"),
+        ("pretrain", "optimizer.lr=inf", "optimizer.lr needs a number or auto, got 'inf'"),
         ("pretrain", "data.root=???", "data.root needs a path or null, got '???'"),
         ("pretrain", "out=", "out needs a path or null, got ''"),
         ("pretrain", f"seed={2**32}", f"seed must be at most {2**32 - 1}, got {2**32}"),

@@ -32,7 +32,7 @@ def test_a_worker_that_ended_is_a_sentence_and_other_faults_are_not(sentence, tm
             raise RuntimeError(sentence)
 
     expected = UserError if "DataLoader" in sentence else RuntimeError
-    with pytest.raises(expected, match=r"of another kind|data.workers=0 does without"):
+    with pytest.raises(expected, match=r"of another kind|data.workers=0 uses no workers"):
         _fit("pretrain", Trainer(), None, None, RunFolder(tmp_path))
 
 

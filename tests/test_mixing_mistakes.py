@@ -6,7 +6,7 @@ import pytest
 
 SMALL = (
     "data.limit=128", "data.batch_size=32", "backbone.width=8", "trainer.max_epochs=3",
-    "method.queue_size=64",
+    "method=moco", "method.queue_size=64",
 )  # fmt: skip
 
 

@@ -23,11 +23,11 @@ from PIL import Image
 from scipy import stats
 
 from ssl_samix.config.compose import compose, keys_set, parse, plain, quote_paths
-from ssl_samix.config.key_types import fitted
+from ssl_samix.config.key_types import converted
 from ssl_samix.errors import ConfigError, Interrupted, UserError
 from ssl_samix.reporting import study as command
 from ssl_samix.reporting import study_jobs, study_pictures
-from ssl_samix.reporting.study import Launcher, listed, main, parse_study, seconds_left
+from ssl_samix.reporting.study import Launcher, list_runs, main, parse_study, seconds_left
 from ssl_samix.reporting.study_costs import COLUMNS as COSTS
 from ssl_samix.reporting.study_costs import Costs
 from ssl_samix.reporting.study_jobs import Job, RunJob, locked, log_excerpt, processor
@@ -222,7 +222,7 @@ def test_the_studies_that_come_with_it(path):
             if "." in key and (mixup != "none" or not key.startswith("mixup.")):
                 [own] = keys_set(config, key, override.value())
                 default = reduce(dict.__getitem__, own.split("."), plain(config))
-                fitted(own, override.value(), default)
+                converted(own, override.value(), default)
     assert plan.csv == Path("docs/results") / f"{path.stem}.csv"
     assert f"{len(plan.runs())} runs" in path.read_text().replace("\n# ", " ")
 
@@ -480,7 +480,7 @@ def test_every_run_gets_a_row(study, here):
     main(["study.yaml"])
     assert len(Samix.started) == commands, "nothing was left to be started"
     assert plan.csv.read_bytes() == before
-    assert listed(plan).endswith("4 of 4 done")
+    assert list_runs(plan).endswith("4 of 4 done")
     paces = {key: {**row, "seconds": "5.0"} for key, row in rows.items()}
     assert seconds_left(paces, [(plan.runs()[0], 4)]) == 10.0
 

@@ -13,7 +13,7 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="no extra [s
 
 TINY = [
     "--multirun", "data.limit=96", "data.batch_size=32", "backbone.width=8",
-    "trainer.max_epochs=1", "trainer.accelerator=cpu", "method.queue_size=64",
+    "trainer.max_epochs=1", "trainer.accelerator=cpu", "method=moco", "method.queue_size=64",
 ]  # fmt: skip
 SBATCH = """#!/bin/sh
 cp "$1" "{here}/submitted"

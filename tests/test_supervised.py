@@ -13,8 +13,8 @@ from PIL import Image
 import ssl_samix
 from ssl_samix.config.compose import compose
 from ssl_samix.data.datasets import load_splits
-from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
+from ssl_samix.evaluation.measures import top1_top5
 
 TINY = {"data.limit": 256, "data.batch_size": 64, "backbone.width": 8}
 

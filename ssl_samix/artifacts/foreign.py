@@ -22,7 +22,7 @@ from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.resnet import RESNETS, ResNetTrunk
 
-UNPUBLISHED = "no published weights are known for '{}': give weights=random"
+UNPUBLISHED = "no published weights are known for '{}': begin with random ones"
 _log = logging.getLogger(__name__)
 # What an encoder does without: classifiers, projections, SwAV's prototypes, MAE's decoder, masks.
 HEADS = (

@@ -50,7 +50,7 @@ DEFAULTS_FOR_OLD_RUNS = {
 
 # Keys that are read by name, and that every run has.
 NEEDED = (
-    "out", "seed", "init", "data.name", "data.root", "data.limit", "data.labels", "data.download",
+    "out", "seed", "data.name", "data.root", "data.limit", "data.labels", "data.download",
     "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
     "callbacks.accuracy", "optimizer.optimizer",
 )  # fmt: skip
@@ -101,6 +101,7 @@ class RunFolder:
         old, _ = self.load_config()
         now = dotted(plain(config))
         before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | dotted(plain(old))
+        before |= {key: "auto" for key in self.automatic() if now.get(key) == "auto"}
         for key in sorted({*before, *now}):
             same = before.get(key) == now.get(key)
             if not same and (key == "data.root" or not key.startswith(FREE_KEYS)):
@@ -129,10 +130,29 @@ class RunFolder:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def create(self, config: DictConfig, choices: dict[str, str]) -> None:
-        """Write the configuration."""
-        text = OmegaConf.to_yaml(OmegaConf.create({"choices": choices, **plain(config)}))
+    def create(
+        self,
+        config: DictConfig,
+        choices: dict[str, str],
+        automatic: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the configuration.
+
+        Args:
+            config: With values, no ``auto``.
+            choices: The choice made in each group.
+            automatic: The keys that were ``auto``, and what they became; those of an earlier
+                part of the run are kept.
+        """
+        kept = {**self.automatic(), **(automatic or {})}
+        whole = {"choices": choices, **({"auto": kept} if kept else {}), **plain(config)}
+        text = OmegaConf.to_yaml(OmegaConf.create(whole))
         write_atomically(self.config, lambda temporary: temporary.write_text(text, "utf-8"))
+
+    def automatic(self) -> dict[str, Any]:
+        """Return the keys that were ``auto`` when the run was started, and what they became."""
+        said = read_plain(self.config).get("auto") if self.config.is_file() else None
+        return said if isinstance(said, dict) else {}
 
     def load_config(self) -> tuple[DictConfig, dict[str, str]]:
         """Read the run's configuration and its choices.
@@ -165,6 +185,7 @@ def _choices(said: dict[str, Any]) -> dict[str, str]:
     Raises:
         ConfigError: If there are none, or they do not name what is installed.
     """
+    said.pop("auto", None)  # what was automatic stands at its key, too
     choices = said.pop("choices", None)
     if not isinstance(choices, dict):
         raise ConfigError("it has no choices")

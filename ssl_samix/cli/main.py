@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, Subcommand
@@ -94,7 +98,6 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
     import hydra
     from omegaconf import OmegaConf
 
-    from ssl_samix.cli.slurm import jobs_reported
     from ssl_samix.config.compose import CONFIG_DIR, describe_groups
     from ssl_samix.training.launch import COMMAND
 
@@ -130,9 +133,7 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     Returns:
         The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
     """
-    from ssl_samix.cli.slurm import GROUP, check_launcher
-    from ssl_samix.config.compose import quote_paths, quoted
-    from ssl_samix.config.hydra_words import check_hydra
+    from ssl_samix.config.compose import check_hydra, quote_paths, quoted
 
     flags = [word for word in words if word.startswith("-")]
     sweeping = "--multirun" in flags or "-m" in flags
@@ -211,3 +212,71 @@ def job_name(words: list[str]) -> str:
 
 def _on_sigterm(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
+
+
+GROUP = "hydra/launcher"
+_SLURM = ("slurm", "submitit_slurm")
+_SUBMITIT = (*_SLURM, "submitit_local")
+
+
+def check_launcher(name: str, sweeping: bool) -> None:
+    """Refuse a launcher that could start nothing here.
+
+    Args:
+        name: The choice of ``hydra/launcher``; one that is not submitit's is left to Hydra.
+        sweeping: Whether the command has ``--multirun``; Hydra ignores launchers without it.
+
+    Raises:
+        ConfigError: If that is missing, or the launcher's package, or SLURM's commands.
+    """
+    if not sweeping:
+        raise ConfigError(f"{GROUP}={name} starts jobs with --multirun only")
+    if name not in _SUBMITIT:
+        return
+    if not _installed():
+        raise ConfigError(f"{GROUP}={name} needs its package: pip install 'ssl_samix[slurm]'")
+    if name in _SLURM and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise ConfigError(
+            f"{GROUP}={name} needs SLURM's sbatch and srun, which are not on this machine"
+        )
+
+
+def _installed() -> bool:
+    """Say whether Hydra's plugin is there; submitit itself always is."""
+    names = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the parent first
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+@contextmanager
+def jobs_reported(name: str, folder: str) -> Iterator[None]:
+    """Say where jobs of a submitit launcher print, and turn its errors into sentences.
+
+    Args:
+        name: The choice of ``hydra/launcher``.
+        folder: Where Hydra keeps the sweep.
+
+    Raises:
+        UserError: If a job ended without finishing its run, or could not be composed or submitted.
+    """
+    if name not in _SUBMITIT:
+        yield
+        return
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+
+    logs = os.path.join(folder, ".submitit")
+    print(f"jobs of {GROUP}={name} print to {logs}; this command waits for them", flush=True)
+    # Hydra prints a traceback and exits unless this variable is set.
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except (FailedJobError, UncompletedJobError) as error:
+        raise UserError(f"a job ended before its run did: see {logs}") from error
+    except (FailedSubmissionError, HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{GROUP}={name}: {' '.join(str(error).split())}") from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before

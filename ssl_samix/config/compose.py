@@ -24,9 +24,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.config.key_types import PATHS, converted
-from ssl_samix.config.options import check_options, is_plain
-from ssl_samix.errors import ConfigError, UserError, nearest
+from ssl_samix.config.key_types import PATHS, check_options, converted, is_plain
+from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
 from ssl_samix.files import expanded
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -60,6 +59,7 @@ def describe_groups(config_name: str) -> str:
     return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
 
 
+PRETRAINED = "pretrained"  # a value of init: published weights
 OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
 MOST_SHOWN = 200  # characters of a word, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
@@ -346,7 +346,7 @@ def absolute(config: DictConfig) -> DictConfig:
     for key in ("data.root", "mixup.mixer", "init"):
         path = OmegaConf.select(config, key)
         # shards may be behind a URL; an empty path is a mistake and not the current folder
-        if path and "://" not in str(path):
+        if path and "://" not in str(path) and (key, path) != ("init", PRETRAINED):
             OmegaConf.update(config, key, os.path.abspath(expanded(str(path))))
     return config
 
@@ -465,3 +465,45 @@ def expanded_arguments(folder: Path, chosen: Mapping[str, Any]) -> list[str] | N
     choices = [f"{group}={in_hydras_grammar(name)}" for group, name in names.items()]
     # Forced, since options of a timm model need not be there.
     return choices + [f"++{k}={in_hydras_grammar(value)}" for k, value in dotted(left).items()]
+
+
+def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
+    """Find mistakes in the words that are Hydra's own, such as ``hydra/launcher=slurm``.
+
+    Raises:
+        ConfigError: With the nearest group, choice or key, or else in Hydra's words.
+    """
+    own = [o for o in parse(arguments) if o.key_or_group.startswith("hydra")]
+    if not own:
+        return
+    taken = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            words = [str(o.input_line) for o in own]
+            try:
+                whole = hydra_compose(config_name, overrides=words, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                for override in own:
+                    _check_hydras(config_name, override)
+                raise ConfigError(str(error).strip().splitlines()[0]) from error
+            for part in ("launcher", "sweeper"):
+                if not isinstance(whole.hydra[part], DictConfig):
+                    raise ConfigError(f"hydra.{part} is not a key: write hydra/{part}=<name>")
+    finally:
+        GlobalHydra.instance().hydra = taken
+
+
+def _check_hydras(config_name: str, override: Override) -> None:
+    """Refuse a group, a choice or a key that Hydra, which is initialised, does not have."""
+    key, loader = override.key_or_group, GlobalHydra.instance().config_loader()
+    if "/" in key:
+        known = [f"hydra/{name}" for name in loader.list_groups("hydra")]
+        if key not in known:
+            raise ConfigError(nearest(key, known, "key"))
+        check_choice(key, override.value(), loader.get_group_options(key))
+    else:
+        whole = hydra_compose(config_name, return_hydra_config=True)
+        keys = list(keys_of(whole.hydra, "hydra."))
+        if key not in keys:
+            raise ConfigError(nearest(key, keys, "key"))

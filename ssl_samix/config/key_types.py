@@ -8,7 +8,7 @@ the same, but reading them would import torch, and many arguments reach a base c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -36,11 +36,24 @@ TYPES: dict[str, Any] = {
     "mixup.local_weight": float | Auto,
     "backbone.stem": str,
     "classifier.heads": str,
-    "optimizer.warmup_epochs": float,
+    "data.batch_size": int | Auto,
+    "data.crop_min": float | Auto,
+    "views.a.brightness": float | Auto,
+    "views.a.contrast": float | Auto,
+    "views.a.saturation": float | Auto,
+    "views.a.hue": float | Auto,
+    "views.b.brightness": float | Auto,
+    "views.b.contrast": float | Auto,
+    "views.b.saturation": float | Auto,
+    "views.b.hue": float | Auto,
+    "method.queue_size": int | Auto,
+    "optimizer.lr": float | Auto,
+    "optimizer.warmup_epochs": float | Auto,
+    "trainer.max_epochs": int | Auto,
     "callbacks.accuracy.every_n_epochs": int | Auto,
     "callbacks.knn.every_n_epochs": int | Auto,
     "callbacks.knn.bank_limit": int | None,
-    "callbacks.knn.val_limit": int | None,
+    "callbacks.knn.val_limit": int | Auto | None,
     "callbacks.pictures.every_n_epochs": int | Auto,
     "mixup.pairs": str,
     "mixup.placement": str,
@@ -141,3 +154,35 @@ def _said(kind: Any) -> str:
         plural = {int: "whole numbers", float: "numbers"}
         return f"a list of {plural.get(get_args(kind)[0], 'values')}"
     return WORDS[kind]
+
+
+KEY = "backbone.options"
+FILES = ("checkpoint_path", "cache_dir")  # a local file or folder
+PUBLISHED = "pretrained"  # what names of published weights begin with
+LISTS = (list, tuple)
+VALUES = (str, int, float, bool, type(None))
+
+
+def check_options(options: Any) -> None:
+    """Refuse options that name weights, which may be any file, and values that are not plain.
+
+    Raises:
+        ConfigError: With the option.
+    """
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{KEY} holds keys of its own: write {KEY}={{<option>: <value>}}")
+    for name, value in options.items():
+        if str(name) in FILES or str(name).startswith(PUBLISHED):
+            raise ConfigError(
+                f"{KEY} cannot have {name}: a network is built without weights; "
+                "samix supervised init=<file> starts from some"
+            )
+        if not isinstance(name, str) or not is_plain(value):
+            raise ConfigError(f"{KEY}.{name} needs a number, a text, or a list of these")
+
+
+def is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a text, true, false, null, or a list of these (of lists)."""
+    parts = value if isinstance(value, LISTS) else [value]
+    inner = (part if isinstance(part, LISTS) else [part] for part in parts)
+    return all(isinstance(one, VALUES) for ones in inner for one in ones)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import ImageSet, MemoryImages
-from ssl_samix.data.view_spec import Recipes, ViewSpec
+from ssl_samix.data.view_spec import Recipes, ViewSpec, smallest_crop
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.types import Batch
@@ -153,13 +153,31 @@ class StepData(pl.LightningDataModule):
         return Batch(views=self.views(pixels), label=label, index=index)
 
 
+BATCHES = (8, 256)  # smallest and largest automatic batch
+BATCHES_PER_EPOCH = 8  # at least, where the images are enough for the smallest batch
+
+
+def power_of_two(limit: float) -> int:
+    """Return the largest power of two that is not above ``limit``, at least 1."""
+    return 1 << max(0, int(limit).bit_length() - 1)
+
+
+def auto_batch_size(images: int) -> int:
+    """Return a power of two: at most an eighth of the images, from 8 to 256.
+
+    Fewer than 8 images are one batch.
+    """
+    smallest, largest = BATCHES
+    return min(images, largest, max(smallest, power_of_two(images / BATCHES_PER_EPOCH)))
+
+
 class DataModule(StepData):
     """The images of one run.
 
     Args:
         views: Settings of the views that a batch consists of.
         seed: Seed of the run; orders and views derive from it and from the step.
-        batch_size: Images per step, over all devices.
+        batch_size: Images per step, over all devices; or ``auto``, see ``auto_batch_size``.
         flip: Whether views may be mirrored.
         crop_min: Smallest area of a crop, if larger than that of the method's views.
         workers: Processes that decode images, or ``auto``: none if all images are in memory.
@@ -174,9 +192,9 @@ class DataModule(StepData):
         *,
         views: Recipes,
         seed: int,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
         flip: bool,
-        crop_min: float,
+        crop_min: float | Literal["auto"],
         workers: int | Literal["auto"],
         **data: Any,
     ) -> None:
@@ -184,13 +202,16 @@ class DataModule(StepData):
         check_range("seed", seed, 0)
         if workers != "auto":
             check_range("data.workers", workers, 0)
-        self.seed, self.batch_size, self.workers = seed, batch_size, workers
+        self.seed, self.workers = seed, workers
         self.splits: Splits = load_splits(**data)
         self.images = self.splits.train
+        images = len(self.images)
+        self.batch_size = auto_batch_size(images) if batch_size == "auto" else batch_size
         self._check_batch()
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
-        specs = views.specs(size, flip, crop_min)
-        self.views = ViewMaker(specs, size, mean, std, views.device)
+        self.crop_min = smallest_crop(size, crop_min)
+        self.specs = views.specs(size, flip, self.crop_min)
+        self.views = ViewMaker(self.specs, size, mean, std, views.device)
 
     def _check_batch(self) -> None:
         images = len(self.images)

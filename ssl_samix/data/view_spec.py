@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 
@@ -21,6 +21,11 @@ HIGHEST = {  # upper bound of settings that may exceed 1
     "operations": 14,
     "magnitude": 30,
 }
+AUTO = "auto"
+SMALL_IMAGE_JITTER = 0.5  # strength below `SMALLEST_BLURRED`, as SimCLR's for CIFAR-10 (B.9)
+# What auto is for larger images: SimCLR's colour jitter of strength 1 (appendix A).
+JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+SMALL_IMAGE_CROP = 0.2  # what auto is for data.crop_min below `SMALLEST_BLURRED`
 BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, appendix A, and everyone since
 
 
@@ -83,7 +88,20 @@ class ViewSpec:
             )
 
 
-def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float = 0.0) -> ViewSpec:
+def smallest_crop(image_size: int, crop_min: float | Literal["auto"]) -> float:
+    """Return ``data.crop_min`` for images of this size; see ``scaled``."""
+    if crop_min == AUTO:
+        return SMALL_IMAGE_CROP if image_size < SMALLEST_BLURRED else 0.0
+    check_range("data.crop_min", crop_min, 0.0, 1.0)
+    return float(crop_min)
+
+
+def scaled(
+    spec: ViewSpec,
+    image_size: int,
+    flip: bool = True,
+    crop_min: float | Literal["auto"] = 0.0,
+) -> ViewSpec:
     """Return ``spec`` fitted to the data.
 
     Args:
@@ -91,13 +109,14 @@ def scaled(spec: ViewSpec, image_size: int, flip: bool = True, crop_min: float =
         image_size: Side of the views, in pixels; below `SMALLEST_BLURRED` nothing is blurred.
         flip: False if mirroring changes the meaning of an image, as of a digit.
         crop_min: Smallest area of a crop, if the data need more than photographs do: a quarter of
-            a digit is another sign.
+            a digit is another sign. ``auto``: 0.2 below 64 px, where less is a blur of a few
+            pixels.
     """
-    check_range("data.crop_min", crop_min, 0.0, 1.0)
+    smallest = smallest_crop(image_size, crop_min)
     return replace(
         spec,
-        crop_min=max(spec.crop_min, crop_min),
-        crop_max=max(spec.crop_max, crop_min),
+        crop_min=max(spec.crop_min, smallest),
+        crop_max=max(spec.crop_max, smallest),
         blur=spec.blur if image_size >= SMALLEST_BLURRED else 0.0,
         flip=spec.flip if flip else 0.0,
     )
@@ -107,7 +126,8 @@ class Recipes:
     """Settings of all views of a batch, and where the views are computed.
 
     Args:
-        views: The settings of each view, a `ViewSpec` or its fields.
+        views: The settings of each view, a `ViewSpec` or its fields; ``auto`` for those of the
+            colour jitter is SimCLR's, half as strong below 64 px.
         device: Where they are computed: ``auto``, ``batched`` or ``workers`` (see `ViewMaker`).
         group: The key that holds ``device``, for the error.
 
@@ -121,12 +141,24 @@ class Recipes:
         check_choice(f"{group}.device", device, PLACES)
         self.device = device
         self.views = [view if isinstance(view, ViewSpec) else _spec(view) for view in views]
+        # Which settings follow the image size, per view.
+        self.automatic = [
+            [] if isinstance(view, ViewSpec) else [n for n in JITTER if view[n] == AUTO]
+            for view in views
+        ]
 
     def specs(
-        self, image_size: int, flip: bool = True, crop_min: float = 0.0
+        self, image_size: int, flip: bool = True, crop_min: float | Literal["auto"] = 0.0
     ) -> tuple[ViewSpec, ...]:
         """Return a spec per view, `scaled` to ``image_size`` pixels and to the data."""
-        return tuple(scaled(spec, image_size, flip, crop_min) for spec in self.views)
+        strength = SMALL_IMAGE_JITTER if image_size < SMALLEST_BLURRED else 1.0
+        return tuple(
+            replace(
+                scaled(spec, image_size, flip, crop_min),
+                **{name: strength * JITTER[name] for name in names},  # type: ignore[arg-type]
+            )
+            for spec, names in zip(self.views, self.automatic, strict=True)
+        )
 
 
 class OneView(Recipes):
@@ -160,4 +192,5 @@ def _spec(settings: Mapping[str, Any]) -> ViewSpec:
     missing = [name for name in needed if name not in settings]
     if missing:
         raise ConfigError(f"a view lacks the settings {', '.join(missing)}")
-    return ViewSpec(**settings)
+    jitter = {name: value for name, value in JITTER.items() if settings[name] == AUTO}
+    return ViewSpec(**{**settings, **jitter})

@@ -23,9 +23,9 @@ from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.view_spec import scaled
 from ssl_samix.errors import ConfigError, check_choice, check_range
-from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.linear import split
+from ssl_samix.evaluation.measures import top1_top5
 from ssl_samix.evaluation.task import Task
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.trainer import build_trainer, memory_format
@@ -216,6 +216,9 @@ def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tens
     return torch.cat(parts, dim=1)
 
 
+FEW_HELD_OUT = 100  # images; a choice between learning rates by fewer is little better than a guess
+
+
 @dataclass(frozen=True)
 class FewLabels:
     """Labelled training images, all of them or some, and how networks are trained on them.
@@ -240,6 +243,11 @@ class FewLabels:
         """Return the positions that are learned and those, maybe none, that choose."""
         labels = self.task.labelled[0].labels[self.picks]
         kept, held = split(labels, len(self.task.splits.classes), self.held_out, self.seed)
+        if 0 < len(held) < FEW_HELD_OUT:
+            _log.warning(
+                "%d labelled images choose the learning rate: one right or wrong is %.1f points",
+                *(len(held), 100 / len(held)),
+            )
         return self.picks[kept], self.picks[held]
 
     def fit(self, backbone: Backbone, recipe: Recipe, picks: Tensor) -> Classifier:

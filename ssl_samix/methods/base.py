@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +19,6 @@ from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.distributed import gathered, offset
 from ssl_samix.models.ema import EMATwin, evaluating, frozen_forward
-from ssl_samix.models.passes import Passed, StepMemory
 from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.types import Batch, Terms
 
@@ -38,6 +40,50 @@ def check_widths(**widths: int) -> None:
         check_range(f"method.{name}", width, 1, WIDEST)
     (first, rows), (second, columns) = sorted(widths.items(), key=lambda item: -item[1])[:2]
     check_memory(f"a layer of method.{first}={rows} and {second}={columns}", rows * columns)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one pass over (B, 3, S, S) images gave."""
+
+    embedding: Tensor  # (B, D) of the projector
+    query: Tensor | None = None  # (B, D) of the predictor, or the embedding where there is none
+    maps: Tensor | None = None  # (B, C, h, w) of the stage that mixing reads, no gradient
+
+
+class StepMemory:
+    """Remembers passes by branch and images while a step lasts; outside of one it forgets at once.
+
+    Images are compared by identity: the same tensor, not an equal one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[str, Tensor, Passed]] | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Remember until the step is over."""
+        self._kept = []
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def find(self, branch: str, images: Tensor) -> Passed | None:
+        """Return what ``branch`` gave for these images in this step."""
+        for name, seen, passed in self._kept or ():
+            if name == branch and seen is images:
+                return passed
+        return None
+
+    def once(self, branch: str, images: Tensor, compute: Callable[[], Passed]) -> Passed:
+        """Return what ``branch`` gave for these images, or compute it now."""
+        passed = self.find(branch, images)
+        if passed is None:
+            passed = compute()
+            if self._kept is not None:
+                self._kept.append((branch, images, passed))
+        return passed
 
 
 class BaseMethod(pl.LightningModule, ABC):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_samix.config.options import check_options
+from ssl_samix.config.key_types import check_options
 from ssl_samix.errors import ConfigError, check_memory, check_range, nearest
 from ssl_samix.models.resnet import RESNETS, ResNetTrunk, weights_of
 from ssl_samix.types import Features, MapSpec

@@ -17,6 +17,7 @@ from ssl_samix.config.compose import absolute, build, compose, quote_paths
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.trainer import memory_format
+from ssl_samix.training.defaults import known_of, resolve_auto
 from ssl_samix.training.logging import Pace
 from ssl_samix.training.monitors import Recluster
 from ssl_samix.training.pretrain import Pretraining
@@ -52,10 +53,11 @@ class Candidate:
     """
 
     def __init__(self, mode: Mode, words: Sequence[str], data: dict[str, DataModule]) -> None:
-        self.config, _ = compose(mode.command, quote_paths([*words, "trainer.max_epochs=1"]))
+        self.config, choices = compose(mode.command, quote_paths([*words, "trainer.max_epochs=1"]))
         absolute(self.config)
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         self.data = _data(mode, self.config, data)
+        resolve_auto(self.config, choices, len(self.data.images), known_of(self.data))
         backbone = build(self.config.backbone, image_size=self.data.splits.image_size)
         mixing = build_mixing(self.config, backbone, self.data)
         nowhere = RunFolder("nowhere")  # a run that has no checkpoint

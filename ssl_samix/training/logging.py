@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,8 @@ class Pace(pl.Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True)
 
 
+ESTIMATED_AFTER = 20  # steps
+LONG_RUN = 60  # seconds; shorter runs soon print the time that is left
 MOST_LINES = 12  # at most, about; of a run without a terminal
 
 
@@ -143,9 +146,13 @@ class RunProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Update the bar."""
+        """Update the bar; without one, print once how long the run will take, if it is long."""
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
+            return
+        due = trainer.global_step == self._first_step + ESTIMATED_AFTER
+        if due and trainer.is_global_zero and self._seconds_left(trainer) > LONG_RUN:
+            print(f"{'time':<10}about {self._left(trainer)} for the run", flush=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show loss and quality of the epoch."""
@@ -181,10 +188,12 @@ class RunProgress(pl.Callback):
             self._bar = None
 
     def _left(self, trainer: pl.Trainer) -> str:
+        return str(tqdm.format_interval(self._seconds_left(trainer)))
+
+    def _seconds_left(self, trainer: pl.Trainer) -> float:
         done = trainer.global_step - self._first_step
         todo = int(trainer.estimated_stepping_batches) - trainer.global_step
-        seconds = (time.monotonic() - self._begin) / max(1, done) * todo
-        return tqdm.format_interval(seconds)
+        return (time.monotonic() - self._begin) / max(1, done) * todo
 
 
 def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
@@ -231,6 +240,7 @@ def announce(
     data: DataModule,
     meta: dict[str, Any],
     purpose: str,
+    automatic: Mapping[str, Any],
 ) -> None:
     """Print what the run will do, including settings that were chosen automatically."""
     if not trainer.is_global_zero:
@@ -241,16 +251,22 @@ def announce(
     weights = sum(p.numel() for p in module.backbone.parameters())
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    per_epoch = len(splits.train) // data.batch_size  # Lightning has not counted them yet
+    steps = config.trainer.max_epochs * per_epoch // trainer.accumulate_grad_batches
     rows = {
         "data": f"{meta['data']}: {len(splits.train)} images at {splits.image_size} px, "
         + (f"{classes} classes, {purpose}" if classes else "no labels"),
         "encoder": f"{backbone['name']}, width {backbone['width']}, {backbone['stem']} stem, "
         f"{weights / 1e6:.1f} M weights",
         "method": f"{meta['method']}, mixup {meta['mixup']}, {config.trainer.max_epochs} "
-        f"epochs, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
+        f"epochs, {steps} steps, batch {batch}, learning rate {module.recipe.scaled_lr(batch):.3g}",
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", resumed from last.ckpt" if folder.last.exists() else ""),
     }
+    if automatic:
+        rows["auto"] = ", ".join(
+            f"{key}={value:.4g}" for key, value in automatic.items() if key[:8] != "views.b."
+        )
     said = [*rows.items(), *(("note", note) for note in splits.notes)]
     print("\n".join(f"{name:<10}{text}" for name, text in said), flush=True)
 

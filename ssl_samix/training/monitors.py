@@ -18,10 +18,16 @@ from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.images import ImageSet
 from ssl_samix.data.subsets import stratified
 from ssl_samix.errors import ConfigError, check_range
-from ssl_samix.evaluation.accuracy import top1_top5
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import knn_accuracy
-from ssl_samix.evaluation.measures import alignment, embed_two_views, kmeans, rankme, uniformity
+from ssl_samix.evaluation.measures import (
+    alignment,
+    embed_two_views,
+    kmeans,
+    rankme,
+    top1_top5,
+    uniformity,
+)
 
 SHARE = 0.05  # share of the training cost that ``every_n_epochs=auto`` stays below
 
@@ -171,7 +177,10 @@ class AccuracyMonitor(Monitor):
         return lines
 
 
-RANK_SAMPLE = 1000  # images for RankMe and uniformity; an upper bound of the rank
+AUTO = "auto"
+ONCE = 0.01  # share of a run's cost that a measurement may have, where images can be left out
+FEWEST = 1000  # validation images: their accuracy has a standard error of at most 1.6 points
+RANK_SAMPLE = 1000  # images for RankMe and uniformity: a rank of at most 1,000 can be seen
 VIEW_SAMPLE = 250  # images for alignment, embedded twice
 _log = logging.getLogger(__name__)
 
@@ -184,14 +193,18 @@ class KNNMonitor(Monitor):
         k: Neighbours to vote; the first gives ``knn/top1``, the others ``knn/top1_k<k>``.
         temperature: Temperature of the votes' weights (DINO, arXiv 2104.14294, uses 0.07).
         bank_limit: At most this many images in the memory bank (None: all).
-        val_limit: At most this many validation images (None: all).
+        val_limit: At most this many validation images, balanced over the classes (None: all);
+            ``auto``: so many that a measurement costs at most 1% of the run, but at least 1,000.
+
+    Where it costs less than 1% of the run, the network is measured before it has learned, and so
+    are the pixels themselves: what a run was worth is what it has above both.
 
     Raises:
         ConfigError: For a setting below its smallest value.
     """
 
     name = "knn"
-    columns = ("knn/", "rankme", "alignment", "uniformity")
+    columns = ("knn/", "rankme", "alignment", "uniformity", "untrained/", "pixels/")
     first = ("knn/top1", "rankme")
     shown: ClassVar = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
     step_cost = 4  # of MoCo: 3 of the query encoder, 1 of the key encoder
@@ -202,7 +215,7 @@ class KNNMonitor(Monitor):
         k: int | Sequence[int] = (20, 200),
         temperature: float = 0.07,
         bank_limit: int | None = None,
-        val_limit: int | None = None,
+        val_limit: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(every_n_epochs)
         self.k = [k] if isinstance(k, int) else list(k)
@@ -212,14 +225,28 @@ class KNNMonitor(Monitor):
             check_range("callbacks.knn.k", neighbours, 1)
         check_range("callbacks.knn.temperature", temperature, 1e-3)
         for name, limit in (("bank_limit", bank_limit), ("val_limit", val_limit)):
-            if limit is not None:
+            if limit is not None and limit != AUTO:
                 check_range(f"callbacks.knn.{name}", limit, 1)
         self.temperature = temperature
-        self.bank_limit, self.val_limit = bank_limit, val_limit
+        self.bank_limit = bank_limit
+        self.val_limit: int | None = None if val_limit == AUTO else val_limit  # type: ignore[assignment]
+        self.limits_itself = val_limit == AUTO
+        self.before: dict[str, float] = {}  # measured before the first step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if there are fewer images than ``k``."""
-        bank = trainer.datamodule.splits.bank  # type: ignore[attr-defined]
+        """Choose the validation images, and measure what there is before the first step.
+
+        A warning says so, if there are fewer images than neighbours that shall vote.
+        """
+        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        bank, val = data.splits.bank, data.splits.val
+        run = self.step_cost * len(data.splits.train) * (trainer.max_epochs or 1)
+        if self.limits_itself and val is not None:
+            left = int(ONCE * run) - self.passes(data) + len(val)
+            self.val_limit = min(len(val), max(FEWEST, left))
+        if trainer.global_step == 0 and self.passes(data) <= ONCE * run:
+            with trainer.precision_plugin.forward_context():
+                self.before = self._worth(pl_module, data)
         images = 0 if bank is None else self._count(bank, self.bank_limit)
         beyond = [k for k in self.k if k > images]
         if trainer.is_global_zero and images and beyond:
@@ -228,6 +255,15 @@ class KNNMonitor(Monitor):
                 beyond[0] if len(beyond) == 1 else beyond, images,
                 "all of them vote" if len(beyond) == len(self.k) else "this is left out",
             )  # fmt: skip
+
+    def _worth(self, module: Any, data: DataModule) -> dict[str, float]:
+        """Measure the untrained network, and the pixels of images that are held in memory."""
+        untrained = self.measure_encoder(module.backbone, data, module.device)
+        found = {f"untrained/{name}": untrained[name] for name in self.first if name in untrained}
+        if data.in_memory and "knn/top1" in untrained:
+            pixels = self.measure_encoder(torch.nn.Flatten(), data, module.device)
+            found["pixels/knn/top1"] = pixels["knn/top1"]
+        return found
 
     def passes(self, data: DataModule) -> int:
         """Return the number of embedded images; those of two views count twice."""
@@ -245,15 +281,27 @@ class KNNMonitor(Monitor):
         return min(len(images), limit or len(images))
 
     def measure(self, module: Any, data: DataModule) -> dict[str, float]:
-        """Return the measurements of the backbone."""
-        return self.measure_encoder(module.backbone, data, module.device)
+        """Measure the backbone; the first time, add what was measured before the first step."""
+        before, self.before = self.before, {}
+        return before | self.measure_encoder(module.backbone, data, module.device)
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return lines with kNN accuracy, if there are labels, and RankMe."""
-        lines = [("RankMe", f"{newest['rankme']:.1f}")] if "rankme" in newest else []
+        """Return kNN, where there are labels, and RankMe."""
+        lines = []
         if {"knn/top1", "knn/best_top1"} <= newest.keys():
             now, best = newest["knn/top1"], newest["knn/best_top1"]
-            lines.insert(0, ("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
+            lines.append(("kNN top-1", f"{now:.2f}% final, {best:.2f}% best"))
+        before = {
+            "raw pixels": newest.get("pixels/knn/top1"),
+            "untrained network": newest.get("untrained/knn/top1"),
+        }
+        known = [f"{name} {value:.2f}%" for name, value in before.items() if value is not None]
+        if lines and known:
+            lines.append(("", f"for comparison: {', '.join(known)}"))
+        if "rankme" in newest:
+            untrained = newest.get("untrained/rankme")
+            beside = "" if untrained is None else f"; untrained network {untrained:.1f}"
+            lines.append(("RankMe", f"{newest['rankme']:.1f}{beside}"))
         return lines
 
     def measure_encoder(

@@ -32,7 +32,7 @@ def pretrain(
     Args:
         data: A data set's name (``digits`` if None), or the path of a folder of images;
             a ``Path`` is never a name.
-        method: ``moco`` (if None), ``simclr`` or ``byol``.
+        method: ``simclr`` (if None), ``moco``, ``byol`` or another of ``configs/method``.
         out: Run folder; a new one under ``runs`` if None. The same call resumes an interrupted
             run.
         **overrides: Choices (``backbone="resnet50"``) and keys, as nested dicts

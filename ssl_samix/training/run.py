@@ -13,11 +13,13 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ssl_samix.artifacts.checkpoints import AtomicCheckpointIO
-from ssl_samix.artifacts.encoder import save_encoder
+from ssl_samix.artifacts.checkpoints import AtomicCheckpointIO, describe
+from ssl_samix.artifacts.encoder import load_encoder, save_encoder
+from ssl_samix.artifacts.foreign import published
 from ssl_samix.artifacts.mixer import save_mixer
 from ssl_samix.artifacts.run_folder import RunFolder, default_out, mend_metrics, resumed_config
 from ssl_samix.config.compose import (
+    PRETRAINED,
     absolute,
     build,
     compose,
@@ -35,6 +37,7 @@ from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.trainer import compile_if_wanted, memory_format, record_start
+from ssl_samix.training.defaults import known_of, resolve_auto
 from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint
 from ssl_samix.training.launch import (
     given_folder,
@@ -144,7 +147,11 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     data: DataModule = build(
         config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
     )
+    automatic = resolve_auto(config, choices, len(data.images), known_of(data))
     backbone = build(config.backbone, image_size=data.splits.image_size)
+    init = config.get("init")  # a run from before pretraining had it has no such key
+    if init is not None and not folder.last.exists():
+        start_from(init, backbone)
     mixing = build_mixing(config, backbone, data)
     module = mode.module(config, data, folder, backbone, mixing)
     module.to(memory_format=memory_format(module))
@@ -154,16 +161,46 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     compiling = config.trainer.get("compile", False)  # older runs have no such key
     compile_if_wanted(module, compiling, trainer.strategy.root_device)
     if is_main_process():
-        folder.create(config, choices)
+        folder.create(config, choices, automatic)
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
-    announce(trainer, config, folder, module, data, meta, mode.purpose)
+    announce(trainer, config, folder, module, data, meta, mode.purpose, automatic)
     _fit(mode.command, trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the checkpoint interval skipped the last epochs
     if trainer.is_global_zero:
         mode.save(folder, module, meta)
     return finish(trainer, folder, monitor)
+
+
+def start_from(init: str, backbone: Backbone) -> None:
+    """Copy the weights of an encoder that has learned before.
+
+    Args:
+        init: A run folder, a checkpoint, an ``encoder.safetensors``; or ``pretrained``, the weights
+            that torchvision or timm publish for this network, fetched if they are not here.
+        backbone: Takes them.
+
+    Raises:
+        UserError: If there is none, or it is another network.
+    """
+    if init == PRETRAINED:
+        theirs, meta = published(backbone.name, backbone.image_size)
+        size: int = meta["image_size"]
+    else:
+        encoder = load_encoder(init)
+        theirs, size = encoder.backbone, encoder.image_size
+    if theirs.settings != backbone.settings:
+        raise ConfigError(
+            f"init={init} is {describe(theirs.settings)}, this run has "
+            f"{describe(backbone.settings)}: choose the same backbone"
+        )
+    try:
+        backbone.load_state_dict(theirs.state_dict(), strict=True)
+    except RuntimeError as error:  # a transformer's position table
+        raise ConfigError(
+            f"init={init} takes images of {size} px only, not {backbone.image_size}"
+        ) from error
 
 
 def build_mixing(config: DictConfig, backbone: Backbone, data: DataModule) -> MixObjective | None:

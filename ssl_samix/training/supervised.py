@@ -9,14 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ssl_samix.artifacts.checkpoints import describe
-from ssl_samix.artifacts.encoder import load_encoder, save_classifier
+from ssl_samix.artifacts.encoder import save_classifier
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.folder import empty_classes, join_names
 from ssl_samix.data.view_spec import OneView, Recipes
-from ssl_samix.errors import ConfigError, DataError
+from ssl_samix.errors import DataError
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.methods.classifier import Classifier
 from ssl_samix.mixup.objective import MixObjective
@@ -75,8 +74,6 @@ class Supervised(Mode):
     ) -> BaseMethod:
         """Build the classifier, from the encoder in ``init`` if given."""
         _check_labels(config, data)
-        if config.init is not None and not folder.last.exists():
-            _start_from(config.init, backbone)
         classifier: Classifier = build(
             config.classifier,
             backbone=backbone,
@@ -124,24 +121,3 @@ def _check_labels(config: DictConfig, data: DataModule) -> None:
         raise DataError(
             f"no training image of {join_names(empty + bare)}: add one or remove the class"
         )
-
-
-def _start_from(init: str, backbone: Backbone) -> None:
-    """Copy the weights of a pretrained encoder.
-
-    Raises:
-        UserError: If there is none, or it is another network.
-    """
-    encoder = load_encoder(init)
-    theirs, ours = encoder.backbone.settings, backbone.settings
-    if theirs != ours:
-        raise ConfigError(
-            f"init={init} is {describe(theirs)}, this run has {describe(ours)}: choose the same "
-            "backbone"
-        )
-    try:
-        backbone.load_state_dict(encoder.backbone.state_dict(), strict=True)
-    except RuntimeError as error:  # a transformer's position table
-        raise ConfigError(
-            f"init={init} takes images of {encoder.image_size} px only, not {backbone.image_size}"
-        ) from error

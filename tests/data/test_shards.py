@@ -21,12 +21,11 @@ import torch
 from PIL import Image
 
 from ssl_samix.data import shards
-from ssl_samix.data.cache import cache_folder
 from ssl_samix.data.datamodule import StepLoader, StepReader, StepSampler
 from ssl_samix.data.datasets import load_splits
 from ssl_samix.data.images import FileImages, MemoryImages
 from ssl_samix.data.layout import check_layout
-from ssl_samix.data.shards import expand_braces, find, index
+from ssl_samix.data.shards import cache_folder, expand_braces, find, index
 from ssl_samix.data.sources import ShardSource, windowed
 from ssl_samix.errors import DataError, UserError
 

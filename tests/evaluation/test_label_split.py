@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.errors import DataError
-from ssl_samix.evaluation.label_split import (
+from ssl_samix.data.subsets import (
     draw_per_class,
     draw_percent,
     read_split,
     write_split,
 )
+from ssl_samix.errors import DataError
 
 NAMES = ("ant", "bee", "cow")
 LABELS = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)

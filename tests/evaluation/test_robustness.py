@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_samix.data.images import MemoryImages
-from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.measures import top1_top5
 from ssl_samix.evaluation.robustness import attacked_logits, calibration_error
 
 

@@ -16,7 +16,7 @@ from ssl_samix.config.compose import compose, groups
 from ssl_samix.data.datamodule import CROP_AND_FLIP, LabelledData
 from ssl_samix.data.images import MemoryImages
 from ssl_samix.errors import ConfigError
-from ssl_samix.evaluation.accuracy import top1_top5
+from ssl_samix.evaluation.measures import top1_top5
 from ssl_samix.evaluation.training import Classifier, Recipe, fit
 from ssl_samix.models.backbone import Backbone
 

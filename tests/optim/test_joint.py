@@ -47,7 +47,7 @@ def test_each_part_moves_as_it_does_alone():
     encoder = settings.build(nn.ModuleDict({"encoder": alone.encoder}), 256, 40, 4)
     adam = torch.optim.AdamW(alone.mixing.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(12):
-        done = math.cos(math.pi * step / 39)  # a cosine over 40 steps, from the first one on
+        done = math.cos(math.pi * step / 40)  # a cosine over 40 steps, from the first one on
         adam.param_groups[0]["lr"] = 0.02 * (0.01 + 0.99 * 0.5 * (1 + done))
         for optimizer in (encoder["optimizer"], adam):
             optimizer.zero_grad()

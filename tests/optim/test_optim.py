@@ -48,8 +48,17 @@ def test_schedule_warms_up_and_falls_by_a_cosine():
     seen = rates(total=200, warmup_epochs=1)
     assert seen[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     for i in (0, 60, 120, 189):
-        assert seen[10 + i] == pytest.approx((1 + math.cos(math.pi * i / 189)) / 2, abs=1e-6)
-    assert rates(total=100, warmup_epochs=0, final=0.2)[-1] == pytest.approx(0.2)
+        assert seen[10 + i] == pytest.approx((1 + math.cos(math.pi * i / 190)) / 2, abs=1e-6)
+    last = (1 + math.cos(math.pi * 99 / 100)) / 2
+    assert rates(total=100, warmup_epochs=0, final=0.2)[-1] == pytest.approx(0.2 + 0.8 * last)
+
+
+@pytest.mark.parametrize("total", [1, 2, 40])
+def test_no_step_has_a_rate_of_0(total):
+    seen = rates(total=total, warmup_epochs=5)
+    assert len(seen) == total
+    assert min(seen) > 0
+    assert seen[0] == pytest.approx(1 / max(1, total // 10))
 
 
 def test_a_short_run_warms_up_for_a_tenth():
@@ -62,7 +71,7 @@ def test_a_prolonged_run_follows_the_longer_schedule():
     for _ in range(10):
         short["optimizer"].step()
         short["lr_scheduler"]["scheduler"].step()
-    long = recipe(lr=1.0).build(net(), 256, 101, 10)
+    long = recipe(lr=1.0).build(net(), 256, 100, 10)
     long["optimizer"].load_state_dict(short["optimizer"].state_dict())
     long["lr_scheduler"]["scheduler"].load_state_dict(
         short["lr_scheduler"]["scheduler"].state_dict()

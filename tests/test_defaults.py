@@ -1,0 +1,118 @@
+"""What ``auto`` becomes, and that runs of few images learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import ssl_samix
+from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
+from ssl_samix.config.compose import compose
+from ssl_samix.data.datamodule import auto_batch_size
+from ssl_samix.errors import ConfigError, UserError
+from ssl_samix.training.defaults import resolve_auto
+
+SMALL = {"backbone.width": 4, "trainer.accelerator": "cpu", "trainer.precision": "32-true"}
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"),
+    [(5, 5), (60, 8), (300, 32), (500, 32), (1438, 128), (2000, 128), (10_000, 256), (10**6, 256)],
+)
+def test_a_batch_is_a_power_of_two_and_at_most_an_eighth(images, batch):
+    assert auto_batch_size(images) == batch
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "queue"),
+    [(60, 200, 16), (500, 200, 128), (2000, 50, 512), (10_000, 20, 4096), (10**6, 20, 65536)],
+)
+def test_auto_follows_the_images(images, epochs, queue):
+    config, choices = compose("pretrain", ["method=moco"])
+    found = resolve_auto(config, choices, images, {"data.batch_size": auto_batch_size(images)})
+    assert config.trainer.max_epochs == found["trainer.max_epochs"] == epochs
+    assert config.method.queue_size == queue
+    assert config.optimizer.warmup_epochs == pytest.approx(epochs / 20)
+    assert config.optimizer.lr == 0.25
+
+
+def test_what_is_typed_wins():
+    words = ["method=simclr", "optimizer.lr=0.01", "trainer.max_epochs=3", "data.batch_size=10"]
+    config, choices = compose("pretrain", words)
+    found = resolve_auto(config, choices, 1000, {"data.batch_size": 64})
+    assert found == {"optimizer.warmup_epochs": pytest.approx(0.15)}
+    assert (config.optimizer.lr, config.trainer.max_epochs, config.data.batch_size) == (0.01, 3, 10)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """500 images of 16 px: a bright square at one of many places on noise."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(500):
+        pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+        row, column = rng.integers(0, 11, 2)
+        pixels[row : row + 5, column : column + 5] = rng.integers(120, 255, 3)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_one_epoch_of_500_images_moves_every_weight(photos, tmp_path):
+    settings = {**SMALL, "trainer.max_epochs": 1}
+    run = ssl_samix.pretrain(photos, method="simclr", out=tmp_path / "run", **settings)
+    last = torch.load(run.out / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 15  # of 32 images
+    scales = [v for n, v in last["state_dict"].items() if n.startswith("backbone") and "bn" in n]
+    scales = [v for v in scales if v.ndim == 1 and v.is_floating_point()]
+    assert len(scales) > 10
+    assert not any(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
+
+
+def test_the_loss_of_500_images_falls(photos, tmp_path):
+    settings = {**SMALL, "trainer.max_epochs": 5, "mixup": "none"}
+    run = ssl_samix.pretrain(photos, method="simclr", out=tmp_path / "run", **settings)
+    losses = [float(row["loss"]) for row in read_metrics(run.out / "metrics.csv")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_what_was_automatic_is_written_and_goes_on(photos, tmp_path):
+    out = tmp_path / "run"
+    settings = {**SMALL, "trainer.max_epochs": 1, "mixup": "none"}
+    ssl_samix.pretrain(photos, method="simclr", out=out, **settings)
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["auto"]["data.batch_size"] == saved["data"]["batch_size"] == 32
+    assert saved["optimizer"]["lr"] == 0.5
+    longer = ssl_samix.pretrain(
+        photos, method="simclr", out=out, **settings | {"trainer.max_epochs": 2}
+    )
+    assert len(read_metrics(longer.out / "metrics.csv")) == 2
+    assert RunFolder(out).automatic()["data.batch_size"] == 32
+    with pytest.raises(UserError, match=r"data\.batch_size is 32 there, 16 here"):
+        ssl_samix.pretrain(photos, method="simclr", out=out, **settings, **{"data.batch_size": 16})
+
+
+def test_pretraining_starts_from_an_encoder(photos, tmp_path):
+    settings = {**SMALL, "trainer.max_epochs": 1, "mixup": "none"}
+    first = ssl_samix.pretrain(photos, method="simclr", out=tmp_path / "first", **settings)
+    frozen = settings | {"optimizer.lr": 1e-12, "optimizer.weight_decay": 0.0}
+    again = ssl_samix.pretrain(
+        photos, method="moco", out=tmp_path / "again", init=first.out, seed=1, **frozen
+    )
+    before = first.encoder.backbone.trunk.conv1.weight
+    torch.testing.assert_close(again.encoder.backbone.trunk.conv1.weight, before)
+    with pytest.raises(
+        ConfigError, match=r"of width 4 .* this run has .* width 8 .*: choose the same"
+    ):
+        ssl_samix.pretrain(
+            photos, out=tmp_path / "other", init=first.out, **settings | {"backbone.width": 8}
+        )
+
+
+def test_published_weights_are_of_the_published_network(photos, tmp_path):
+    with pytest.raises(ConfigError, match="no published weights are known for 'resnet10'"):
+        ssl_samix.pretrain(
+            photos, out=tmp_path / "run", init="pretrained", **{"backbone.name": "resnet10"}
+        )
+    assert not (tmp_path / "run").exists()
