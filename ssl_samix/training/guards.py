@@ -95,7 +95,9 @@ class FiniteLoss(pl.Callback):
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
 LOWEST_SLOPE = 0.5  # of masks' shares on their ratios; 1 is correct, 0 is independent of them
 FEW_STEPS = 200  # in shorter runs a Mixer may stay near plain mixup
-LOSING_EPOCHS = 2  # in a row: the gain is measured in a few steps of each, and noisy near 0
+# Epochs in a row whose gain is below 0: at least 2, and a twentieth of the run. It is measured in a
+# few steps of each epoch, and noisy near 0.
+LOSING_EPOCHS, LOSING_SHARE = 2, 0.05
 ONE_SIDED = 0.9  # share of mixtures that copy one parent although their ratio is not near 0 or 1
 EARLY = 0.1  # share of the mixed part of the run; masks of the published form are flat at first
 _log = logging.getLogger(__name__)
@@ -152,18 +154,19 @@ class MixerHealth(pl.Callback):
         if late and measured.get("mixer/ratio_slope", 1.0) < LOWEST_SLOPE:
             faults.append("ratio")
         if late and trainer.estimated_stepping_batches >= FEW_STEPS:
-            faults += self._unlearned(measured)
+            faults += self._unlearned(measured, trainer.max_epochs or 1)
         if measured.get("mixer/one_sided", 0.0) > ONE_SIDED:
             faults.append("one-sided")
         return faults
 
-    def _unlearned(self, measured: dict[str, float]) -> list[str]:
+    def _unlearned(self, measured: dict[str, float], epochs: int) -> list[str]:
         """Return the problems of a Mixer that had enough steps to learn."""
         if measured.get("mixer/mask_std", 1.0) < FLAT:
             return ["flat"]
         if "mixer/gain" in measured:
             self.losing_epochs = self.losing_epochs + 1 if measured["mixer/gain"] < 0 else 0
-        return ["harmful"] if self.losing_epochs >= LOSING_EPOCHS else []
+        enough = max(LOSING_EPOCHS, LOSING_SHARE * epochs)
+        return ["harmful"] if self.losing_epochs >= enough else []
 
 
 def _sentence(fault: str, metrics: dict[str, Any], mixing: Any) -> str:

@@ -76,6 +76,12 @@ def test_masks_that_are_worse_than_flat_ones_are_told_of_once(said):
     assert said(MixerHealth(), *unclear) == []
 
 
+def test_a_long_run_has_to_lose_for_a_twentieth_of_it(said):
+    losing = [trainer(epoch, 100, gain=-0.003, mask_std=0.2) for epoch in range(20, 25)]
+    assert said(MixerHealth(), *losing[:4]) == []
+    assert len(said(MixerHealth(), *losing)) == 1
+
+
 def test_what_a_short_run_has_not_learned_is_no_fault(said):
     new = {"mask_std": 0.0}
     assert said(MixerHealth(), trainer(steps=199, **new)) == []
