@@ -1,1 +1,1 @@
-"""What is written and read back: run folders, checkpoints, encoders, exports."""
+"""Reading and writing run folders, checkpoints, encoders, Mixers and exports."""

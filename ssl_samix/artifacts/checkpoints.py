@@ -1,4 +1,4 @@
-"""Files of weights, ours and others': written whole or not at all, read without running code."""
+"""Reading and writing files of weights: atomic writes, and reads that never run code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import Backbone
 
-# What other projects save beside weights, and is not needed: it is neither read nor run.
+# Classes that other projects save beside weights. They are not needed: neither read nor run.
 UNREAD = (
     "argparse.Namespace",
     *(f"{m}.{n}Path" for m in ("pathlib", "pathlib._local") for n in ("Posix", "Windows")),
@@ -37,16 +37,16 @@ UNREAD = (
         for function in ("scalar", "_reconstruct")
     ),
 )
-PICKLE = b"\x80"  # how one begins; torch.save writes a zip file around it
-# Of what Lightning goes on with:
+PICKLE = b"\x80"  # first byte of a pickle; torch.save writes a zip file around it
+# Entries that Lightning needs to resume:
 NEEDED = ("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plug for reading and writing checkpoints.
+    """Lightning plugin that writes checkpoints atomically and checks them when it reads them.
 
     Args:
-        meta: Describes this run's encoder; stored in each checkpoint, compared at a resume.
+        meta: Description of this run's encoder; stored in each checkpoint, compared on resume.
     """
 
     def __init__(self, meta: dict[str, Any]) -> None:
@@ -56,9 +56,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write atomically."""
+        """Write a checkpoint atomically, with the description of the encoder."""
         checkpoint[META] = self.meta
-        # In memory first: torch's own writer reports a full disk as an error of its own format.
+        # To memory first: torch's writer reports a full disk as an error in its file format.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomically(Path(path), lambda temporary: temporary.write_bytes(buffer.getbuffer()))
@@ -66,10 +66,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint of this run's encoder.
+        """Read a checkpoint and check that it is of this run's encoder.
 
         Raises:
-            CheckpointError: If it is damaged, or holds another backbone.
+            CheckpointError: If it is damaged, or its backbone, classes or number of training
+                images are not this run's.
         """
         checkpoint = read_checkpoint(Path(path))
         missing = [key for key in NEEDED if key not in checkpoint]
@@ -84,11 +85,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def _check_images(self, path: Path, theirs: dict[str, Any]) -> None:
-        """Refuse images that are not those of the checkpoint, as far as its description tells.
+        """Check that the training images match the checkpoint's description of them.
 
         Raises:
-            CheckpointError: If their classes differ, or their number, on which the steps of an
-                epoch and so the schedule depend.
+            CheckpointError: If the classes or the number of images differ. The steps per epoch, and
+                so the schedule, depend on the number.
         """
         learned, given = (list(m.get("classes", ())) for m in (theirs, self.meta))
         if learned != given:
@@ -107,19 +108,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def describe(backbone: dict[str, Any]) -> str:
-    """Name a backbone by its settings, in words."""
+    """Return the name, width and stem of a backbone as text."""
     return f"{backbone['name']} of width {backbone['width']} ({backbone['stem']} stem)"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one of our checkpoints on the CPU, weights and plain values only.
+    """Read a checkpoint of ssl_samix on the CPU: weights and plain values only.
 
     Raises:
-        CheckpointError: If it is missing, damaged, from elsewhere, or a pickle that runs code.
+        CheckpointError: If it is missing, damaged, not of ssl_samix, or a pickle that runs code.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):  # what torch.save writes; nothing else is even opened
+    if not zipfile.is_zipfile(path):  # torch.save writes zip files; other files are not opened
         raise CheckpointError(f"{path} is damaged or no checkpoint")
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict) or META not in checkpoint:
@@ -132,7 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class _Unread:
-    """Stands for a value in a pickle that is not needed: takes its parts, and does nothing."""
+    """Placeholder for a pickled value that is not needed: accepts its parts and ignores them."""
 
     def __init__(self, *parts: Any) -> None:
         pass
@@ -141,7 +142,7 @@ class _Unread:
         pass
 
 
-# Each under the name that pickles have for it: the class itself is never looked up.
+# Each has the name used in pickles: the real class is never looked up.
 _STAND_INS: list[Any] = [
     type(name.rpartition(".")[2], (_Unread,), {"__module__": name.rpartition(".")[0]})
     for name in UNREAD
@@ -149,7 +150,7 @@ _STAND_INS: list[Any] = [
 
 
 def described_backbone(meta: dict[str, Any], path: Path) -> Backbone:
-    """Build the network that a file describes, with random weights.
+    """Return the backbone that a file describes, with random weights.
 
     Raises:
         CheckpointError: If it cannot be built.
@@ -161,10 +162,10 @@ def described_backbone(meta: dict[str, Any], path: Path) -> Backbone:
 
 
 def load_plain(path: Path) -> Any:
-    """Read what ``torch.save`` wrote, of any origin, if it is tensors and plain values only.
+    """Read a ``torch.save`` file of any origin, if it holds tensors and plain values only.
 
     Returns:
-        What was saved; in the place of numpy's values, paths and parsed arguments, nothing of use.
+        The saved object, with useless placeholders for NumPy values, paths and parsed arguments.
 
     Raises:
         CheckpointError: If it is damaged, or a pickle that runs code.
@@ -175,7 +176,7 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a checkpoint or a file of weights")
     try:
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what makes it refuse the file
+            warnings.simplefilter("ignore")  # about the cause of the error raised below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         runs = re.search(r"GLOBAL (\S+)", str(error))
@@ -196,18 +197,18 @@ def load_strictly(
     what: str,
     read: Collection[str] | None = None,
 ) -> None:
-    """Load weights that a file holds into a module.
+    """Load the weights of a file into a module.
 
     Args:
-        module: Takes the weights.
-        weights: By the names of the module's state.
-        path: Where they were read.
-        what: The module in a word, for the error.
-        read: The entries that are loaded; others, of the file or the module, are ignored.
-            None: all of the module's, and no others.
+        module: Module that the weights are loaded into.
+        weights: Tensors by the names of the module's state dict.
+        path: File that they were read from, for the error.
+        what: What the module is, in one word, for the error.
+        read: Entries to load; other entries of the file or the module are ignored.
+            None: exactly those of the module.
 
     Raises:
-        CheckpointError: If an entry is missing, unknown, or of another shape.
+        CheckpointError: If an entry is missing, is unknown, or has another shape.
     """
     own = module.state_dict()
     if read is not None:
@@ -215,7 +216,7 @@ def load_strictly(
         if missing:
             raise CheckpointError(f"{path} does not fit the {what} it names: no {missing[0]} in it")
         weights = {**own, **{name: weights[name] for name in read}}
-    # Versions of modules stand beside a state, and safetensors has no place for them.
+    # A state dict also carries module versions, which safetensors cannot store.
     state = OrderedDict(weights)
     state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
@@ -226,7 +227,7 @@ def load_strictly(
 
 
 def write_ours(path: Path, weights: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write weights, and the description of what they are of, as safetensors.
+    """Write weights and their description as safetensors.
 
     Raises:
         UserError: If the file cannot be written.
@@ -239,11 +240,11 @@ def write_ours(path: Path, weights: Mapping[str, Tensor], meta: dict[str, Any]) 
 def read_ours(
     path: Path, in_checkpoint: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description and the weights of a safetensors file of ours, or of a checkpoint.
+    """Read description and weights from a safetensors file or checkpoint of ssl_samix.
 
     Args:
         path: The file.
-        in_checkpoint: What the weights' names begin with in a checkpoint -> in a file.
+        in_checkpoint: Prefix of the weights' names in a checkpoint -> in a safetensors file.
 
     Raises:
         CheckpointError: If it is missing or damaged, or was not written by ssl_samix.
@@ -262,7 +263,7 @@ def read_ours(
 
 
 def renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Take the weights whose names begin in one of these ways, and let them begin in another."""
+    """Return the weights whose names have one of these prefixes, with the prefixes replaced."""
     return {
         new + name.removeprefix(old): tensor
         for old, new in prefixes.items()
@@ -273,7 +274,7 @@ def renamed(weights: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[
 
 @contextmanager
 def opened_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file of any origin.
+    """Open a safetensors file of any origin, for use in ``with``.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -286,7 +287,7 @@ def opened_safetensors(path: Path) -> Iterator[Any]:
 
 
 def is_ours(path: Path) -> bool:
-    """Say whether a file was written by this package; files from elsewhere are weights only.
+    """Return whether this package wrote a file; files from elsewhere hold weights only.
 
     Raises:
         CheckpointError: If it cannot be read.

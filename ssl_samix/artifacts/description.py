@@ -1,4 +1,4 @@
-"""What our files say of themselves, checked before anything is built of it. Imports no torch."""
+"""Descriptions stored in our files, checked before a network is built. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 from ssl_samix.errors import CheckpointError, ConfigError, check_range
 
-META = "ssl_samix"  # key, in checkpoints and safetensors files, of what describes the encoder
-LARGEST_SIDE = 4096  # px of an image
-NETWORK = {"name": str, "width": int, "stem": str}  # what describes a backbone at least
+META = "ssl_samix"  # key of the encoder's description in checkpoints and safetensors
+LARGEST_SIDE = 4096  # px, of an image
+NETWORK = {"name": str, "width": int, "stem": str}  # keys that every description of a backbone has
 NETWORK_MAY = {"options": dict, "checkpointing": bool}
 
 
 def described(text: str, path: Path) -> dict[str, Any]:
-    """Read what the metadata of a safetensors file says.
+    """Return the checked description in the metadata of a safetensors file.
 
     Args:
         text: JSON.
         path: The file, for errors.
 
     Raises:
-        CheckpointError: As ``check_description``, and for anything but JSON.
+        CheckpointError: As ``check_description``, and if the text is not JSON.
     """
     try:
         meta = json.loads(text)
@@ -34,14 +34,14 @@ def described(text: str, path: Path) -> dict[str, Any]:
 
 
 def check_description(meta: Any, path: Path) -> None:
-    """Check that a description has what describes a network and its images, of the right types.
+    """Check that a description has the keys of a network and its images, with the right types.
 
     Args:
-        meta: Of any origin; keys that are not known here may hold anything.
-        path: Where it was read, for errors.
+        meta: Description of any origin; unknown keys may hold any value.
+        path: File that it was read from, for errors.
 
     Raises:
-        CheckpointError: With the first key that is missing or of another type.
+        CheckpointError: Names the first key that is missing or has another type.
     """
     if not isinstance(meta, dict):
         raise _damaged(path, "it has no keys")
@@ -63,11 +63,11 @@ def check_description(meta: Any, path: Path) -> None:
 
 
 def check_images(given: Mapping[str, Any]) -> None:
-    """Check how images are prepared: those of ``image_size``, ``mean`` and ``std`` that are given.
+    """Check ``image_size``, ``mean`` and ``std``, as far as they are given.
 
     Raises:
-        ConfigError: For a size that is not a whole number of px, or if ``mean`` or ``std`` are not
-            three numbers.
+        ConfigError: If the size is not a whole number of px, or ``mean`` or ``std`` are not three
+            numbers, or a value is out of range.
     """
     if "image_size" in given:
         check_range("image_size", given["image_size"], 1, LARGEST_SIDE)

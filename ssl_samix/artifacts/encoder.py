@@ -1,4 +1,4 @@
-"""Encoders and classifiers as files, and back from a run, a checkpoint or a file, strictly."""
+"""Saving encoders and classifiers, and loading them from run folders, checkpoints or files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ssl_samix.files import expanded
 from ssl_samix.models.backbone import Backbone
 
 Channels = tuple[float, float, float]
-# Of a supervised run the first two, of samix linear the last.
+# A supervised run has the first two, samix linear the last.
 NETWORKS = ("online", "ema", "linear")
 Network = Literal["online", "ema", "linear"]
-# Where both parts of a network are in a checkpoint of a supervised run -> in a file.
+# Prefix of backbone and head in a checkpoint of a supervised run -> in a classifier file.
 IN_CHECKPOINT = {
     "backbone.": "online.0.",
     "projector.": "online.1.",
@@ -38,13 +38,13 @@ IN_CHECKPOINT = {
 
 
 class Encoder(nn.Module):
-    """A pretrained backbone that knows how its images are prepared.
+    """A pretrained backbone with the preparation of its images.
 
     Attributes:
-        feature_dim: Width of a feature.
+        feature_dim: Length of a feature vector.
         image_size: Side of the images it was trained on, in px.
-        mean: Per channel, of pixels in [0, 1], that images are normalised with.
-        std: Likewise.
+        mean: Mean per channel that images are normalised with, for pixels in [0, 1].
+        std: Standard deviation per channel, likewise.
     """
 
     def __init__(self, backbone: Backbone, meta: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         self.eval()
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Turn any PIL image into the (3, S, S) tensor that the encoder reads."""
+        """Return any PIL image as the normalised (3, S, S) tensor that the encoder takes."""
         pixels = fit(to_rgb(image), self.image_size)
         return normalize(pixels[None], torch.tensor(self.mean), torch.tensor(self.std))[0]
 
@@ -68,24 +68,24 @@ class Encoder(nn.Module):
 
 
 def save_encoder(path: Path, backbone: Backbone, meta: dict[str, Any]) -> None:
-    """Write the backbone's weights and its description as safetensors."""
+    """Write the weights of a backbone and its description as safetensors."""
     write_ours(path, backbone.state_dict(), meta)
 
 
-@torch.inference_mode(False)  # weights that are made in it could never be trained
+@torch.inference_mode(False)  # weights created in inference mode cannot be trained
 def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
-    """Load an encoder in eval mode.
+    """Return a trained encoder, in eval mode.
 
     Args:
-        run_or_checkpoint: A run folder (its ``encoder.safetensors``, or ``last.ckpt`` while the run
-            goes on), a checkpoint, or an ``encoder.safetensors``.
+        run_or_checkpoint: A run folder (its ``encoder.safetensors``, or ``last.ckpt`` until the
+            run ends), a checkpoint, or an ``encoder.safetensors``.
 
     Returns:
         A module with ``feature_dim``, ``image_size``, ``mean`` and ``std``, mapping (B, 3, H, W) to
         (B, feature_dim).
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
+        CheckpointError: If there is none, it is damaged, or its weights do not fit its description.
     """
     path = weights_file(run_or_checkpoint, "encoder.safetensors")
     meta, weights = read_ours(path, {"backbone.": ""})
@@ -99,10 +99,10 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
 
 
 class TrainedClassifier(Encoder):
-    """An encoder with its linear head; it knows its classes and how its images are prepared.
+    """An encoder with its linear head, its classes and the preparation of its images.
 
     Attributes:
-        classes: Their names, in the order of the logits.
+        classes: Names of the classes, in the order of the logits.
         network: ``online``, the network that was trained, ``ema``, its moving average, or
             ``linear``, a frozen encoder with the logistic regression fitted on its features.
     """
@@ -120,7 +120,7 @@ class TrainedClassifier(Encoder):
 
 
 def save_classifier(path: Path, networks: dict[str, nn.Module], meta: dict[str, Any]) -> None:
-    """Write networks of backbone and head, by their names, as safetensors."""
+    """Write one or more networks, each a backbone and a head, as safetensors."""
     states = {f"{name}.": network.state_dict() for name, network in networks.items()}
     weights = {prefix + key: t for prefix, state in states.items() for key, t in state.items()}
     write_ours(path, weights, meta)
@@ -129,21 +129,21 @@ def save_classifier(path: Path, networks: dict[str, nn.Module], meta: dict[str, 
 def load_classifier(
     run_or_file: str | os.PathLike[str], network: Network | None = None
 ) -> TrainedClassifier:
-    """Load a classifier in eval mode.
+    """Return a trained classifier, in eval mode.
 
     Args:
         run_or_file: A run folder of supervised training (its ``classifier.safetensors``, or
-            ``last.ckpt`` while the run goes on), a results folder of ``samix linear``, a
+            ``last.ckpt`` until the run ends), a results folder of ``samix linear``, a
             checkpoint, or a ``classifier.safetensors``.
-        network: The one that was trained (``online``), its moving average (``ema``), or the one
-            that ``samix linear`` fitted (``linear``). None: the first of them that is there.
+        network: The trained network (``online``), its moving average (``ema``), or the one that
+            ``samix linear`` fitted (``linear``). None: the first of these in the file.
 
     Returns:
         A module with ``classes``, ``image_size``, ``mean`` and ``std``, mapping (B, 3, S, S) to
         logits (B, C).
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
+        CheckpointError: If there is none, it is damaged, or its weights do not fit its description.
         ConfigError: For an unknown network, or one that the file does not have.
     """
     check_choice("network", network or NETWORKS[0], NETWORKS)
@@ -155,7 +155,7 @@ def load_classifier(
 
 
 def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedClassifier]:
-    """Load every network of a classifier, by its name.
+    """Return all networks of a classifier file, by name (``online``, ``ema``, ``linear``).
 
     Args:
         run_or_file: As ``load_classifier`` takes it.
@@ -170,7 +170,7 @@ def load_classifiers(run_or_file: str | os.PathLike[str]) -> dict[str, TrainedCl
 def _networks(
     given: str | os.PathLike[str],
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Find the file, and read its description and the weights of each of its networks."""
+    """Return the classifier file, its description and the weights of each of its networks."""
     try:
         path = weights_file(given, "classifier.safetensors")
     except CheckpointError as error:

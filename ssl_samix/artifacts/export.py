@@ -1,4 +1,4 @@
-"""``samix export``: a trained encoder as other libraries and runtimes read it.
+"""``samix export``: write a trained encoder for other libraries and runtimes.
 
 Modules that need torch are imported inside functions, so that errors are reported at once.
 """
@@ -20,12 +20,12 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be exported.
+    """Checked arguments of ``samix export``.
 
     Attributes:
         run: A run folder, a checkpoint, or an ``encoder.safetensors``.
         format: A key of ``SUFFIXES``.
-        out: The file that is written.
+        out: File to write.
     """
 
     run: Path
@@ -35,11 +35,11 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        path: The file.
-        usage: Lines of Python that load it and turn ``images`` into ``features``.
+        path: The file that was written.
+        usage: Lines of Python that load the file and compute ``features`` from ``images``.
     """
 
     path: Path
@@ -47,10 +47,10 @@ class Exported:
 
 
 def parse_export(words: list[str]) -> ExportRequest:
-    """Check ``key=value`` words.
+    """Return the checked request of ``key=value`` arguments.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first error in them.
     """
     config, _ = compose("export", words)
     if config.run is None:
@@ -97,11 +97,11 @@ def _check_run(run: Path) -> None:
 
 
 def export(request: ExportRequest) -> Exported:
-    """Write the encoder in another format, after seeing that it gives the same features.
+    """Write the encoder in another format, after checking that it gives the same features.
 
     Raises:
-        UserError: If there is no encoder, the format cannot hold it, its features would be others,
-            or the file cannot be written; what was at ``out`` is then unchanged.
+        UserError: If there is no encoder, the format cannot hold it, its features would differ, or
+            the file cannot be written. An existing file at ``out`` is then unchanged.
     """
     from ssl_samix.artifacts.encoder import load_encoder
     from ssl_samix.artifacts.export_formats import (

@@ -1,4 +1,4 @@
-"""The encoder in other formats: graphs (``torch.export``, ONNX), weights for torchvision and timm.
+"""Writers of export formats: graphs (``torch.export``, ONNX), torchvision and timm weights.
 
 TorchScript is not offered: PyTorch has deprecated it in favour of ``torch.export``.
 """
@@ -24,24 +24,24 @@ from ssl_samix.files import write_atomically
 from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk, remove_classifier
 from ssl_samix.models.resnet import ResNetTrunk
 
-TOLERANCE = 1e-5  # of the largest feature, or of 1 if that is larger
+TOLERANCE = 1e-5  # relative to the largest feature, or to 1 if that is larger
 DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
 INPUT, OUTPUT = "images", "features"
-OPSET = 18  # what torch's exporter writes without converting; onnxruntime reads it since 1.14
-LARGEST = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, some of it the graph
+OPSET = 18  # written by torch's exporter without conversion; onnxruntime reads it since 1.14
+LARGEST = 2**31 - 2**24  # bytes of weights: an ONNX file holds 2 GiB, graph included
 PROPERTIES = ("image_size", "mean", "std", "feature_dim")
-PUBLISHED_WIDTH = 64  # of every ResNet that the libraries build
+PUBLISHED_WIDTH = 64  # of all ResNets in torchvision and timm
 
 
 @torch.no_grad()
 def check_same(encoder: Encoder, exported: Callable[[Tensor], Tensor], kind: str) -> None:
-    """Compare features of random images, for a batch of one and of three.
+    """Check that an export gives the encoder's features, on random batches of one and of three.
 
     Args:
-        encoder: Where the features come from.
-        exported: Maps images (B, 3, S, S) to features (B, feature_dim), read back from the bytes
-            that are about to be written.
-        kind: The format, as its user writes it.
+        encoder: Gives the expected features.
+        exported: Maps images (B, 3, S, S) to features (B, feature_dim); read back from the bytes
+            that will be written.
+        kind: Value of ``format=``, for the error.
 
     Raises:
         CheckpointError: If the encoder's own features are not finite.
@@ -56,7 +56,7 @@ def check_same(encoder: Encoder, exported: Callable[[Tensor], Tensor], kind: str
         if given.shape != wanted.shape:
             raise _differs(kind, f"of shape {tuple(given.shape)}, not {tuple(wanted.shape)}")
         apart, largest = (given - wanted).abs().max().item(), wanted.abs().max().item()
-        if not apart <= TOLERANCE * max(1.0, largest):  # true of NaN, too
+        if not apart <= TOLERANCE * max(1.0, largest):  # also true for NaN
             raise _differs(kind, f"{apart:.1e} away, the largest being {largest:.1e}")
 
 
@@ -68,17 +68,18 @@ def _differs(kind: str, how: str) -> UserError:
 
 
 def description(encoder: Encoder) -> dict[str, Any]:
-    """Describe the encoder and its images in plain values, for formats that have a place for it."""
+    """Return the encoder's description in plain values, for formats that can store one."""
     return {**encoder.meta, "feature_dim": encoder.feature_dim}
 
 
 def captured(encoder: Encoder) -> ExportedProgram:
-    """Record what the encoder computes, for batches of any size.
+    """Return the encoder as a ``torch.export`` graph with a dynamic batch size.
 
     Raises:
-        UserError: If what it computes depends on the images' values.
+        UserError: If its computation depends on the values of the images.
     """
-    images = torch.zeros(2, 3, encoder.image_size, encoder.image_size)  # 1 would stay 1 for ever
+    # A batch of 1 would be exported as a constant size.
+    images = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
     try:
         program = torch.export.export(
             encoder.backbone, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False
@@ -91,18 +92,18 @@ def captured(encoder: Encoder) -> ExportedProgram:
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                # Where the code lies on this machine is nobody else's business.
+                # Removes the paths of source files on this machine from the export.
                 node.meta.pop("stack_trace", None)
     return program
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_program(encoder: Encoder, path: Path) -> list[str]:
-    """Write a ``.pt2``, which ``torch.export.load`` reads without this package.
+    """Write a ``.pt2`` file, which ``torch.export.load`` reads without this package.
 
     Its extra file ``ssl_samix.json`` holds image size, mean, std and feature width.
 
@@ -130,14 +131,14 @@ def write_onnx(encoder: Encoder, path: Path) -> list[str]:
     """Write an ONNX file that maps ``images`` (B, 3, S, S) to ``features`` (B, feature_dim).
 
     B is dynamic, S is the encoder's image size. ``metadata_props`` holds ``image_size``, ``mean``,
-    ``std`` and ``feature_dim`` as JSON, and all that is known of the encoder as ``ssl_samix``.
-    onnxruntime's features are compared before the file is put in place.
+    ``std`` and ``feature_dim`` as JSON, and the encoder's whole description as ``ssl_samix``.
+    onnxruntime's features are compared with the encoder's before the file is written.
 
     Returns:
         Lines of Python that load the file and use it.
 
     Raises:
-        ConfigError: If the weights are larger than an ONNX file.
+        ConfigError: If the weights are too large for an ONNX file.
         UserError: If ONNX cannot express the encoder, the features differ, or the file cannot be
             written.
     """
@@ -150,7 +151,7 @@ def write_onnx(encoder: Encoder, path: Path) -> list[str]:
     content = _model(encoder).SerializeToString()
     try:
         check_same(encoder, _in_onnxruntime(content), "onnx")
-    except Exception as error:  # onnxruntime's have no base that says more
+    except Exception as error:  # onnxruntime's errors have no narrower base class
         if type(error).__module__.startswith("onnxruntime"):
             raise _unfit("onnxruntime does not take", encoder, error) from error
         raise
@@ -169,7 +170,7 @@ def _unfit(who: str, encoder: Encoder, error: Exception) -> UserError:
 
 
 def _model(encoder: Encoder) -> Any:
-    """Return an ``onnx.ModelProto``."""
+    """Return the encoder as an ``onnx.ModelProto``."""
     from onnx.helper import set_model_props
 
     program = captured(encoder)
@@ -185,9 +186,9 @@ def _model(encoder: Encoder) -> Any:
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise _unfit("ONNX cannot express", encoder, error) from error
-    assert exported is not None  # it is for a program
+    assert exported is not None  # never None for an ExportedProgram
     model = exported.model_proto
-    # The exporter names the batch after a variable of its own, in all the shapes it notes.
+    # The exporter gives the batch dimension an internal name in all recorded shapes.
     del model.graph.value_info[:]
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
@@ -216,18 +217,18 @@ def write_weights(
     """Write a state dict that ``torch.load`` reads with ``weights_only=True``.
 
     Args:
-        encoder: Whose weights are written, under the library's names of parameters.
+        encoder: Encoder whose weights are written, under the library's parameter names.
         path: The file.
         library: ``torchvision`` or ``timm``.
-        network: Made by the library's constructor; it takes the weights, strictly.
-        lines: Lines of Python that make the network.
+        network: Model made by the library's constructor; must load the weights with strict=True.
+        lines: Lines of Python that make this model.
 
     Returns:
-        These lines and more, which load the file into ``model`` and use it. A ResNet with the stem
-        for small images takes two lines more.
+        These lines and those that load the file into ``model`` and use it; for a ResNet with the
+        stem for small images, two more lines that replace its stem.
 
     Raises:
-        ConfigError: For a ResNet of a width that no other library builds.
+        ConfigError: For a ResNet of a width that the library does not build.
         UserError: If the features differ, or the file cannot be written.
     """
     trunk = encoder.backbone.trunk
@@ -249,7 +250,7 @@ def write_weights(
     if library == "torchvision":
         lines.append(_without_classifier(network))
     buffer = io.BytesIO()
-    # Not made a plain dict: some networks look for the version that an OrderedDict carries along.
+    # Not converted to a plain dict: some networks read the version stored in the OrderedDict.
     torch.save(source.state_dict(), buffer)
     content = buffer.getvalue()
     network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True), strict=True)
@@ -263,21 +264,21 @@ def write_weights(
 
 
 def call(function: str, *positional: str, **named: Any) -> str:
-    """Write a call in Python."""
+    """Return the Python text of a function call."""
     arguments = [*map(repr, positional), *(f"{key}={value!r}" for key, value in named.items())]
     return f"{function}({', '.join(arguments)})"
 
 
 def write_timm(encoder: Encoder, path: Path) -> list[str]:
-    """Write weights that timm's network takes with ``strict=True``.
+    """Write a state dict that timm's model loads with ``strict=True``.
 
     timm's ResNets have torchvision's parameter names.
 
     Returns:
-        Lines of Python that make the network, load the file and use it.
+        Lines of Python that make the model, load the file and use it.
 
     Raises:
-        ConfigError: If timm has no such network: a narrow ResNet, or a model of torchvision.
+        ConfigError: If timm has no such model: a narrow ResNet, or a model of torchvision.
         UserError: If the features differ, or the file cannot be written.
     """
     trunk, name = encoder.backbone.trunk, encoder.backbone.name
@@ -299,13 +300,13 @@ def write_timm(encoder: Encoder, path: Path) -> list[str]:
 
 
 def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
-    """Write weights that torchvision's network takes with ``strict=True``.
+    """Write a state dict that torchvision's model loads with ``strict=True``.
 
     Returns:
-        Lines of Python that make the network, load the file and use it.
+        Lines of Python that make the model, load the file and use it.
 
     Raises:
-        ConfigError: If torchvision has no such network: a narrow ResNet, or a model of timm.
+        ConfigError: If torchvision has no such model: a narrow ResNet, or a model of timm.
         UserError: If the features differ, or the file cannot be written.
     """
     name, arguments = encoder.backbone.name, {}
@@ -314,7 +315,7 @@ def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
             f"{name} is a model of timm, whose weights torchvision does not take: "
             "choose format=timm, format=onnx or format=torch_export"
         )
-    if name == "googlenet":  # the published one has classifiers inside, an encoder has none
+    if name == "googlenet":  # torchvision's default has auxiliary classifiers, an encoder has none
         arguments = {"aux_logits": False, "init_weights": False}
     if name not in torchvision.models.list_models():
         raise ConfigError(f"torchvision has no {name}: choose format=onnx or format=torch_export")
@@ -325,7 +326,7 @@ def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
 
 
 def _without_classifier(network: nn.Module) -> str:
-    """Replace the last linear layer, as the encoder's own network did, and say how."""
+    """Remove the classifier of a network and return the line of Python that does the same."""
     name = remove_classifier(network)
     if name is None:  # SqueezeNet
         return "model.classifier = torch.nn.AdaptiveAvgPool2d(1)"

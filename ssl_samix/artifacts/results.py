@@ -1,4 +1,4 @@
-"""results.csv: a row for each result of the evaluations of a run. Imports nothing heavy."""
+"""Reading and writing results.csv, a row per evaluation of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from filelock import FileLock
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
 
-# The columns of numbers; a protocol's other measurements are in results.json.
+# Columns of numbers; other measurements of a protocol are in results.json.
 NUMBERS = (
     "top1", "top5", "rankme", "alignment", "uniformity", "nmi", "ari", "cluster_accuracy", "ece",
     "fgsm_top1", "corrupted_top1", "gaussian_noise_top1", "gaussian_blur_top1", "contrast_top1",
@@ -25,17 +25,17 @@ COLUMNS = (
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a results.csv; what stands in it stays.
+    """Append rows to a results.csv; its existing rows are kept.
 
     Raises:
         UserError: If it cannot be read or written.
     """
-    with FileLock(path.with_name(f".{path.name}.lock")):  # evaluations may end at the same moment
+    with FileLock(path.with_name(f".{path.name}.lock")):  # several evaluations may write at once
         write_rows(path, COLUMNS, [*read_rows(path), *rows])
 
 
 def write_rows(path: Path, first: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table with the columns of all rows, these first; cells of no value stay empty.
+    """Write rows as CSV: first the columns ``first``, then all others; missing cells are empty.
 
     Raises:
         UserError: If it cannot be written.
@@ -52,7 +52,7 @@ def write_rows(path: Path, first: Iterable[str], rows: Sequence[Mapping[str, Any
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a results.csv; none if there is no such file.
+    """Return the rows of a results.csv; an empty list if the file does not exist.
 
     Raises:
         UserError: If it cannot be read.
