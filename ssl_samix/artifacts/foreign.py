@@ -1,4 +1,4 @@
-"""Weights from elsewhere: published ones of torchvision and timm, and files of state dicts."""
+"""Loading foreign weights: published ones of torchvision and timm, and state dict files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from ssl_samix.models.resnet import RESNETS, ResNetTrunk
 
 UNPUBLISHED = "no published weights are known for '{}': begin with random ones"
 _log = logging.getLogger(__name__)
-# What an encoder does without: classifiers, projections, SwAV's prototypes, MAE's decoder, masks.
+# Prefixes that an encoder does not need: classifiers, projections, SwAV's prototypes, MAE's
+# decoder, masks.
 HEADS = (
     "fc.", "head.", "heads.", "classifier.", "projection_head.", "prototypes.", "decoder_",
     "mask_token", "masked_embed", "patch_masking.",
 )  # fmt: skip
-TRACKED = "num_batches_tracked"  # counts what BatchNorm has seen; old files are without it
-# Of a student and its teacher the teacher is the encoder (DINO, iBOT); of a trained network and
-# another average, the trained one (MoCo, BYOL).
+TRACKED = "num_batches_tracked"  # BatchNorm's batch counter, which old files lack
+# Which of two networks is the encoder: the teacher, not the student (DINO, iBOT); otherwise the
+# trained network, not its moving average (MoCo, BYOL).
 STUDENT = re.compile(r"student")
 AVERAGE = re.compile(r"encoder_k|key_|momentum|teacher|target|(^|[._])ema[._]")
-# The models that are tried for a hint, beside all ResNets.
+# ViTs that are tried when an error suggests a model; all ResNets are tried as well.
 VITS = (
     *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
     *("vit_small_patch8_224", "vit_base_patch8_224", "vit_base_patch32_224"),
@@ -49,14 +50,15 @@ Rename = Callable[[str], str]
 
 
 def published(name: str, image_size: int | None) -> tuple[Backbone, dict[str, Any]]:
-    """Build a model with its published weights, downloaded if they are not on this machine.
+    """Return a backbone with its published weights, downloaded if they are not cached.
 
     Returns:
-        The backbone, and what describes it: image_size, mean and std of its own evaluation.
+        The backbone and its description: image_size, mean and std of its published evaluation, and
+        the name of the weights.
 
     Raises:
-        ConfigError: If nobody publishes weights under that name.
-        CheckpointError: If they cannot be fetched.
+        ConfigError: If torchvision and timm have no published weights for the name.
+        CheckpointError: If the weights cannot be downloaded.
     """
     try:
         weights, meta = (_torchvisions if name in RESNETS else _timms)(name)
@@ -98,13 +100,13 @@ def _timms(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def from_file(path: Path, name: str | None, prefix: str | None, image_size: int) -> Backbone:
-    """Build a model and load a file of its weights, with torchvision's or timm's names in it.
+    """Return a backbone with weights from a file that has torchvision's or timm's names.
 
     Args:
-        path: Written by ``torch.save`` or as safetensors.
+        path: File of ``torch.save`` or safetensors.
         name: The model's name.
-        prefix: What its entries begin with, as ``module.encoder_q.``, or the end of that; None:
-            found out.
+        prefix: Prefix of its entries, such as ``module.encoder_q.``, or the end of the prefix;
+            None: detected.
         image_size: Side of its images, in px. Position tables of another size are interpolated.
 
     Raises:
@@ -128,7 +130,7 @@ def from_file(path: Path, name: str | None, prefix: str | None, image_size: int)
 def _empty(
     name: str, weights: dict[str, Tensor], prefix: str | None, image_size: int, path: Path
 ) -> Backbone:
-    """Build the model, with what its name does not say and its weights show."""
+    """Return the model with random weights; width, stem and heads are read off the weights."""
     if name in RESNETS:
         kernel = first_kernel(weights, prefix) or first_kernel(weights, None)
         if kernel is None:
@@ -136,7 +138,7 @@ def _empty(
                 f"{path} holds no ResNet: it has no conv1.weight of 3 channels{_hint(weights)}"
             )
         return Backbone(name, image_size, kernel[0], "small" if kernel[1] == 3 else "standard")
-    # MoCo v3's ViT-S has twice the heads of everybody else's, which no shape shows.
+    # MoCo v3's ViT-S has 12 heads where others have 6, which no tensor's shape shows.
     theirs = any(k.endswith("base_encoder.patch_embed.proj.weight") for k in weights)
     if theirs and name.partition(".")[0] == "vit_small_patch16_224":
         _log.info("%s: 12 heads, as MoCo v3 has them", name)
@@ -164,7 +166,7 @@ def _the_one(path: Path, backbone: Backbone, weights: dict[str, Tensor], prefix:
 
 
 def _hint(weights: dict[str, Tensor]) -> str:
-    """Say what was found in a file, and which model it is."""
+    """Return the end of an error message: entries of the file, and the model that they fit."""
     some, rest = ", ".join(list(weights)[:3]), len(weights) - 3
     found = f"; the file has {some}" + (f" and {rest} more" if rest > 0 else "")
     model = model_for(weights)
@@ -172,10 +174,10 @@ def _hint(weights: dict[str, Tensor]) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, of any origin, nested or not.
+    """Return the tensors in a file of any origin, by name.
 
     Returns:
-        The tensors; names of nested dicts are joined by dots.
+        The tensors; the keys of nested dicts are joined by dots.
 
     Raises:
         CheckpointError: If it is damaged, would run code, or holds no weights.
@@ -190,12 +192,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _model(backbone: Backbone) -> nn.Module:
-    """Return the part of a backbone whose parameters have the library's names."""
+    """Return the module of a backbone whose parameters have the library's names."""
     return backbone.get_submodule("trunk" if backbone.name in RESNETS else "trunk.model")
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> None:
-    """Load weights under the library's names; only heads may be left over.
+    """Load weights with the library's names into a backbone; only heads may be left over.
 
     Raises:
         CheckpointError: If an entry is missing, has another shape, or is unknown.
@@ -208,22 +210,22 @@ def load_backbone(backbone: Backbone, weights: dict[str, Tensor], what: str) -> 
     left = sorted(weights.keys() - state.keys())
     if left:
         _log.info("not loaded, being of heads: %s", ", ".join(left))
-    # Updated, so that counters of BatchNorm, which old files are without, keep their values, and
-    # the state the versions of its modules.
+    # Updating the state keeps BatchNorm's counters, which old files lack, and the versions of its
+    # modules.
     state.update((k, weights[k]) for k in weights.keys() & state.keys())
     model.load_state_dict(state, strict=True)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A place in a file where a model may lie.
+    """A candidate for a model's weights in a file.
 
     Attributes:
-        prefix: What the names begin with there.
-        weights: By the names of the model's library.
-        matched: How many of the model's names are there.
-        problem: Why the model cannot be loaded from them; None: it can.
-        resampled: What was done to its position tables; empty: nothing.
+        prefix: Prefix of the names in the file.
+        weights: Tensors by the names of the model's library.
+        matched: Number of the model's names that were found.
+        problem: Why these weights cannot be loaded into the model; None if they can.
+        resampled: How position tables were interpolated; empty if none was.
     """
 
     prefix: str
@@ -234,8 +236,8 @@ class Fit:
 
 
 def flatten(found: Any, prefix: str = "", above: frozenset[int] = frozenset()) -> dict[str, Tensor]:
-    """Return all tensors in nested dicts, their names joined by dots."""
-    if not isinstance(found, Mapping) or id(found) in above:  # a pickle may hold itself
+    """Return all tensors in nested dicts, their keys joined by dots."""
+    if not isinstance(found, Mapping) or id(found) in above:  # a pickle may contain itself
         return {}
     tensors: dict[str, Tensor] = {}
     for key, value in found.items():
@@ -247,7 +249,7 @@ def flatten(found: Any, prefix: str = "", above: frozenset[int] = frozenset()) -
 
 
 def misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
-    """Say why weights do not fill a state; None: they do, and only heads are left over."""
+    """Return why weights do not fit a state dict; None if they do, heads left over aside."""
     common = wanted.keys() & weights.keys()
     missing = [k for k in wanted.keys() - common if not k.endswith(TRACKED)]
     unknown = [k for k in weights.keys() - common if not k.startswith(HEADS)]
@@ -260,11 +262,11 @@ def misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str |
 
 
 def find(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Fit]:
-    """Look for a model of torchvision or timm among weights, under any prefix.
+    """Return where a model of torchvision or timm is found among weights, under any prefix.
 
     Returns:
-        The places where it fits; if there is none, the one where most of its names are found; if
-        there are no such names, nothing.
+        The candidates that fit; if none fits, the one with most of the model's names; if none has
+        any of its names, an empty list.
     """
     wanted = model.state_dict()
     found: dict[str, Fit] = {}
@@ -281,7 +283,7 @@ def find(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Fit]:
 
 
 def _prefixes(name: str, rename: Rename, wanted: Any) -> Iterator[str]:
-    """Yield what a name begins with if the rest of it is one of the wanted names."""
+    """Yield each prefix of a name after which the rest is one of the wanted names."""
     start = 0
     while True:
         if rename(name[start:]) in wanted:
@@ -296,7 +298,7 @@ def _as_they_are(name: str) -> str:
 
 
 def _by_position(model: nn.Module) -> Rename:
-    """Rename ``nn.Sequential(*resnet.children())``, where "4.0.conv1" is "layer1.0.conv1"."""
+    """Return the renaming of ``nn.Sequential(*resnet.children())``: "4." to "layer1." and so on."""
     children = [name for name, _ in model.named_children()]
 
     def rename(name: str) -> str:
@@ -304,12 +306,12 @@ def _by_position(model: nn.Module) -> Rename:
         place = int(first) if first.isdecimal() else len(children)
         return children[place] + dot + rest if place < len(children) else name
 
-    # A ResNet is its children in a row; of other models nobody knows.
+    # A ResNet runs its children in order; other models need not.
     return rename if isinstance(model, ResNetTrunk) else _as_they_are
 
 
 def _without_chunks(name: str) -> str:
-    """Rename DINOv2's blocks as they are trained: "blocks.1.7." is the eighth block."""
+    """Return a block's name without DINOv2's chunks: "blocks.1.7." is the eighth block."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
@@ -331,10 +333,10 @@ def _fit(
 def _converted(
     model: nn.Module, wanted: Mapping[str, Tensor], weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Let timm convert what it knows of: DINOv2's names, position tables of another size."""
+    """Return weights converted by timm (DINOv2's names, sizes of position tables), else {}."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     common = wanted.keys() & weights.keys()
-    # It would also resample patch projections, which then give other features.
+    # timm would also resample patch projections, which changes the features.
     if convert is None or any(
         wanted[k].numel() != weights[k].numel() and not _is_table(k) for k in common
     ):
@@ -342,7 +344,7 @@ def _converted(
     try:
         return convert(dict(weights), model)
     except (KeyError, IndexError, ValueError, AssertionError, RuntimeError):
-        return {}  # weights of another model, which it cannot know
+        return {}  # weights of another model, which timm cannot convert
 
 
 def _is_table(name: str) -> bool:
@@ -351,14 +353,14 @@ def _is_table(name: str) -> bool:
 
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[str]:
     for name in filter(_is_table, before.keys() & after.keys()):
-        # without its tokens for no place, which may have been moved elsewhere
+        # isqrt ignores tokens without a place, which the conversion may have moved
         old, new = (math.isqrt(state[name].shape[-2]) for state in (before, after))
         if old != new:
             yield f"{name} of {old}x{old} places is interpolated to {new}x{new}"
 
 
 def choose(fits: list[Fit]) -> list[Fit]:
-    """Reduce the places where a model fits to the encoder; several are left if none is better."""
+    """Return the encoder among the candidates that fit; several if none is preferred."""
     different: list[Fit] = []
     for fit in fits:
         if not any(_same(fit.weights, other.weights) for other in different):
@@ -378,7 +380,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def first_kernel(weights: Mapping[str, Tensor], prefix: str | None) -> tuple[int, int] | None:
-    """Return width and side of a ResNet's first kernel; None if there is none."""
+    """Return output channels and side of a ResNet's first kernel; None if there is none."""
     for name, weight in weights.items():
         if (
             re.search(r"(^|\.)(conv1|0)\.weight$", name)
@@ -391,7 +393,7 @@ def first_kernel(weights: Mapping[str, Tensor], prefix: str | None) -> tuple[int
 
 
 def model_for(weights: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a model that the weights are of, position tables aside."""
+    """Return the name of a known model that the weights fit, or None."""
     for name, model in _known(weights):
         fits = find(model, weights)
         if fits and fits[0].problem is None:
@@ -401,7 +403,7 @@ def model_for(weights: Mapping[str, Tensor]) -> str | None:
 
 def _known(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Module]]:
     kernel = first_kernel(weights, None)
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         if any(name.endswith("cls_token") for name in weights):
             yield from ((name, timm.create_model(name, num_classes=0)) for name in VITS)
         elif kernel is not None:

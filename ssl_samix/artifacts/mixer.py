@@ -1,4 +1,4 @@
-"""A trained Mixer on its own: with the part of the teacher that it reads, in any training loop."""
+"""Saving, loading and using a trained Mixer, with the teacher layers that it needs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ssl_samix.models.backbone import Backbone
 from ssl_samix.types import Mixed, MixPlan
 
 BACKBONE, POLICY = "backbone.", "policy."  # prefixes in the file
-# In a checkpoint: a method whose Mixer learns has a teacher of its own or was given one.
+# Prefix in a checkpoint -> in a Mixer file. Each method with a learning Mixer has a teacher (twin).
 IN_CHECKPOINT = {"twin.module.0.": BACKBONE, "mixing.policy.": POLICY}
 _log = logging.getLogger(__name__)
 
 
 class TrainedMixer(nn.Module):
-    """Mixes images by a Mixer that was trained before; it never learns and has no gradient.
+    """A trained, frozen Mixer that mixes the images of a batch; it has no gradient.
 
     Attributes:
-        image_size: Side of the images it was trained on, in px; others work, less well.
-        mean: Per channel, of pixels in [0, 1], that images are normalised with.
-        std: Likewise.
+        image_size: Side of the images it was trained on, in px; other sizes work less well.
+        mean: Mean per channel that images are normalised with, for pixels in [0, 1].
+        std: Standard deviation per channel, likewise.
     """
 
     def __init__(self, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class TrainedMixer(nn.Module):
         self._warned: set[int] = set()
 
     def train(self, mode: bool = True) -> TrainedMixer:
-        """Stay in eval mode, also within a model in training: statistics must not change."""
+        """Stay in eval mode for any ``mode``: BatchNorm statistics must not change."""
         return super().train(False)
 
     def forward(
@@ -66,10 +66,11 @@ class TrainedMixer(nn.Module):
 
         Args:
             images: (B, 3, S, S), normalised with ``mean`` and ``std``.
-            lam: Share of each image itself, (B,) or one number; drawn from Beta(alpha, alpha) per
-                image if None.
-            partner: (B,) int64, whom each is mixed with; drawn if None, nobody with itself.
-            alpha: Of the ratios that are drawn.
+            lam: Share of the first image in each mixture, (B,) or one number; None: drawn from
+                Beta(alpha, alpha) per image.
+            partner: (B,) int64, index of the image that each is mixed with; None: drawn, never the
+                image itself.
+            alpha: Parameter of the Beta distribution of drawn ratios.
 
         Returns:
             ``Mixed(images, partner, lam, mask)``: with labels, the loss is
@@ -85,14 +86,14 @@ class TrainedMixer(nn.Module):
 
     @torch.no_grad()
     def mix(self, images: Tensor, partners: Tensor, plan: MixPlan) -> Mixed:
-        """Mix by a given plan; partners' pixels are those of ``partners``, both (B, 3, S, S)."""
+        """Return ``images`` mixed with ``partners``, both (B, 3, S, S), by a given plan."""
         own = self.maps(images)
         other = own if partners is images else self.maps(partners)
         return self.policy(images, partners, plan, (own, other))
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
-        """Return what the Mixer reads of images (B, 3, S, S), of its own norm: (B, C, h, w)."""
+        """Return feature maps (B, C, h, w) of normalised images (B, 3, S, S)."""
         self._tell_size(images.shape[-1])
         maps: Tensor = self.backbone.stage_map(images, self.stage)
         return maps
@@ -108,9 +109,9 @@ class TrainedMixer(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A trained mixer as a policy: it computes the maps itself.
+    """A trained Mixer as a policy, which computes its feature maps itself.
 
-    It is given images as the run normalises them, and reads them as its own run did.
+    It takes images in the current run's normalisation and converts them to its training run's.
     """
 
     needs_maps = False
@@ -135,7 +136,7 @@ class Frozen(nn.Module):
     def forward(
         self, images: Tensor, partners: Tensor, plan: MixPlan, maps: tuple[Tensor, Tensor] | None
     ) -> Mixed:
-        """Mix by the plan; ``maps`` are not read."""
+        """Return images mixed by the plan; ``maps`` is ignored."""
         own = self.mixer.maps(images * self.scale + self.shift)
         other = own
         if partners is not images:
@@ -152,8 +153,8 @@ class PretrainedObjective(MixObjective):
         **mixing: Arguments of ``MixObjective``.
 
     Raises:
-        ConfigError: If no mixer is named.
-        CheckpointError: If there is none.
+        ConfigError: If ``mixer`` is None.
+        CheckpointError: If the Mixer does not exist or cannot be loaded.
     """
 
     policy: Frozen
@@ -167,31 +168,31 @@ class PretrainedObjective(MixObjective):
         super().__init__(Frozen(load_mixer(mixer)), **mixing)
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the normalisation of the input images, which the Mixer reads by its own run's."""
+        """Set the normalisation of the input images, which the Mixer converts to its own."""
         self.policy.set_normalisation(mean, std)
 
 
 def save_mixer(path: Path, backbone: Backbone, policy: SAMix, meta: dict[str, Any]) -> None:
-    """Write a Mixer, and of its teacher no more than it reads, as safetensors."""
+    """Write a Mixer and the teacher weights that it needs as safetensors."""
     read = backbone.state_names_for_stage(meta["mixer"]["stage"])
     weights = {BACKBONE + n: t for n, t in backbone.state_dict().items() if n in read}
     weights |= {POLICY + n: t for n, t in policy.state_dict().items()}
     write_ours(path, weights, meta)
 
 
-@torch.inference_mode(False)  # weights that are made in it could never be trained
+@torch.inference_mode(False)  # weights created in inference mode cannot be trained
 def load_mixer(run_or_file: str | os.PathLike[str]) -> TrainedMixer:
-    """Load a trained Mixer, to mix images in any loop.
+    """Return a trained Mixer, which mixes images in any training loop.
 
     Args:
-        run_or_file: A run folder (its ``mixer.safetensors``, or ``last.ckpt`` while the run goes
-            on), a checkpoint, or a ``mixer.safetensors``.
+        run_or_file: A run folder (its ``mixer.safetensors``, or ``last.ckpt`` until the run
+            ends), a checkpoint, or a ``mixer.safetensors``.
 
     Returns:
         A module that maps normalised images (B, 3, S, S) to ``Mixed(images, partner, lam, mask)``.
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or it does not fit what it says it is.
+        CheckpointError: If there is none, it is damaged, or its weights do not fit its description.
     """
     path = weights_file(run_or_file, "mixer.safetensors")
     meta, weights = read_ours(path, IN_CHECKPOINT)

@@ -1,6 +1,6 @@
-"""Checkpoints of OpenMixup, of classifiers or self-supervised, in terms of this package.
+"""Conversion of OpenMixup's checkpoints, of classifiers or of self-supervised methods.
 
-Their configuration is Python text, which is read without running it.
+Their configuration is Python source, which is parsed and never run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ssl_samix.errors import CheckpointError, ConfigError
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.models.resnet import RESNETS
 
-MOST_PARTS = 100_000  # of a value; OpenMixup's longest have about 1,000
-CROPS = ("RandomResizedCrop", "RandomCrop", "CenterCrop")  # say how large images are trained on
+MOST_PARTS = 100_000  # AST nodes of a value; OpenMixup's longest values have about 1,000
+# Transforms that give the training image size.
+CROPS = ("RandomResizedCrop", "RandomCrop", "CenterCrop")
 
 
 class Computed:
-    """A value that only running the text would give; its text."""
+    """Source text of an expression that cannot be evaluated without running code."""
 
     def __init__(self, node: ast.expr) -> None:
         self.text = ast.unparse(node)
@@ -37,19 +38,19 @@ class Computed:
 
 
 def read_text(text: str, path: Path) -> dict[str, Any]:
-    """Read the assignments of a configuration.
+    """Return the values that a configuration's source assigns, by name.
 
     Args:
         text: Assignments of plain values, lists and ``dict(...)``, as OpenMixup's training writes
             them (``Config.pretty_text`` of mmcv).
-        path: Where it was found, for the error.
+        path: File that it was read from, for the error.
 
     Returns:
-        What each name is assigned: numbers, texts, lists (of tuples, too) and dicts; a ``Computed``
-        stands for anything else.
+        Numbers, strings, lists (also for tuples) and dicts by name; a ``Computed`` for any other
+        expression.
 
     Raises:
-        CheckpointError: If it is not Python's text, or names in names make it endless.
+        CheckpointError: If it is not Python source, or nested names make a value too large.
     """
     try:
         return _assigned(ast.parse(text))
@@ -61,7 +62,7 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
 
 def _assigned(tree: ast.Module) -> dict[str, Any]:
     names: dict[str, Any] = {}
-    sizes: dict[str, int] = {}  # of a name's value, written out
+    sizes: dict[str, int] = {}  # AST nodes of a name's value, with the names in it expanded
     for line in tree.body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             name, parts = line.targets[0].id, ast.walk(line.value)
@@ -100,7 +101,7 @@ def _dict(pairs: list[Any], names: dict[str, Any]) -> dict[str, Any]:
 
 
 def dicts(values: Any) -> Iterator[dict[str, Any]]:
-    """Go through a value and all that is in it, and give its dicts, outer ones first."""
+    """Yield all dicts in a value, at any depth, outer ones first."""
     if isinstance(values, dict):
         yield values
     if isinstance(values, (dict, list)):
@@ -109,7 +110,7 @@ def dicts(values: Any) -> Iterator[dict[str, Any]]:
 
 
 def channels(settings: dict[str, Any], name: str) -> list[float] | None:
-    """Return the first ``mean`` or ``std`` of three channels in [0, 1]; None: there is none."""
+    """Return the first ``mean`` or ``std`` of three channels in [0, 1]; None if there is none."""
     for one in dicts(settings):
         value = one.get(name)
         numbers = value if isinstance(value, list) else []
@@ -119,7 +120,7 @@ def channels(settings: dict[str, Any], name: str) -> list[float] | None:
 
 
 def side(settings: dict[str, Any]) -> int | None:
-    """Return the side in px that images are cropped to in training; None: it is not said."""
+    """Return the side in px that training images are cropped to; None if it is not given."""
     for one in dicts(settings.get("train_pipeline") or settings.get("data")):
         size = one.get("size")
         size = size[0] if isinstance(size, list) and size else size
@@ -128,8 +129,8 @@ def side(settings: dict[str, Any]) -> int | None:
     return None
 
 
-# Where the trained network and its moving average are, by whose files they are. Those with ".0"
-# hold a network and its projection in a row. Many files have a second name, backbone, for one.
+# Prefixes of the trained network and of its moving average, by method. With ".0" they are the
+# first part of a Sequential of network and projection. Many files also name a network backbone.
 NETWORKS: tuple[tuple[str, str | None], ...] = (
     ("backbone_q", "backbone_k"),  # AutoMixup
     ("encoder_q.0", "encoder_k.0"),  # MOCO, DenseCL
@@ -139,25 +140,25 @@ NETWORKS: tuple[tuple[str, str | None], ...] = (
     ("encoder.0", None),  # SimSiam
     ("backbone", None),  # SimCLR, BarlowTwins, SwAV and plain classifiers
 )
-# Settings that change a network and that no shape shows -> what ours has; the first is also what
-# theirs has if its configuration does not say.
+# Settings that change a network but no tensor's shape -> the values that our network has; the
+# first is also OpenMixup's default.
 NETWORK = {
-    "style": ("pytorch",),  # where a bottleneck has its stride
+    "style": ("pytorch",),  # position of the stride in a bottleneck
     "strides": ([1, 2, 2, 2],),
     "dilations": ([1, 1, 1, 1],),
     "conv_cfg": (None, {"type": "Conv2d"}),
 }
-EPS = 1e-5  # of every normalisation
+EPS = 1e-5  # of all normalisation layers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file as OpenMixup writes it.
+    """A checkpoint of OpenMixup.
 
     Attributes:
         path: The file.
-        weights: By OpenMixup's names.
-        settings: Its configuration; published files have none.
+        weights: Tensors by OpenMixup's names.
+        settings: The configuration; empty for published files, which have none.
     """
 
     path: Path
@@ -170,28 +171,28 @@ class Checkpoint:
 
     @property
     def networks(self) -> tuple[str, str | None]:
-        """Names of the trained network and of its moving average; ``None``: it has none."""
+        """Names of the trained network and of its moving average (None if it has none)."""
         return next(pair for pair in NETWORKS if self.under(f"{pair[0]}."))
 
     @property
     def classes(self) -> int | None:
-        """The number of classes of its classifiers, and not of clusters."""
+        """Number of classes of its classifier, clusters not counted; None without classifier."""
         heads = (k for k in self.weights if re.fullmatch(r"head\w*\.(fc|fc_cls)\.weight", k))
         return next((len(self.weights[k]) for k in heads if "clst" not in k), None)
 
     def section(self, *names: str) -> dict[str, Any]:
-        """Return a dict of the configuration, such as its model's backbone; empty: none."""
+        """Return a dict of the configuration, such as model.backbone; empty if it is absent."""
         found: Any = self.settings
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
         return found if isinstance(found, dict) else {}
 
     def one(self, given: Any, section: dict[str, Any], name: str, usual: Any) -> Any:
-        """Return what the user gives, or the setting's only value, or the usual one.
+        """Return the user's value, else the setting's only value, else the default ``usual``.
 
         Raises:
-            ConfigError: If it has several, of which OpenMixup draws one in each step.
-            CheckpointError: If its value is not written out.
+            ConfigError: If it has several values, of which OpenMixup draws one in each step.
+            CheckpointError: If its value is an expression, or is not a number where one is needed.
         """
         value = section.get(name, usual) if given is None else given
         if isinstance(value, list) and len(value) != 1:
@@ -206,10 +207,10 @@ class Checkpoint:
     def require(
         self, section: dict[str, Any], wanted: dict[str, tuple[Any, ...]], hint: str = ""
     ) -> None:
-        """Refuse settings that no shape shows, if the configuration gives one another value.
+        """Check settings that no tensor's shape shows: the configuration must have our values.
 
         Raises:
-            CheckpointError: With both values.
+            CheckpointError: If a setting differs; names both values.
         """
         for name, values in wanted.items():
             value = section.get(name, values[0])
@@ -226,7 +227,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a file as OpenMixup trains or publishes it.
+    """Read a checkpoint written by OpenMixup's training, or published by OpenMixup.
 
     Raises:
         CheckpointError: If it is damaged, would run code, or is not one of OpenMixup's.
@@ -250,12 +251,12 @@ def read(path: Path) -> Checkpoint:
 
 
 def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
-    """Build a ResNet by the shapes of its weights, and load them.
+    """Return a ResNet built by the shapes of its weights, with these weights.
 
     Raises:
-        CheckpointError: If the file has no such network, or one that ours cannot be.
+        CheckpointError: If the file has no such network, or it is not one of our ResNets.
     """
-    own = "backbone_k" if name == "backbone_k" else "backbone"  # a teacher may have its own
+    own = "backbone_k" if name == "backbone_k" else "backbone"  # a teacher may have its own section
     section = checkpoint.section("model", own) or checkpoint.section("model", "backbone")
     checkpoint.require(section, NETWORK)
     weights, what = checkpoint.under(f"{name}."), f"{name} in {checkpoint.path}"
@@ -276,7 +277,7 @@ def network(checkpoint: Checkpoint, name: str, image_size: int) -> Backbone:
 
 
 def _resnet(weights: dict[str, Tensor], what: str) -> str:
-    """Name the ResNet whose numbers of blocks, kind of block and groups these are."""
+    """Return the name of the ResNet with these numbers of blocks, kind of block and groups."""
     counts = tuple(
         len({k.split(".")[1] for k in weights if k.startswith(f"layer{n}.")}) for n in range(1, 5)
     )
@@ -292,9 +293,9 @@ def _resnet(weights: dict[str, Tensor], what: str) -> str:
     raise CheckpointError(f"{what} is not a known ResNet: its stages have {counts} blocks")
 
 
-LAM_MARGIN = 0.08  # of all SAMix configurations: an encoder's mixtures nearer to 0 or 1 are flat
-MOST_BEND = 10.0  # a larger lam_mul_k counts as this
-# Parts of our MixBlock -> what they are called there.
+LAM_MARGIN = 0.08  # in all SAMix configurations: an encoder's mixtures nearer to 0 or 1 are flat
+MOST_BEND = 10.0  # larger values of lam_mul_k are clipped to this
+# Parts of our MixBlock -> their names in OpenMixup.
 PARTS = {
     "query": "query.conv",
     "key": "key.conv",
@@ -302,10 +303,10 @@ PARTS = {
     "value.1": "value.conv.0.bn",
     "value.3": "value.conv.1.conv",
 }
-LAST_BIAS = "value.conv.1.conv.bias"  # which SAMix's configurations leave out
+LAST_BIAS = "value.conv.1.conv.bias"  # absent in SAMix's configurations
 BESIDE = ("pre_neck.", "pre_head.")  # parts of older mix_blocks that have a loss and no mask
-# Settings that change a mask in eval mode and that no shape shows -> what ours has; the first is
-# also what theirs has if its configuration does not say. Some are older versions'.
+# Settings that change a mask in eval mode but no tensor's shape -> the values that our MixBlock
+# has; the first is also OpenMixup's default. Some are of older versions.
 MIX_BLOCK = {
     "att_act_cfg": (None,),  # after query and key
     "attention_mode": ("embedded_gaussian",),
@@ -314,21 +315,21 @@ MIX_BLOCK = {
     "pre_norm_cfg": (None,),
 }
 VALUE = {"conv_cfg": (None, {"type": "Conv2d"})}
-ACTIVATIONS = {"ELU": "elu", "ReLU": "relu"}  # of the value, that ours has
+ACTIVATIONS = {"ELU": "elu", "ReLU": "relu"}  # of the value branch, supported by our MixBlock
 
 
 def mixer(
     checkpoint: Checkpoint, teacher: Backbone, lam_mul_k: float | None, upsampling: str | None
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """Describe a Mixer that computes the masks of the file's mix_block.
+    """Return stage, arguments and state of a Mixer that computes the masks of the file's mix_block.
 
     Returns:
         The stage that it reads, the arguments of ``SAMix``, and the state of its ``MixBlock``.
 
     Raises:
-        UserError: If the mix_block computes what ours cannot, or its settings are not known.
+        UserError: If our Mixer cannot compute the same masks, or settings are unknown.
     """
-    found = {  # older files have no ".conv" here
+    found = {  # older files have no ".conv" in these names
         re.sub(r"^(query|key)\.(weight|bias)$", r"\1.conv.\2", k): v
         for k, v in checkpoint.under("mix_block.").items()
         if not k.startswith(BESIDE)
@@ -339,8 +340,8 @@ def mixer(
     if not stages:
         teachers = f"no stage of {checkpoint.networks[1]}"
         raise _unfit(what, f"{teachers} has half of its query's {both} channels")
-    # What a configuration leaves out has the values of OpenMixup's constructors; where there is no
-    # configuration, those of all of SAMix's count.
+    # Settings that a configuration omits have the defaults of OpenMixup's constructors; without a
+    # configuration, the values common to all SAMix configurations are used.
     section = checkpoint.section("model", "mix_block")
     usual = (0, False, -1.0) if section else (True, True, _usual_bend(teacher, checkpoint.classes))
     activation = _check_settings(checkpoint, section, usual)
@@ -365,7 +366,7 @@ def mixer(
         part, _, kind = name.rpartition(".")
         state[f"{theirs[part]}.{kind}"] = tensor
     if not checkpoint.one(None, section, "use_scale", True):
-        # Ours divides the product of query and key by the root of their channels, always.
+        # Our MixBlock always divides the product of query and key by the root of their channels.
         state |= {k: inner**0.5 * t for k, t in state.items() if k.startswith("query.")}
     return stages[0], settings, state
 
@@ -373,7 +374,7 @@ def mixer(
 def _check_settings(
     checkpoint: Checkpoint, section: dict[str, Any], usual: tuple[Any, bool, float]
 ) -> str:
-    """Refuse settings of the mix_block that ours does not have; return the value's activation."""
+    """Check that our Mixer supports the mix_block's settings; return the value's activation."""
     hint = "; --encoder-only leaves the Mixer"
     checkpoint.require(section, MIX_BLOCK, hint)
     if checkpoint.one(None, section, "lam_mul", usual[0]):
@@ -393,7 +394,7 @@ def _check_settings(
 
 
 def _usual_bend(teacher: Backbone, classes: int | None) -> float:
-    """Return the lam_mul_k of SAMix's configurations for such a network."""
+    """Return the lam_mul_k that SAMix's configurations have for this network and data set."""
     if not teacher.small_stem:  # aircraft, birds
         return {100: 1.0, 200: 1.0}.get(classes or 0, -1.0)
     tiny = 0.25 if teacher.name.startswith("resnext") else -1.0
@@ -405,7 +406,7 @@ def _unfit(what: str, why: str) -> CheckpointError:
 
 
 def _check_parts(found: dict[str, Tensor], what: str) -> tuple[int, int]:
-    """Refuse other parts and shapes than SAMix's; return the query's channels, out and in."""
+    """Check that parts and shapes are SAMix's; return the query's output and input channels."""
     if "value.weight" in found:
         raise _unfit(what, "its value is one convolution, as AutoMix's")
     if not any(k.startswith("key.") for k in found):

@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, and whose it is. Imports nothing heavy."""
+"""Run folders: paths, saved configuration, metrics, lock and resume. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choi
 from ssl_samix.files import PARTIAL, expanded, make_folder, new_folder, write_atomically
 
 _log = logging.getLogger(__name__)
-# What a resumed run may change: neither the network nor what it is trained with.
+# Keys that a resume may change; the network, data and training settings must stay the same.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
@@ -38,7 +38,7 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-# Keys that came later, with what runs from before them did.
+# Keys added in later versions -> the behaviour of runs from before.
 DEFAULTS_FOR_OLD_RUNS = {
     "mixup.during": [0.0, 1.0],
     "mixup.optimizer": "encoder",
@@ -48,7 +48,7 @@ DEFAULTS_FOR_OLD_RUNS = {
     "classifier.heads": "one",
 }
 
-# Keys that are read by name, and that every run has.
+# Keys that every run's configuration must have, since they are read by name.
 NEEDED = (
     "out", "seed", "data.name", "data.root", "data.limit", "data.labels", "data.download",
     "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
@@ -58,7 +58,7 @@ LONGEST_REASON = 300  # characters
 
 
 class RunFolder:
-    """The paths of one run.
+    """The paths of one run, with its saved configuration and its lock.
 
     Args:
         path: The folder.
@@ -79,10 +79,10 @@ class RunFolder:
     def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
 
-        A run without a checkpoint has nothing to lose and may be restarted.
+        A run without a checkpoint may be started again, since nothing is lost.
 
         Raises:
-            UserError: If it belongs to another run, holds other things, or cannot be read.
+            UserError: If it belongs to another run, holds other files, or cannot be read.
         """
         try:
             held = [n for n in os.listdir(self.path) if not n.endswith(PARTIAL)]
@@ -112,20 +112,20 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder, and keep other processes from training in it.
+        """Create the folder and lock it against training by other processes.
 
-        The claim ends with the process, however that ends. Where folders cannot be locked (Windows,
-        some network disks) there is none.
+        The lock ends with the process, even if it is killed. Where folders cannot be locked
+        (Windows, some network disks) there is no lock.
 
         Raises:
-            UserError: If the folder cannot be made, or somebody trains in it.
+            UserError: If the folder cannot be made, or another process trains in it.
         """
         make_folder(self.path, "run folder")
         descriptor = _locked(self.path)
         try:
             yield
         finally:
-            with suppress(OSError):  # it holds something, unless nothing came of the run
+            with suppress(OSError):  # fails, as it should, unless the run left it empty
                 self.path.rmdir()
             if descriptor is not None:
                 os.close(descriptor)
@@ -136,13 +136,13 @@ class RunFolder:
         choices: dict[str, str],
         automatic: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the configuration.
+        """Write the configuration to ``config.yaml``.
 
         Args:
-            config: With values, no ``auto``.
+            config: Configuration in which each ``auto`` is replaced by a value.
             choices: The choice made in each group.
-            automatic: The keys that were ``auto``, and what they became; those of an earlier
-                part of the run are kept.
+            automatic: Keys that were ``auto``, with their values; those saved before a resume are
+                kept.
         """
         kept = {**self.automatic(), **(automatic or {})}
         whole = {"choices": choices, **({"auto": kept} if kept else {}), **plain(config)}
@@ -150,19 +150,19 @@ class RunFolder:
         write_atomically(self.config, lambda temporary: temporary.write_text(text, "utf-8"))
 
     def automatic(self) -> dict[str, Any]:
-        """Return the keys that were ``auto`` when the run was started, and what they became."""
+        """Return the keys that were ``auto`` when the run was started, with their values."""
         said = read_plain(self.config).get("auto") if self.config.is_file() else None
         return said if isinstance(said, dict) else {}
 
     def load_config(self) -> tuple[DictConfig, dict[str, str]]:
-        """Read the run's configuration and its choices.
+        """Return the run's configuration and its choices.
 
-        The file gives values; the classes are those that the installed configuration has for the
-        choices, since the folder may be somebody else's.
+        Only values are read from the file. The classes are those of the installed configuration for
+        these choices, since the folder may come from an untrusted source.
 
         Raises:
-            CheckpointError: If there is no run in the folder, or its configuration is damaged, or
-                says more than values of known keys.
+            CheckpointError: If there is no run in the folder, or its configuration is damaged or
+                has anything but values of known keys.
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no config.yaml")
@@ -180,12 +180,12 @@ class RunFolder:
 
 
 def _choices(said: dict[str, Any]) -> dict[str, str]:
-    """Take the choices out of what a run's configuration says.
+    """Remove the choices from a saved configuration and return them.
 
     Raises:
-        ConfigError: If there are none, or they do not name what is installed.
+        ConfigError: If there are none, or a group or choice is not installed.
     """
-    said.pop("auto", None)  # what was automatic stands at its key, too
+    said.pop("auto", None)  # these values are at their own keys, too
     choices = said.pop("choices", None)
     if not isinstance(choices, dict):
         raise ConfigError("it has no choices")
@@ -206,10 +206,10 @@ def _command(said: dict[str, Any], choices: dict[str, Any]) -> str:
 
 
 def _installed(said: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
-    """Compose what the choices of a run are now, and check that no part of it is missing there.
+    """Return the installed configuration for a run's choices, and check that the run has its parts.
 
     Raises:
-        ConfigError: If a part is missing, or they do not go together.
+        ConfigError: If the run lacks a part, or its choices cannot be combined.
     """
     words = [f"{group}={name}" for group, name in choices.items() if group != "experiment"]
     installed = _composed(_command(said, choices), *words)
@@ -234,14 +234,14 @@ def _has(config: Any, key: str) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read the whole rows of a metrics.csv, one per epoch; none if there is no such file."""
+    """Return the undamaged rows of a metrics.csv, one per epoch; [] if the file does not exist."""
     lines = _lines(path)
     columns = lines[0].split(",")
     return [dict(zip(columns, line.split(","), strict=True)) for line in _whole(lines)]
 
 
 def mend_metrics(path: Path) -> None:
-    """Leave out damaged lines of a metrics.csv, as a crash makes them; keep the file that was."""
+    """Remove lines of a metrics.csv that a crash damaged; copy the original file first."""
     lines = _lines(path)
     whole, filled = _whole(lines), [line for line in lines if line]
     header = filled[:1] if "epoch" in lines[0].split(",") else []
@@ -263,7 +263,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _whole(lines: list[str]) -> list[str]:
-    """Return the lines that have a number, or nothing, in each column, epochs in order."""
+    """Return the lines with a number or nothing in each column and with increasing epochs."""
     columns = lines[0].split(",")
     if "epoch" not in columns:
         return []
@@ -287,7 +287,7 @@ def _is_number(cell: str) -> bool:
 
 
 def weights_file(given: str | os.PathLike[str], name: str) -> Path:
-    """Return the file that a path means: itself, or of a run folder ``name``, else ``last.ckpt``.
+    """Return a file as it is; for a run folder, its file ``name``, else its ``last.ckpt``.
 
     Raises:
         CheckpointError: If the run folder has neither.
@@ -304,12 +304,12 @@ def weights_file(given: str | os.PathLike[str], name: str) -> Path:
 def resumed_config(
     command: str, run: str, arguments: list[str]
 ) -> tuple[DictConfig, dict[str, str]]:
-    """Return the configuration of a run, with what a resume may change changed.
+    """Return the saved configuration of a run and its choices, with the arguments of a resume.
 
     Args:
         command: ``pretrain`` or ``supervised``.
         run: Its folder.
-        arguments: ``key=value`` words.
+        arguments: ``key=value`` arguments.
 
     Raises:
         CheckpointError: If there is no run of this command.
@@ -334,12 +334,12 @@ def resumed_config(
 
 
 def command_of(choices: Mapping[str, str | None]) -> str:
-    """Say by which command a run with these choices was trained."""
+    """Return the command that trained a run with these choices: pretrain or supervised."""
     return "pretrain" if "method" in choices else "supervised"
 
 
 def default_out(choices: dict[str, str], seed: int) -> Path:
-    """Make a new folder under ``runs``, one that no other run begun in this second has."""
+    """Make and return a new folder under ``runs``, unique among runs started in the same second."""
     how = choices.get("method", "supervised")
     stem = "-".join([choices["data"], how, choices["mixup"], f"s{seed}"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -362,13 +362,13 @@ def _locked(folder: Path) -> int | None:
     except OSError:
         os.close(descriptor)
         return None
-    # A worker that outlives a killed run for some seconds must not keep the claim.
+    # A worker that outlives a killed run for some seconds must not keep the lock.
     os.register_at_fork(after_in_child=lambda: _close(descriptor, folder))
     return descriptor
 
 
 def _close(descriptor: int, folder: Path) -> None:
-    """Close a descriptor of the folder, if it still is one."""
+    """Close a descriptor if it still refers to the folder."""
     try:
         if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             os.close(descriptor)

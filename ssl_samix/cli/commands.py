@@ -1,6 +1,6 @@
-"""The subcommands of ``samix``: what each is called, checks and does.
+"""The table of ``samix`` subcommands, with the function that checks and the one that runs each.
 
-Nothing here imports torch before a subcommand is at work.
+Nothing here imports torch before a subcommand runs.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Subcommand:
-    """What ``samix <name>`` does; both functions import what they need when they are called."""
+    """A subcommand with a configuration; both functions import lazily, when they are called."""
 
     text: str  # its line in the help
     config: str  # name of its configuration
-    check: Callable[[list[str], bool], None]  # finds mistakes early: words, sweeping
-    job: Callable[[list[str]], None]  # does what ``key=value`` words say
-    late_keys: tuple[str, ...] = ()  # what the keys begin with that only the job can compose
-    sweeps: bool = True  # whether it takes --multirun; its ``out`` is then the folder of all jobs
+    check: Callable[[list[str], bool], None]  # finds errors early: arguments, sweeping
+    job: Callable[[list[str]], None]  # runs with ``key=value`` arguments
+    late_keys: tuple[str, ...] = ()  # prefixes of keys that only the job can compose
+    sweeps: bool = True  # whether --multirun is allowed; ``out`` then holds all jobs
 
 
 @dataclass(frozen=True)
 class PlainSubcommand:
-    """One without a configuration: ``samix <name> <word>...``."""
+    """A subcommand without a configuration: ``samix <name> <argument>...``."""
 
     text: str  # its line in the help
-    main: Callable[[list[str]], str]  # returns what is printed
+    main: Callable[[list[str]], str]  # returns the text to print
 
 
 def _training(text: str, command: str, module: str) -> Subcommand:
-    """Make a subcommand of one mode of training, whose ``module`` has ``train_from_words``."""
+    """Return the subcommand of a training mode, run by ``train_from_words`` of ``module``."""
 
     def check(words: list[str], sweeping: bool) -> None:
-        """Find mistyped keys, missing data and a taken folder before anything heavy is imported.
+        """Check keys, data and the run folder before torch is imported.
 
         Args:
-            words: ``key=value`` words.
-            sweeping: Whether lists of values are sweeps; each job then has a folder of its own.
+            words: ``key=value`` arguments.
+            sweeping: Whether several values are a sweep; each job then has its own folder.
 
         Raises:
-            UserError: For the first mistake.
+            UserError: For the first error.
         """
         from ssl_samix.artifacts.run_folder import RunFolder, resumed_config
         from ssl_samix.config.compose import absolute, check, parse
@@ -51,7 +51,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         from ssl_samix.training.launch import is_main_process
 
         roots = sum(override.key_or_group == "data.root" for override in parse(words))
-        if roots > 1:  # the last one would count, one shard of many
+        if roots > 1:  # only the last would be used, one shard of many
             raise ConfigError(
                 f"data.root is given {roots} times: put a pattern with braces in quotes, else the "
                 "shell writes it out"
@@ -97,11 +97,11 @@ def _export(words: list[str]) -> None:
 
     done = export(parse_export(words))
     print(done.path)
-    print(done.usage, file=sys.stderr)  # stdout stays the path alone, for scripts
+    print(done.usage, file=sys.stderr)  # stdout has the path only, for scripts
 
 
 def _protocol(text: str, name: str, module: str) -> Subcommand:
-    """Make a subcommand of ``eval_protocols/<module>.py``, whose configuration is ``name``."""
+    """Return the subcommand of ``eval_protocols/<module>.py`` with configuration ``name``."""
 
     def check(words: list[str], _sweeping: bool) -> None:
         from ssl_samix.config.compose import combinations
@@ -125,7 +125,7 @@ def _eval_protocols(module: str) -> Any:
     from importlib import import_module
     from importlib.util import find_spec
 
-    # Installed, the protocols are inside the package; in a bare checkout they stand beside it.
+    # An installed package contains the protocols; in a checkout they are next to it.
     inside = find_spec("ssl_samix.eval_protocols") is not None
     return import_module(f"{'ssl_samix.' if inside else ''}eval_protocols.{module}")
 

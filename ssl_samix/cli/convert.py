@@ -1,4 +1,4 @@
-"""``samix convert``: other projects' checkpoints as files of ours.
+"""``samix convert``: convert other projects' checkpoints to encoder and Mixer files.
 
 Modules that need torch are imported inside functions, so that errors are reported at once.
 """
@@ -22,8 +22,8 @@ KINDS = ("openmixup",)
 NETWORKS = ("q", "k")
 UPSAMPLING = ("bilinear", "nearest")
 Channels = tuple[float, float, float]
-# What OpenMixup's configurations have: image_size, mean, std, by the stem and the number of
-# classes. CIFAR-10 and CIFAR-100 are normalised with the same numbers there.
+# image_size, mean and std of OpenMixup's configurations, by the stem and the number of classes.
+# They normalise CIFAR-10 and CIFAR-100 with the same numbers.
 CIFAR = (32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))
 PHOTOGRAPHS = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = {10: CIFAR, 100: CIFAR, 200: (64, *PHOTOGRAPHS[1:])}  # 200: Tiny ImageNet
@@ -31,18 +31,19 @@ SMALL = {10: CIFAR, 100: CIFAR, 200: (64, *PHOTOGRAPHS[1:])}  # 200: Tiny ImageN
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What is converted, and what is said of it beside what its file says; None: unsaid.
+    """Checked arguments of ``samix convert``; None: read from the file or a default.
 
     Attributes:
         path: The checkpoint.
-        out: The folder that is written.
-        network: ``q``, the trained network, or ``k``, its moving average, becomes the encoder.
-        encoder_only: Leave the Mixer.
-        image_size: Side of the images it was trained on, in px.
-        mean: Per channel, of pixels in [0, 1], that they were normalised with.
-        std: Likewise.
+        out: The folder to write.
+        network: Network that becomes the encoder: ``q``, the trained one, or ``k``, its moving
+            average.
+        encoder_only: Do not convert the Mixer.
+        image_size: Side of the training images, in px.
+        mean: Mean per channel that they were normalised with, for pixels in [0, 1].
+        std: Standard deviation per channel, likewise.
         lam_mul_k: OpenMixup's setting of that name; negative: the ratio is not bent.
-        upsampling: Of the mask.
+        upsampling: Interpolation of the mask: ``bilinear`` or ``nearest``.
     """
 
     path: Path
@@ -62,13 +63,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(words: list[str]) -> str:
-    """Convert a checkpoint and return what is to be printed: the files, and what is in them.
+    """Convert a checkpoint and return the text to print: the files and their contents.
 
     Args:
-        words: As ``["openmixup", "file.pth", "-o", "folder"]``.
+        words: Command-line arguments, such as ``["openmixup", "file.pth", "-o", "folder"]``.
 
     Raises:
-        UserError: For the first mistake; nothing has been written then.
+        UserError: For the first error; nothing is written then.
     """
     if {"-h", "--help"} & set(words):
         return _parser().format_help().rstrip()
@@ -76,10 +77,10 @@ def main(words: list[str]) -> str:
 
 
 def parse_convert(words: list[str]) -> ConvertRequest:
-    """Return the checked request; the checkpoint is not opened.
+    """Return the checked request of command-line arguments; the checkpoint is not opened.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first error in them.
     """
     given = vars(_parser().parse_args(words))
     check_choice("kind of checkpoint", given.pop("kind"), KINDS)
@@ -120,11 +121,11 @@ def convert(request: ConvertRequest) -> list[str]:
     """Write the encoder and, if the file has one, the Mixer.
 
     Returns:
-        Lines that say what was written, and what was taken for granted.
+        Lines to print: the files written, and the settings that were read or assumed.
 
     Raises:
-        UserError: If the file is not one of OpenMixup's, or has what ours cannot compute. Nothing
-            has been written then.
+        UserError: If the file is not a checkpoint of OpenMixup, or our models cannot compute the
+            same. Nothing is written then.
     """
     from ssl_samix.artifacts import openmixup
     from ssl_samix.artifacts.checkpoints import describe
@@ -157,7 +158,7 @@ def convert(request: ConvertRequest) -> list[str]:
 def _mixer(
     checkpoint: Checkpoint, average: str, request: ConvertRequest, meta: dict[str, Any]
 ) -> str:
-    """Write the Mixer, complete the description of the files, and say what was written."""
+    """Write the Mixer, add it to the description ``meta``, and return a line about it."""
     from ssl_samix.artifacts.mixer import save_mixer
     from ssl_samix.artifacts.openmixup import mixer, network
     from ssl_samix.mixup.mixer import SAMix
@@ -179,7 +180,7 @@ def _mixer(
 
 
 def _images(checkpoint: Checkpoint, name: str, request: ConvertRequest) -> dict[str, Any]:
-    """Say what a network was trained on: by its user, its configuration, or its shapes."""
+    """Return image_size, mean and std: from the user, the configuration, or the weights."""
     from ssl_samix.artifacts.openmixup import channels, side
 
     first = checkpoint.weights.get(f"{name}.conv1.weight")
@@ -208,7 +209,7 @@ def _parser() -> _Parser:
         "configurations have; the options say otherwise.",
         allow_abbrev=False,
     )
-    # A name of its own: the message of a missing word shows it.
+    # A metavar of its own: the error for a missing argument shows it.
     parser.add_argument("kind", metavar="openmixup", help="whose checkpoint it is")
     parser.add_argument("path", metavar="file.pth", help="the checkpoint")
     parser.add_argument("-o", "--out", metavar="folder", required=True, help="new or empty")

@@ -1,4 +1,4 @@
-"""``samix <subcommand>``: a user's mistake is one sentence and exit status 2."""
+"""The ``samix`` command; a user error prints one sentence and exits with status 2."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any, NoReturn
 from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, Subcommand
 from ssl_samix.errors import ConfigError, UserError, nearest
 
-SPINS = "10000"  # of libgomp; its own 300,000 last about a millisecond
-FORCED = "++"  # Hydra's mark of a key that may be new
-LONGEST_NAME = 180  # characters of a job's folder; file systems allow 255 bytes
+SPINS = "10000"  # iterations of libgomp's busy loops; its default of 300,000 takes about 1 ms
+FORCED = "++"  # Hydra's prefix of a key that may be new
+LONGEST_NAME = 180  # characters in the name of a job's folder; file systems allow 255 bytes
 
 
 def main(words: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        words: Subcommand and its words; those of the process if None.
+        words: Subcommand and its arguments; None: those of the process.
     """
-    # torch's CPU threads wait for each other in busy loops: as soon as anything else runs on the
-    # machine, a step takes many times as long. Shorter loops; none at all would be slower where
-    # the machine is free. Read when torch is imported, later.
+    # torch's CPU threads wait for each other in busy loops. If other processes use the machine, a
+    # step then takes many times as long, so the loops are made shorter; without any, a step is
+    # slower on a free machine. libgomp reads the variable when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         _dispatch(sys.argv[1:] if words is None else words)
@@ -37,11 +37,11 @@ def main(words: list[str] | None = None) -> None:
         _stop(f"samix: {error}", 2)
     except PermissionError as error:
         _stop(f"samix: no permission for {error.filename}", 2)
-    except BrokenPipeError:  # whoever read the output has seen enough, as in: samix ... | head
+    except BrokenPipeError:  # the reader closed the pipe, as in: samix ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:  # not about a path that somebody gave
+        if error.filename is None:  # not about a file
             raise
         _stop(f"samix: cannot use {error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt as interrupt:
@@ -49,7 +49,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _stop(sentence: str, status: int) -> NoReturn:
-    # What was typed, or a file's name, may hold line breaks and codes that terminals obey.
+    # Arguments and file names may contain line breaks and terminal control codes.
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     print(shown, file=sys.stderr)
     sys.exit(status)
@@ -101,17 +101,17 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
     from ssl_samix.config.compose import CONFIG_DIR, describe_groups
     from ssl_samix.training.launch import COMMAND
 
-    # Hydra knows no data set until the run says which, and would refuse its keys: what has been
-    # checked is forced on it.
+    # Some keys exist only once the job composes its configuration, and Hydra would reject them.
+    # They have been checked, so they are forced.
     words = [f"{FORCED}{word}" if word.startswith(command.late_keys) else word for word in words]
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name=command.config, version_base="1.3")
     def app(_config: object) -> None:
-        # An error is kept from Hydra, which would print a traceback and go on with a sweep.
+        # Hides errors from Hydra, which would print a traceback and continue a sweep.
         try:
             _run_job(command)
         except (UserError, KeyboardInterrupt, OSError) as error:
-            if os.environ.get(COMMAND) != str(os.getpid()):  # a job, started elsewhere
+            if os.environ.get(COMMAND) != str(os.getpid()):  # a job in another process
                 _stop(f"samix: {error}", 130 if isinstance(error, KeyboardInterrupt) else 2)
             raise _Stopped(error) from error
 
@@ -128,10 +128,13 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
 
 
 def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str], str, str]:
-    """Refuse what can be refused before heavy imports.
+    """Check the arguments before torch is imported.
 
     Returns:
-        The words for Hydra, the launcher that they name, and where Hydra keeps a sweep.
+        The arguments for Hydra, the launcher that they name, and the folder of a sweep.
+
+    Raises:
+        UserError: For the first error in them.
     """
     from ssl_samix.config.compose import check_hydra, quote_paths, quoted
 
@@ -153,11 +156,11 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     if sweeping and out:
         settings.append(f"hydra.sweep.dir={quoted(out)}")
     sweep = _last(settings, "hydra.sweep.dir") or "runs"
-    return [*flags, *settings], launcher, sweep  # Hydra takes no flag between settings
+    return [*flags, *settings], launcher, sweep  # Hydra allows no flag between settings
 
 
 def _last(words: list[str], key: str) -> str | None:
-    """Return what the last of the words that set a key gives it."""
+    """Return the value that the last argument for a key gives it; None if there is none."""
     from ssl_samix.config.compose import parse
 
     given = [o.value() for o in parse(words) if o.key_or_group == key]
@@ -175,7 +178,7 @@ def _refuse_several(words: list[str], sweeps: bool) -> None:
 
 
 class _Stopped(BaseException):
-    """Carries a job's error through Hydra."""
+    """Carries an error of a job through Hydra, which catches ``Exception``."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -191,7 +194,7 @@ def _run_job(command: Subcommand) -> None:
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = HydraConfig.get()
-    # Not resolved: what a word reads of the configuration is not in this one, which is Hydra's.
+    # Not resolved: interpolations refer to the job's configuration, and this one is Hydra's.
     given: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
     words = [word.removeprefix(FORCED) for word in given]
     if job.mode == RunMode.MULTIRUN:
@@ -204,7 +207,7 @@ def _run_job(command: Subcommand) -> None:
 
 
 def job_name(words: list[str]) -> str:
-    """Name a sweep's job by its settings, in characters that need no quotes anywhere."""
+    """Return the name of a sweep's job: its settings, in characters that need no quotes."""
     name = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
     digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{digest}"
@@ -220,14 +223,14 @@ _SUBMITIT = (*_SLURM, "submitit_local")
 
 
 def check_launcher(name: str, sweeping: bool) -> None:
-    """Refuse a launcher that could start nothing here.
+    """Check that a Hydra launcher can start jobs on this machine.
 
     Args:
-        name: The choice of ``hydra/launcher``; one that is not submitit's is left to Hydra.
+        name: The choice of ``hydra/launcher``; only submitit's launchers are checked.
         sweeping: Whether the command has ``--multirun``; Hydra ignores launchers without it.
 
     Raises:
-        ConfigError: If that is missing, or the launcher's package, or SLURM's commands.
+        ConfigError: If ``--multirun``, the launcher's package or SLURM's commands are missing.
     """
     if not sweeping:
         raise ConfigError(f"{GROUP}={name} starts jobs with --multirun only")
@@ -242,21 +245,21 @@ def check_launcher(name: str, sweeping: bool) -> None:
 
 
 def _installed() -> bool:
-    """Say whether Hydra's plugin is there; submitit itself always is."""
-    names = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the parent first
+    """Return whether Hydra's submitit plugin is installed; submitit itself always is."""
+    names = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # find_spec needs the parent
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 @contextmanager
 def jobs_reported(name: str, folder: str) -> Iterator[None]:
-    """Say where jobs of a submitit launcher print, and turn its errors into sentences.
+    """Print where the jobs of a submitit launcher log, and convert its errors to user errors.
 
     Args:
-        name: The choice of ``hydra/launcher``.
-        folder: Where Hydra keeps the sweep.
+        name: The choice of ``hydra/launcher``; nothing is done for launchers of others.
+        folder: Folder of the sweep.
 
     Raises:
-        UserError: If a job ended without finishing its run, or could not be composed or submitted.
+        UserError: If a job ended before its run was finished or could not be composed or submitted.
     """
     if name not in _SUBMITIT:
         yield

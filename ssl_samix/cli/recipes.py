@@ -1,4 +1,4 @@
-"""``samix recipes``: the published recipes that can be started. Imports no torch."""
+"""``samix recipes``: list the published recipes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ in docs/recipes.md. Words after it change it: mixup=none, trainer.max_epochs=300
 
 @dataclass(frozen=True)
 class Recipe:
-    """A file under ``configs/experiment``.
+    """A recipe, read from its file under ``configs/experiment``.
 
     Attributes:
-        name: What ``experiment=`` takes.
+        name: Value of ``experiment=``.
         command: ``pretrain`` or ``supervised``.
-        title: What is trained on what.
-        epochs: As ``100 epochs``.
-        published: What it reached where it was published.
+        title: Method, network and data.
+        epochs: Length, such as ``100 epochs``.
+        published: Published result.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Recipe:
 
     @property
     def start(self) -> str:
-        """The words that start it."""
+        """The command that starts it."""
         return f"samix {self.command} experiment={self.name}"
 
 
 def recipes() -> list[Recipe]:
-    """Read the second line of every recipe."""
+    """Return all recipes, each read from the second line of its file."""
     return [_read(name) for name in groups()["experiment"]]
 
 
@@ -54,13 +54,13 @@ def _read(name: str) -> Recipe:
 
 
 def main(words: list[str]) -> str:
-    """List recipes.
+    """Return the table of recipes whose lines contain all search words, as text.
 
     Args:
-        words: What their lines must hold; none lists all.
+        words: Search words; an empty list lists all recipes.
 
     Raises:
-        ConfigError: If no recipe holds them.
+        ConfigError: If no recipe contains them.
     """
     if {"-h", "--help"} & set(words):
         return HELP.rstrip()

@@ -1,4 +1,4 @@
-"""One picture of what a trained Mixer makes of images: ``samix show-mixing``.
+"""``samix show-mixing``: write a picture of images mixed by a trained Mixer.
 
 Modules that need torch are imported inside functions, so that errors are reported at once.
 """
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShowMixingRequest:
-    """What is to be painted."""
+    """Checked arguments of ``samix show-mixing``."""
 
     run: Path  # folder or file
     images: FolderIndex | None  # None: the run's own training images
@@ -44,10 +44,10 @@ class ShowMixingRequest:
 
 
 def parse_show_mixing(words: list[str]) -> ShowMixingRequest:
-    """Check ``key=value`` words.
+    """Return the checked request of ``key=value`` arguments.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first error in them.
     """
     config, _ = compose("show_mixing", words)
     if config.run is None:
@@ -70,7 +70,7 @@ def parse_show_mixing(words: list[str]) -> ShowMixingRequest:
 
 
 def _check_run(run: Path, own_images: bool) -> None:
-    """Check that there are a Mixer and images, as far as a run's configuration tells."""
+    """Check by the run's configuration that it has a Mixer, and that its images exist."""
     if not run.exists():
         raise CheckpointError(f"run={run} does not exist: give a run folder or mixer.safetensors")
     if not run.is_dir() and own_images:
@@ -93,10 +93,11 @@ def _at_least_two(folder: str) -> FolderIndex:
 
 
 def show(request: ShowMixingRequest) -> Path:
-    """Paint the picture and return its path.
+    """Write the picture and return its path.
 
     Raises:
-        UserError: If there is no Mixer, fewer than 2 images, or no way to write the picture.
+        UserError: If there is no Mixer, there are fewer than 2 images, or the picture cannot be
+            written.
     """
     from ssl_samix.artifacts.mixer import load_mixer
     from ssl_samix.pictures import write_png
@@ -113,18 +114,18 @@ def show(request: ShowMixingRequest) -> Path:
 
 
 def _own_images(request: ShowMixingRequest, size: int) -> Tensor:
-    """Load un-augmented training images of the run, (N, 3, S, S) uint8."""
+    """Return training images of the run without augmentation, (N, 3, S, S) uint8."""
     from ssl_samix.data.datasets import load_splits
     from ssl_samix.training.mixed_pictures import fixed_images
 
     data = RunFolder(request.run).load_config()[0].data
-    # No more memory than for what is shown: images are then decoded when they are asked for.
+    # memory_gb=0: images are decoded on demand, so only those shown take memory.
     splits = load_splits(data.name, data.root, size, data.limit, labels=data.labels, memory_gb=0)
     return fixed_images(splits.train, 2 * request.rows, request.seed)
 
 
 def _decoded(request: ShowMixingRequest, paths: list[str], size: int) -> Tensor:
-    """Decode files in a drawn order until there are enough, (N, 3, S, S) uint8."""
+    """Return 2 x rows images, or all, decoded in random order, (N, 3, S, S) uint8."""
     import torch
 
     from ssl_samix.data.decode import decoded

@@ -1,1 +1,1 @@
-"""From words to a checked configuration. Nothing here imports torch."""
+"""Composing and checking configurations. Nothing here imports torch."""

@@ -1,6 +1,6 @@
-"""From words on a command line to a checked configuration.
+"""Compose a checked configuration from command-line arguments.
 
-Where the YAML files are and what each group offers, recipes, and Python values in Hydra's grammar.
+Also: the YAML files and the choices of each group, recipes, and Python values in Hydra's grammar.
 Nothing here imports torch: a mistyped key is reported before the first heavy import.
 """
 
@@ -29,21 +29,21 @@ from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
 from ssl_samix.files import expanded
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# Installed, the configurations are inside the package; in a checkout they stand beside it.
+# An installed package contains the configurations; in a checkout they are next to it.
 CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
 RECIPES = CONFIG_DIR / "experiment"
 
 
 def groups(config_name: str | None = None) -> dict[str, list[str]]:
-    """Return each config group and the names that it offers.
+    """Return the config groups, each with the names of its choices.
 
     Args:
-        config_name: Only the groups of this configuration's defaults list.
+        config_name: Return only the groups in this configuration's defaults list; None: all.
     """
     folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
     if config_name is not None:
         defaults = OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults
-        # An entry is _self_ or {"method": choice}, with words such as "optional" before the group.
+        # An entry is _self_ or {"method": choice}, where "optional" may precede the group.
         own = {
             str(k).split()[-1] for entry in defaults if isinstance(entry, DictConfig) for k in entry
         }
@@ -55,25 +55,25 @@ def groups(config_name: str | None = None) -> dict[str, list[str]]:
 
 
 def describe_groups(config_name: str) -> str:
-    """Return the lines of a configuration's help that name its groups and their choices."""
+    """Return the lines of a configuration's help that list its groups and their choices."""
     return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
 
 
 PRETRAINED = "pretrained"  # a value of init: published weights
-OPEN_KEYS = ("backbone.options",)  # take any key that a library's function has
-MOST_SHOWN = 200  # characters of a word, in an error
+OPEN_KEYS = ("backbone.options",)  # accept any argument of a library's function
+MOST_SHOWN = 200  # characters of an argument, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
 
 def quoted(text: str) -> str:
-    """Write any text as a value of Hydra's grammar that is read back as that text."""
-    # A backslash is literal but before a quote.
+    """Return any text as a quoted value in Hydra's grammar."""
+    # A backslash is literal, except before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
 
 
 def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to dotted keys; ``options`` of a backbone stay a dict."""
+    """Return nested dicts flattened to dotted keys; ``options`` of a backbone stay a dict."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
         if isinstance(value, dict) and key.rpartition(".")[2] != "options":
@@ -84,11 +84,11 @@ def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
-    """Quote the values of keys that are paths: a path may hold what Hydra's grammar does not.
+    """Return the arguments with paths quoted, since Hydra's grammar forbids some characters.
 
     Args:
-        arguments: ``key=value`` words, as they were typed.
-        sweeping: Whether a comma separates values; a path that exists is one path all the same.
+        arguments: ``key=value`` arguments, as typed.
+        sweeping: Whether a comma separates values; an existing path with a comma stays one value.
     """
     words = []
     for word in arguments:
@@ -103,17 +103,17 @@ def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> list[Override]:
-    """Parse ``key=value`` words.
+    """Return ``key=value`` arguments as Hydra's overrides.
 
     Raises:
-        ConfigError: For a word of another form, for additions and removals, and for a word of
-            Hydra's that names code.
+        ConfigError: If an argument has another form, adds or removes a key, or sets a key such as
+            ``_target_``, by which Hydra selects code.
     """
     overrides = []
     for word in arguments:
         try:
             override = OverridesParser.create().parse_override(word)
-        # Hydra's parser lets through what Python says of numbers too long and lists too deep.
+        # Hydra's parser does not catch Python's errors for too long numbers and too deep lists.
         except (HydraException, ValueError, RecursionError) as error:
             raise ConfigError(f"'{word[:MOST_SHOWN]}' is not of the form key=value") from error
         if override.is_add() or override.is_force_add() or override.is_delete():
@@ -126,12 +126,12 @@ def parse(arguments: Sequence[str]) -> list[Override]:
 
 
 def is_hydras(key: object) -> bool:
-    """Say whether a key is one by which Hydra builds something, such as ``_target_``."""
+    """Return whether a key is one that Hydra instantiates by, such as ``_target_``."""
     return isinstance(key, str) and re.fullmatch(r"_\w+_", key) is not None
 
 
 def _inner_keys(value: Any) -> Iterator[Any]:
-    """Give the keys inside a value, at any depth."""
+    """Yield the keys inside a value, at any depth."""
     if isinstance(value, dict):
         yield from value
     if isinstance(value, (dict, list)):
@@ -140,16 +140,16 @@ def _inner_keys(value: Any) -> Iterator[Any]:
 
 
 def check(config_name: str, arguments: Sequence[str]) -> list[DictConfig]:
-    """Compose every combination of a command line's choices, to find its mistakes early.
+    """Return the checked configuration of each job of a command line, up to a number of jobs.
 
     Raises:
-        ConfigError: With the nearest valid name for an unknown group choice or key.
+        ConfigError: As ``compose``; for an unknown choice or key, with the nearest valid name.
     """
     return [compose(config_name, words)[0] for words in combinations(arguments)]
 
 
 def combinations(arguments: Sequence[str]) -> Iterable[list[str]]:
-    """Give the ``key=value`` words of each job of a sweep, up to a number of jobs."""
+    """Return the ``key=value`` arguments of each job of a sweep, up to a number of jobs."""
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
     every = itertools.product(*(list(_variants(o)) for o in overrides))
     return map(list, itertools.islice(every, MOST_COMBINATIONS))
@@ -162,18 +162,18 @@ def _variants(override: Override) -> Iterable[str]:
 
 
 def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
-    """Compose a configuration.
+    """Return the checked configuration of a command.
 
     Args:
-        config_name: ``pretrain`` and so on.
-        arguments: ``key=value`` words.
+        config_name: Name of the configuration, such as ``pretrain``.
+        arguments: ``key=value`` arguments.
 
     Returns:
         The configuration, resolved, in struct mode; and the choice made in each group.
 
     Raises:
-        ConfigError: For an unknown name or key (with the nearest valid one) or a value of another
-            type than the default's.
+        ConfigError: For an unknown name or key (with the nearest valid one), or a value of the
+            wrong type.
     """
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
     known = groups(config_name)
@@ -207,20 +207,20 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:
-    """Set a key that the configuration has to what a user gives it.
+    """Set a key of the configuration to a user's value.
 
     Raises:
-        ConfigError: For a value whose own keys are not names.
+        ConfigError: If OmegaConf cannot hold the value, such as a dict with unusable keys.
     """
     try:
-        # Options of a backbone are those of a library's function: any key may be new.
+        # Options of a backbone are arguments of a library's function: any key may be new.
         OmegaConf.update(config, key, value, force_add=key.startswith(OPEN_KEYS))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
 def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()) -> list[str]:
-    """Return the keys of single values that ``key=value`` sets, several if it is a dict.
+    """Return the keys of single values that ``key=value`` sets; several if the value is a dict.
 
     Raises:
         ConfigError: For a key that ``config`` does not have, with the nearest one.
@@ -238,15 +238,15 @@ def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()
 
 
 def check_values(config: DictConfig, before: DictConfig, keys: Iterable[str]) -> None:
-    """Check the types of values that a user has set; make lists of single values where needed.
+    """Check the types of a user's values, and convert single values of list keys to lists.
 
     Args:
-        config: With those values; interpolations are resolved.
-        before: With the defaults.
-        keys: Of the values.
+        config: Configuration with these values; its interpolations are resolved in place.
+        before: Configuration with the defaults.
+        keys: Keys of the values.
 
     Raises:
-        ConfigError: For a value of another type than its key takes, or one that cannot be resolved.
+        ConfigError: If a value has the wrong type for its key, or cannot be resolved.
     """
     try:
         OmegaConf.resolve(config)
@@ -261,15 +261,15 @@ def check_values(config: DictConfig, before: DictConfig, keys: Iterable[str]) ->
 
 
 def check_fit(key: str, value: Any, default: Any) -> None:
-    """Check that a value, or nested keys and values, are such as the default's.
+    """Check that a value, or nested keys and values, has the keys and types of the default.
 
     Args:
-        key: Dotted; empty for a whole configuration.
+        key: Dotted key; empty for a whole configuration.
         value: Plain dicts, lists and values.
-        default: Likewise; a dict has all keys that the value's may have.
+        default: Likewise; a dict here has all keys that are allowed in ``value``.
 
     Raises:
-        ConfigError: For an unknown key, with the nearest one, and a value of another kind.
+        ConfigError: For an unknown key, with the nearest one, or a value of the wrong type.
     """
     if isinstance(default, dict) and key not in OPEN_KEYS:
         if not isinstance(value, dict):
@@ -286,7 +286,7 @@ def check_fit(key: str, value: Any, default: Any) -> None:
 
 
 def _fitted(key: str, value: Any, default: Any) -> Any:
-    """Return the value of a single key as it is taken."""
+    """Return the value of a single key, checked and converted to the type of its key."""
     if key in OPEN_KEYS:
         check_options(value)
         return value
@@ -296,7 +296,7 @@ def _fitted(key: str, value: Any, default: Any) -> Any:
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
-    """Give the dotted keys of a configuration, those that hold others included."""
+    """Yield the dotted keys of a configuration, including those of nested configurations."""
     for key in map(str, config):
         yield f"{prefix}{key}"
         node = config._get_node(key)
@@ -306,12 +306,13 @@ def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
 
 @cache
 def _composed(config_name: str, words: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    """Let Hydra compose; a command asks for the same configuration several times.
+    """Return Hydra's composition, cached since a command needs the same one several times.
 
     Returns:
-        The configuration, with its interpolations, which nobody may change; and its choices.
+        The configuration, with unresolved interpolations, and its choices. Both are shared by all
+        callers and must not be changed.
     """
-    # Inside a Hydra app the global state is taken; it is put back afterwards.
+    # Inside a Hydra app the global state is in use; it is restored afterwards.
     taken = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -328,11 +329,11 @@ def _composed(config_name: str, words: tuple[str, ...]) -> tuple[DictConfig, dic
 
 
 def _resolved(config: DictConfig, config_name: str, words: Sequence[str]) -> DictConfig:
-    """Return a copy without interpolations."""
+    """Return a copy with all interpolations resolved."""
     config = config.copy()
     try:
         OmegaConf.resolve(config)
-    except InterpolationKeyError as error:  # a choice that reads a key of another command's
+    except InterpolationKeyError as error:  # a choice refers to a key of another command
         key = str(error).partition("'")[2].partition("'")[0]
         command, given = config_name.replace("_", "-"), ", ".join(words)
         raise ConfigError(f"samix {command} has no {key}, which {given} reads") from error
@@ -342,17 +343,17 @@ def _resolved(config: DictConfig, config_name: str, words: Sequence[str]) -> Dic
 
 
 def absolute(config: DictConfig) -> DictConfig:
-    """Make the paths that a run reads absolute, so that it finds them from anywhere."""
+    """Make the input paths of a run absolute, in place, and return the configuration."""
     for key in ("data.root", "mixup.mixer", "init"):
         path = OmegaConf.select(config, key)
-        # shards may be behind a URL; an empty path is a mistake and not the current folder
+        # shards may be URLs; an empty path is an error and not the current folder
         if path and "://" not in str(path) and (key, path) != ("init", PRETRAINED):
             OmegaConf.update(config, key, os.path.abspath(expanded(str(path))))
     return config
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain dicts, lists and values, for checkpoints."""
+    """Return a configuration as plain dicts, lists and values."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
@@ -363,7 +364,7 @@ def _installed_classes() -> frozenset[str]:
 
 
 def _classes(node: Any) -> Iterator[Any]:
-    """Give what Hydra would build of a plain node, at any depth."""
+    """Yield the names of classes that Hydra would instantiate for a plain node, at any depth."""
     if isinstance(node, dict) and "_target_" in node:
         yield node["_target_"]
     if isinstance(node, (dict, list)):
@@ -372,11 +373,12 @@ def _classes(node: Any) -> Iterator[Any]:
 
 
 def build(config: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a node with plain arguments; a user's mistake stays a ``UserError``.
+    """Return the object of a config node, made with plain arguments.
 
     Raises:
         ConfigError: If the node names a class that none of the installed configurations names.
             A name in ``ssl_samix`` is not enough: modules have ``os`` as an attribute.
+        UserError: If the constructor raises one.
     """
     for name in map(str, _classes(plain(config))):
         if name not in _installed_classes():
@@ -390,7 +392,7 @@ def build(config: DictConfig, **arguments: Any) -> Any:
 
 
 def in_hydras_grammar(value: Any) -> str:
-    """Write a Python value in Hydra's grammar.
+    """Return a Python value as text in Hydra's grammar.
 
     Raises:
         ConfigError: For a value that a configuration cannot hold.
@@ -401,7 +403,7 @@ def in_hydras_grammar(value: Any) -> str:
         return "{" + ",".join(f"{k}:{in_hydras_grammar(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(in_hydras_grammar, value)) + "]"
-    value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's numbers
+    value = value.item() if hasattr(value, "item") else value  # numbers of NumPy and torch
     words: dict[Any, str] = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -414,18 +416,18 @@ OVERRIDE = "override /"  # before a group, in the defaults list of a recipe
 
 
 def recipe_command(file: Path) -> str | None:
-    """Return the command that a recipe says, in its second line, that it is for."""
+    """Return the command named in a recipe's second line, or None."""
     lines = file.read_text(encoding="utf-8").splitlines()
     found = re.match(r"# samix (\w+) \|", lines[1]) if len(lines) > 1 else None
     return found[1] if found else None
 
 
 def recipe_names(folder: Path, command: str | None = None) -> list[str]:
-    """Return the recipes in a folder, such as ``cifar10/resnet18``.
+    """Return the names of the recipes in a folder, such as ``cifar10/resnet18``.
 
     Args:
-        folder: Of recipes.
-        command: Only those of this command, and those that name none.
+        folder: Folder of recipes.
+        command: Return only recipes for this command, and those that name none; None: all.
     """
     files = folder.rglob("*.yaml")
     fitting = [f for f in files if command is None or recipe_command(f) in (None, command)]
@@ -433,18 +435,18 @@ def recipe_names(folder: Path, command: str | None = None) -> list[str]:
 
 
 def expanded_arguments(folder: Path, chosen: Mapping[str, Any]) -> list[str] | None:
-    """Return a recipe as arguments, if some of its choices are replaced.
+    """Return a recipe as arguments, if the user replaces some of its choices.
 
-    What a recipe sets is for its own choices: cutmix has nothing to do with the ratios of SAMix,
-    nor AdamW with the learning rate of SGD. So settings of a replaced group are left out.
+    Settings of a replaced group are left out, since a recipe's settings are for its own choices:
+    SAMix's ratios do not apply to CutMix, nor SGD's learning rate to AdamW.
 
     Args:
-        folder: Of recipes.
-        chosen: The user's choices by group, ``experiment`` among them.
+        folder: Folder of recipes.
+        chosen: The user's choices by group, including ``experiment``.
 
     Returns:
-        ``key=value`` words of all choices, the user's among them, and of the recipe's settings; or
-        None if there is no recipe, or nothing of it is replaced.
+        ``key=value`` arguments for all choices, including the user's, and the recipe's settings;
+        None if there is no recipe, or none of its choices is replaced.
     """
 
     recipe = chosen.get("experiment")
@@ -457,21 +459,21 @@ def expanded_arguments(folder: Path, chosen: Mapping[str, Any]) -> list[str] | N
     replaced = {group for group, name in chosen.items() if own.get(group, name) != name}
     if not replaced:
         return None
-    if "method" in replaced and "views" not in chosen:  # a method brings its own
+    if "method" in replaced and "views" not in chosen:  # a method has its own views
         replaced.add("views")
         own.pop("views", None)
     left = {group: values for group, values in settings.items() if group not in replaced}
     names = {**own, **{group: name for group, name in chosen.items() if group != "experiment"}}
     choices = [f"{group}={in_hydras_grammar(name)}" for group, name in names.items()]
-    # Forced, since options of a timm model need not be there.
+    # Forced, since options of a timm model may be new keys.
     return choices + [f"++{k}={in_hydras_grammar(value)}" for k, value in dotted(left).items()]
 
 
 def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
-    """Find mistakes in the words that are Hydra's own, such as ``hydra/launcher=slurm``.
+    """Check the arguments for Hydra itself, such as ``hydra/launcher=slurm``.
 
     Raises:
-        ConfigError: With the nearest group, choice or key, or else in Hydra's words.
+        ConfigError: With the nearest group, choice or key, or else with Hydra's message.
     """
     own = [o for o in parse(arguments) if o.key_or_group.startswith("hydra")]
     if not own:
@@ -495,7 +497,7 @@ def check_hydra(config_name: str, arguments: Sequence[str]) -> None:
 
 
 def _check_hydras(config_name: str, override: Override) -> None:
-    """Refuse a group, a choice or a key that Hydra, which is initialised, does not have."""
+    """Raise ``ConfigError`` for a group, choice or key that Hydra (initialised) does not have."""
     key, loader = override.key_or_group, GlobalHydra.instance().config_loader()
     if "/" in key:
         known = [f"hydra/{name}" for name in loader.list_groups("hydra")]

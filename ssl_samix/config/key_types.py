@@ -1,8 +1,8 @@
-"""Of which type the value of a key is. Imports nothing heavy.
+"""Types of configuration keys, and checks of values. Imports no torch.
 
-Most keys have the type of their default in ``configs``. ``TYPES`` states the others: those whose
-default is null, ``auto``, or narrower than what they take. Constructors have annotations that say
-the same, but reading them would import torch, and many arguments reach a base class by ``**``.
+Most keys have the type of their default in ``configs``. ``TYPES`` has the others: those whose
+default is null, ``auto``, or of a narrower type than the key. Annotations of constructors would
+give the same types, but reading them imports torch, and many arguments are passed by ``**``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ TYPES: dict[str, Any] = {
     "trainer.sync_batchnorm": bool | Auto,
     "views.device": str,
     "augment.device": str,
-    # measuring and exporting
+    # evaluation and export
     "clusters": int | Auto,
     "device": str,
     "finetune.head_factor": list[float],
@@ -84,9 +84,9 @@ TYPES: dict[str, Any] = {
     "workers": int | Auto,
 }
 PATHS = tuple(key for key, kind in TYPES.items() if kind == Path | None)
-MISSING = "???"  # OmegaConf's mark of a value that is yet to be given
-LARGEST = 2**63 - 1  # whole number that torch and NumPy hold
-LARGEST_SEED = 2**32 - 1  # that NumPy takes
+MISSING = "???"  # OmegaConf's marker of a missing value
+LARGEST = 2**63 - 1  # largest integer of torch and NumPy (int64)
+LARGEST_SEED = 2**32 - 1  # largest seed of NumPy
 WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -107,15 +107,15 @@ CHECKS: dict[Any, Callable[[Any], bool]] = {
 
 
 def converted(key: str, value: Any, default: Any) -> Any:
-    """Return a value in the type of its key; a single value for a list key becomes a list.
+    """Return a value, checked against the type of its key; for a list key, a list.
 
     Args:
-        key: Dotted.
-        value: Plain: no containers of OmegaConf.
-        default: The value of the configuration, likewise; tells the type of most keys.
+        key: Dotted key.
+        value: Plain value, not a container of OmegaConf.
+        default: Default in the configuration, likewise; it gives the type of most keys.
 
     Raises:
-        ConfigError: With the type that the key has.
+        ConfigError: If the value has another type than the key; names the key's type.
     """
     most = LARGEST_SEED if key == "seed" else LARGEST
     if type(value) is int and value > most:
@@ -157,17 +157,17 @@ def _said(kind: Any) -> str:
 
 
 KEY = "backbone.options"
-FILES = ("checkpoint_path", "cache_dir")  # a local file or folder
-PUBLISHED = "pretrained"  # what names of published weights begin with
+FILES = ("checkpoint_path", "cache_dir")  # options that take a local file or folder
+PUBLISHED = "pretrained"  # prefix of options that select published weights
 LISTS = (list, tuple)
 VALUES = (str, int, float, bool, type(None))
 
 
 def check_options(options: Any) -> None:
-    """Refuse options that name weights, which may be any file, and values that are not plain.
+    """Check that backbone options select no weights, which may be any file, and have plain values.
 
     Raises:
-        ConfigError: With the option.
+        ConfigError: Names the option.
     """
     if not isinstance(options, Mapping):
         raise ConfigError(f"{KEY} holds keys of its own: write {KEY}={{<option>: <value>}}")
@@ -182,7 +182,7 @@ def check_options(options: Any) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Say whether a value is a number, a text, true, false, null, or a list of these (of lists)."""
+    """Return whether a value is a number, string, bool, None, or a list of these or their lists."""
     parts = value if isinstance(value, LISTS) else [value]
     inner = (part if isinstance(part, LISTS) else [part] for part in parts)
     return all(isinstance(one, VALUES) for ones in inner for one in ones)

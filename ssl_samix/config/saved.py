@@ -1,7 +1,7 @@
-"""What a file says of a configuration, as data: it names values and no code. Imports no torch.
+"""Reading saved configurations safely, as values and never as code. Imports no torch.
 
-A run folder may be somebody else's. So a file gives values alone, and every class that is built
-from them is the one that the installed configuration names at that place.
+A run folder may come from an untrusted source. So only values are read from a file; the classes
+that are instantiated are those that the installed configuration has at the same keys.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from ssl_samix.config.compose import check_fit, is_hydras
 from ssl_samix.errors import CheckpointError, ConfigError
 
-LARGEST = 64 * 1024  # bytes; a run writes about 4,000
-DEEPEST = 8  # mappings and lists in each other; a run writes 4
-# Classes of the package move from version to version; the choices name them.
+LARGEST = 64 * 1024  # bytes; a run's file has about 4,000
+DEEPEST = 8  # levels of nesting; a run's file has 4
+# Classes of the package may move between versions; the choices identify them.
 PACKAGE_PREFIX = "ssl_samix."
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """Read a YAML file of keys, lists and values, without aliases and tags.
+    """Return the content of a YAML file of keys, lists and values, without aliases and tags.
 
     Raises:
-        CheckpointError: If it is damaged, too large, or holds anything else.
+        CheckpointError: If it is unreadable, damaged, too large, or has anything else.
     """
     try:
         with path.open("rb") as file:
@@ -42,11 +42,11 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: not a configuration") from error
     if reason:
         raise CheckpointError(f"{path} is damaged or not the configuration of a run: {reason}")
-    return read  # type: ignore[return-value]  # it begins with a key
+    return read  # type: ignore[return-value]  # its root is a mapping
 
 
 def _beyond_plain(text: str) -> str | None:
-    """Say what a YAML text has that no run writes, before anything is made of it."""
+    """Return what makes a YAML text unsafe or not a configuration, or None; builds no objects."""
     depth, root = 0, True
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         place = f"in line {event.start_mark.line + 1}"
@@ -68,20 +68,20 @@ def _beyond_plain(text: str) -> str | None:
 def merged(
     said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the installed configuration with the values of a file, which has no other keys.
+    """Return a file's keys and values, checked, with the classes of the installed configuration.
 
     Args:
-        said: Nested keys, of any origin.
-        installed: Those of the composed configuration, with its classes.
-        prefix: Of the keys, for errors.
+        said: Nested keys and values of any origin.
+        installed: The composed configuration, with its classes.
+        prefix: Prefix of the keys, for errors.
 
     Returns:
-        The file's keys and values; a key that it does not have is not there. Classes, and what else
-        Hydra reads, are those of ``installed``.
+        The file's keys and values; keys that the file lacks are not added. Classes and other keys
+        of Hydra are those of ``installed``.
 
     Raises:
-        ConfigError: For an unknown key, a value of another kind, a class that is not the installed
-            one, or an interpolation.
+        ConfigError: For an unknown key, a value of the wrong type, a class that is not the
+            installed one, or an interpolation.
     """
     config = _merged(said, installed, prefix)
     check_fit(prefix.rstrip("."), config, installed)
@@ -104,7 +104,7 @@ def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) 
 
 
 def _check_class(key: str, theirs: Any, own: Any) -> None:
-    """Refuse a class other than the installed one; one of ours has only moved."""
+    """Check that a class is the installed one; if both are of this package, it may have moved."""
     moved = str(theirs).startswith(PACKAGE_PREFIX) and str(own).startswith(PACKAGE_PREFIX)
     if theirs != own and not moved:
         instead = "nothing is built" if own is None else f"{own} is built"
@@ -112,7 +112,7 @@ def _check_class(key: str, theirs: Any, own: Any) -> None:
 
 
 def _check_resolved(key: str, value: Any) -> None:
-    """Refuse what OmegaConf would replace by something else, in lists too."""
+    """Raise ``ConfigError`` for interpolations and missing values (``???``), in lists too."""
     left = [value]
     while left:
         part = left.pop()
