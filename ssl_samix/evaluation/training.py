@@ -216,9 +216,7 @@ def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tens
     return torch.cat(parts, dim=1)
 
 
-FEW_HELD_OUT = (
-    100  # images; with fewer, the choice of a learning rate is little better than a guess
-)
+FEW_HELD_OUT = 100  # images; with fewer, choosing a learning rate is little better than a guess
 
 
 @dataclass(frozen=True)

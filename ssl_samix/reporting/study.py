@@ -27,12 +27,7 @@ from ssl_samix.reporting.study_table import Row, add_row, lock_of, read_table, w
 if TYPE_CHECKING:
     from submitit import Job as Started
 
-CHANGED = (
-    "workers",
-    "launcher",
-    "out",
-    "csv",
-)  # keys of the study file that the command line may override
+CHANGED = ("workers", "launcher", "out", "csv")  # keys that the command line may override
 MODES = ("list", "report")  # done instead of the runs
 FAILURES_SHOWN = 5  # failures repeated at the end
 NAMES_SHOWN = 3  # names of runs in a sentence

@@ -287,7 +287,7 @@ def _spent(notes: Notes, epochs: list[dict[str, str]], name: str) -> float:
 
 
 def _accuracies(path: Path) -> Row:
-    """Return the accuracies of a protocol.
+    """Return the accuracies of a protocol and, for kNN, the chosen setting.
 
     Raises:
         UserError: If the results file is damaged.
