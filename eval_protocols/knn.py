@@ -1,8 +1,9 @@
-"""kNN: the features as they are, no training at all.
+"""kNN evaluation of the frozen features, without training.
 
-Cosine similarity, votes weighted by exp(similarity / T) (InstDisc, arXiv 1805.01978, section 3.4).
-A grid of k and T is read off one exact search. The setting is chosen by leave-one-out among the
-training images; the test labels are read once, for the numbers.
+Neighbours are found by cosine similarity and vote with weight exp(similarity / T) (InstDisc, arXiv
+1805.01978, section 3.4). All settings of a grid of k and T are computed from one exact search. The
+setting is chosen by leave-one-out on the training images; test labels are used only to compute the
+results.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from ssl_samix.files import write_atomically
 from ssl_samix.pictures import paint, write_png
 
 _log = logging.getLogger(__name__)
-ASKED = 5000  # training images whose leave-one-out votes choose the setting, at most
-SHOWN = 8  # neighbours in the picture
-MOST_NAMED = 30  # classes, up to which the confusion matrix has names and numbers
+ASKED = 5000  # at most so many training images choose the setting by leave-one-out
+SHOWN = 8  # test images in the picture
+MOST_NAMED = 30  # up to so many classes, the confusion matrix shows names and numbers
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that no data could serve."""
+    """Check the settings that can be checked without data."""
     for key in ("k", "temperature"):
         if not config[key]:
             raise ConfigError(f"{key} needs at least one value")
@@ -48,7 +49,7 @@ def check(config: DictConfig) -> None:
 
 
 def run(request: ProtocolRequest) -> Path:
-    """Measure, print, and return the folder of the results."""
+    """Run the protocol, print its results, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, test = task.labelled
     ks, temperatures = _fitting(list(config.k), len(train)), list(config.temperature)
@@ -73,10 +74,10 @@ def run(request: ProtocolRequest) -> Path:
 
 
 def _fitting(ks: list[int], images: int) -> list[int]:
-    """Return the numbers of neighbours that so many training images have, itself left out.
+    """Return the values of k that are possible in leave-one-out on so many training images.
 
     Raises:
-        DataError: If they have none of them.
+        DataError: If no value is possible.
     """
     fitting = [k for k in ks if k < images]
     if not fitting:
@@ -95,7 +96,7 @@ def _row(variant: str, vote: Vote, settings: dict[str, Any]) -> Row:
 
 
 def _choose(config: DictConfig, ks: list[int], bank: Tensor, labels: Tensor, classes: int) -> int:
-    """Return the position in the grid of the setting that is best within the training images."""
+    """Return the grid position of the best setting by leave-one-out on the training images."""
     asked = stratified(labels, ASKED, config.seed)
     near, rows = leave_one_out(bank, asked, max(ks))
     votes = vote_grid(near, labels[rows], labels[asked], classes, ks, list(config.temperature))
@@ -103,7 +104,7 @@ def _choose(config: DictConfig, ks: list[int], bank: Tensor, labels: Tensor, cla
 
 
 def _shown(config: DictConfig, tests: int) -> list[int]:
-    """Return the test images whose neighbours are painted."""
+    """Return the indices of the test images whose neighbours are shown."""
     if config.show is not None:
         for i in config.show:
             check_range("show", i, 0, tests - 1)
@@ -123,7 +124,7 @@ def _confusion(
     side = min(12.0, 3 + 0.4 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    # A dollar would begin a formula.
+    # Matplotlib would parse a dollar sign as the start of a formula.
     names = [name.replace("$", r"\$") for name in classes]
     ConfusionMatrixDisplay(counts, display_labels=names).plot(
         ax=axes, include_values=few, colorbar=False, cmap="Blues", xticks_rotation="vertical"
@@ -131,7 +132,9 @@ def _confusion(
     if not few:
         axes.set(xticks=[], yticks=[])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in letters that the font lacks
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # class names with characters that the font lacks
         write_atomically(folder / "confusion.png", partial(figure.savefig, format="png"))
     return counts.tolist()
 
@@ -143,7 +146,7 @@ def _neighbours(
     found: tuple[Tensor, Tensor],
     predictions: Tensor,
 ) -> Any:
-    """Paint each of the test images with its nearest training images."""
+    """Return a picture of test images, each with its nearest training images."""
     (train, test), (near, rows), names = sets, found, task.splits.classes
     count = min(SHOWN, rows.shape[1])
     tiles, captions = [], []

@@ -1,10 +1,10 @@
-"""Linear probe: how well a linear classifier reads the frozen features.
+"""Linear probe: accuracy of a linear classifier on the frozen features.
 
 ``protocol=cached`` computes the features once, trains a grid of heads together, and fits
-scikit-learn's logistic regression as an independent check, which it leaves with the backbone as
-``classifier.safetensors``. ``protocol=augmented`` is the papers' way: stochastic gradient descent
+scikit-learn's logistic regression as an independent check; the latter is saved with the backbone as
+``classifier.safetensors``. ``protocol=augmented`` follows the papers: stochastic gradient descent
 on random crops and flips through the frozen backbone. Both choose their setting on a held-out part
-of the training labels and look at the test images once.
+of the training labels and use the test images once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ssl_samix.evaluation.task import Task, open_task
 from ssl_samix.evaluation.training import FewLabels, Recipe, augmented_probe
 from ssl_samix.training.logging import RunProgress
 
-# The rows, details for results.json, and the layer that classifies features, if one is kept.
+# Rows, details for results.json, and the classification layer to save, if any.
 Found = tuple[list[Row], dict[str, Any], nn.Linear | None]
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that no data could serve."""
+    """Check the settings that can be checked without data."""
     check_choice("protocol", config.protocol, ("cached", "augmented"))
     check_range("held_out", config.held_out, 0.01, 0.5)
     if config.protocol == "augmented":
@@ -42,7 +42,7 @@ def check(config: DictConfig) -> None:
 
 
 def recipe(config: DictConfig) -> Recipe:
-    """Return the preset."""
+    """Return the training recipe of the configuration."""
     if config.get("preset") is None:
         raise ConfigError("protocol=augmented trains as a paper does: give preset=moco or another")
     settings: dict[str, Any] = plain(config.preset)
@@ -51,9 +51,9 @@ def recipe(config: DictConfig) -> Recipe:
 
 
 def run(request: ProtocolRequest) -> Path:
-    """Measure, print, and return the folder of the results."""
+    """Run the protocol, print its results, and return the folder of the results."""
     task = open_task(request)
-    task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
+    task.labelled  # noqa: B018 - raises for unlabelled data before a folder is created
     report = Report(request)
     measure = cached if request.config.protocol == "cached" else augmented
     rows, details, head = measure(request, task, report)
@@ -65,7 +65,7 @@ def run(request: ProtocolRequest) -> Path:
 
 
 def cached(request: ProtocolRequest, task: Task, report: Report) -> Found:
-    """Train a grid of heads on features that are computed once, and logistic regression."""
+    """Train a grid of heads and a logistic regression on features that are computed once."""
     (train, test), config = task.labelled, request.config
     with report.timed("features"):
         features = task.embed(train, "training"), task.embed(test, "test")
@@ -81,10 +81,10 @@ def cached(request: ProtocolRequest, task: Task, report: Report) -> Found:
 
 
 def save(path: Path, request: ProtocolRequest, task: Task, head: nn.Linear) -> None:
-    """Write the backbone with its logistic regression, as ``load_classifier`` reads it."""
+    """Save the backbone with its logistic regression, for ``load_classifier``."""
     encoder, config = task.encoder, request.config
     meta = {
-        "weights": config.weights,  # published ones have a name of their own in the encoder's meta
+        "weights": config.weights,  # published weights have their own name in the encoder's meta
         **encoder.meta,
         "classes": list(task.splits.classes),
         "data": request.data,
@@ -94,7 +94,7 @@ def save(path: Path, request: ProtocolRequest, task: Task, head: nn.Linear) -> N
 
 
 def augmented(request: ProtocolRequest, task: Task, report: Report) -> Found:
-    """Train as the preset's paper does."""
+    """Train heads by the recipe of the preset's paper."""
     config, every = request.config, torch.arange(len(task.labelled[0]))
     few = FewLabels(task, every, config.data, config.held_out, config.seed, [RunProgress()])
     with report.timed("training"):

@@ -1,8 +1,8 @@
-"""Measures that need no labels, and k-means where there are some.
+"""Measures without labels, and k-means clustering if labels exist.
 
-On training images: RankMe, and alignment and uniformity on the unit sphere. On the test images,
-where there are labels: k-means with as many clusters as classes, several times from different
-starts. Nothing is trained and nothing is chosen.
+On training images: RankMe, alignment and uniformity on the unit sphere. On the test images, if
+labels exist: k-means with as many clusters as classes, repeated from different starts. The encoder
+is not trained, and no setting is chosen.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
 
-MOST_SAMPLED = 25_600  # as in the paper of RankMe; uniformity looks at every pair of them
-MOST_PAIRS = 1000  # images of which two views are drawn, in this process
+MOST_SAMPLED = 25_600  # images, as in the RankMe paper; uniformity uses all pairs of them
+MOST_PAIRS = 1000  # images with two views each, drawn in this process
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that no data could serve."""
+    """Check the settings that can be checked without data."""
     check_range("sample", config.sample, 2, MOST_SAMPLED)
     check_range("starts", config.starts, 1, 100)
     if config.clusters != "auto":
@@ -48,7 +48,7 @@ def check(config: DictConfig) -> None:
 
 
 def run(request: ProtocolRequest) -> Path:
-    """Measure, print, and return the folder of the results."""
+    """Run the protocol, print its results, and return the folder of the results."""
     config, task = request.config, open_task(request)
     train, clusters = task.splits.train, clusters_of(task, config.clusters)
     if len(train) < 2:
@@ -72,10 +72,11 @@ def run(request: ProtocolRequest) -> Path:
 
 
 def clusters_of(task: Task, wanted: int | str) -> int | None:
-    """Return the number of clusters; None if there are no labels to compare clusters with.
+    """Return the number of clusters, or None if there are no labels to compare with.
 
     Raises:
-        DataError: If a number is given all the same, or there are fewer test images than that.
+        DataError: If a number is given although there are no labels, or there are fewer test images
+            than clusters.
     """
     test = task.splits.val
     if test is None:
@@ -89,7 +90,7 @@ def clusters_of(task: Task, wanted: int | str) -> int | None:
 
 
 def features_row(task: Task, images: ImageSet, config: DictConfig) -> Row:
-    """Measure un-augmented images, spread over the set."""
+    """Return the measures of un-augmented images, sampled evenly from the set."""
     picks = stratified(images.labels, config.sample, config.seed).tolist()
     features = task.embed(images, "training", picks)
     numbers = {"rankme": rankme(features), "uniformity": uniformity(features)}
@@ -97,7 +98,7 @@ def features_row(task: Task, images: ImageSet, config: DictConfig) -> Row:
 
 
 def views_row(task: Task, images: ImageSet, config: DictConfig, name: str, views: Any) -> Row:
-    """Measure how far two views of an image lie apart."""
+    """Return the measures of two views of each image, such as alignment."""
     count = min(config.sample, MOST_PAIRS)
     picks = stratified(images.labels, count, config.seed).tolist()
     pair = embed_two_views(
@@ -107,7 +108,7 @@ def views_row(task: Task, images: ImageSet, config: DictConfig, name: str, views
 
 
 def kmeans_row(task: Task, clusters: int, config: DictConfig) -> tuple[Row, dict[str, Any]]:
-    """Cluster the test images from several starts; also return every start's numbers."""
+    """Return the result of k-means on the test images, and the numbers of every start."""
     _, images = task.labelled
     features = task.embed(images, "test")
     starts = [
@@ -121,7 +122,7 @@ def kmeans_row(task: Task, clusters: int, config: DictConfig) -> tuple[Row, dict
 
 
 def view_maker(request: ProtocolRequest, task: Task) -> tuple[str, ViewMaker]:
-    """Return what makes the two views, and their name; SimCLR's, if the run had no such pair."""
+    """Return the name and the maker of two views; SimCLR's if the run had no such pair."""
     views = request.config.get("views")
     if views is None and request.origin.run is not None:
         views = request.origin.run.load_config()[0].get("views")
@@ -134,7 +135,7 @@ def view_maker(request: ProtocolRequest, task: Task) -> tuple[str, ViewMaker]:
 
 
 def views_name(views: dict[str, Any]) -> str:
-    """Name views by the papers that have these very ones, for numbers that can be compared."""
+    """Return the names of the papers with exactly these views, or a digest if there are none."""
     papers = [
         name
         for name in groups()["views"]
@@ -145,7 +146,7 @@ def views_name(views: dict[str, Any]) -> str:
 
 
 def _alike(views: Any, published: Any) -> bool:
-    """Return whether settings are the published ones, where these are not ``auto``."""
+    """Return whether settings equal the published ones, ignoring published ``auto``."""
     if isinstance(views, dict) and isinstance(published, dict):
         same = views.keys() == published.keys()
         return same and all(_alike(views[name], value) for name, value in published.items())

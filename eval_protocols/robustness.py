@@ -1,7 +1,7 @@
-"""A classifier on the test images: accuracy, calibration, accuracy under attack and corruptions.
+"""Accuracy and calibration of a classifier, and its accuracy under attack and corruptions.
 
-Of a run of ``samix supervised``, the network that was trained and its moving average (EMA); of
-``samix linear``, the encoder with the logistic regression that was fitted on it. Calibration is the
+For a run of ``samix supervised``, these are measured for the trained network and its moving average
+(EMA); for ``samix linear``, for the encoder with its logistic regression. Calibration is the
 expected calibration error; the attack is the fast gradient sign method; ``corruptions=true`` adds
 noise, blur, contrast and JPEG.
 """
@@ -31,19 +31,19 @@ from ssl_samix.evaluation.task import Task, open_task
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that no data could serve."""
+    """Check the settings that can be checked without data."""
     check_range("strength", config.strength, 0, 255)
 
 
 def run(request: ProtocolRequest) -> Path:
-    """Measure, print, and return the folder of the results."""
+    """Run the protocol, print its results, and return the folder of the results."""
     path = request.origin.path
     if path is None:
         raise ConfigError("robustness needs a classifier: run=<of samix supervised or linear>")
     networks = load_classifiers(path)
     first = next(iter(networks.values()))
     task = open_task(request, first)
-    task.labelled  # noqa: B018 - refuses unlabelled data before a folder is made
+    task.labelled  # noqa: B018 - raises for unlabelled data before a folder is created
     check_classes(first.classes, task.splits.classes)
     report, rows, details = Report(request), [], {}
     for name, network in networks.items():
@@ -60,10 +60,10 @@ def run(request: ProtocolRequest) -> Path:
 
 
 def check_classes(learned: tuple[str, ...], given: tuple[str, ...]) -> None:
-    """Refuse data whose classes are not those of the classifier.
+    """Check that the data have the classes of the classifier.
 
     Raises:
-        DataError: With both numbers, or the first name that differs.
+        DataError: If not, with both numbers of classes, or the first name that differs.
     """
     if len(learned) != len(given):
         raise DataError(
@@ -78,7 +78,7 @@ def check_classes(learned: tuple[str, ...], given: tuple[str, ...]) -> None:
 
 
 def measured(name: str, network: TrainedClassifier, task: Task, strength: float) -> Row:
-    """Measure one network."""
+    """Return the results of one network."""
     _, test = task.labelled
     network.to(task.device).requires_grad_(False)
     logits = replace(task, encoder=network).embed(test, name)
@@ -94,7 +94,7 @@ def measured(name: str, network: TrainedClassifier, task: Task, strength: float)
 
 
 def corrupted(row: Row, network: TrainedClassifier, task: Task) -> tuple[Row, dict[str, Any]]:
-    """Add the means of a network's accuracy under corruptions to its row.
+    """Return a row extended by the network's mean accuracies under corruptions.
 
     Returns:
         The row, and the accuracy at each strength: ``strengths`` and ``top1`` by corruption.
@@ -115,7 +115,7 @@ def corrupted(row: Row, network: TrainedClassifier, task: Task) -> tuple[Row, di
 
 
 def means(rows: list[Row]) -> str:
-    """Return the mean over strengths of each corruption as lines for the screen."""
+    """Return the mean accuracy over strengths of each corruption, as text for the screen."""
     lines = ["top-1 under corruptions, mean over five strengths:"]
     width = max(len(row.variant) for row in rows) + 2
     labels = {"gaussian_noise": "noise", "gaussian_blur": "blur", "contrast": "contrast"}

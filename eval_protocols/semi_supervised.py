@@ -1,9 +1,9 @@
-"""Semi-supervised: a few labels, and three ways to use them.
+"""Semi-supervised evaluation: three ways to train on a fraction of the labels.
 
-The whole network fine-tuned from the encoder; the same network fine-tuned from random weights,
-which is what the labels alone are worth; and logistic regression on the frozen features, which at
-1% of the labels is often the best of the three. Learning rates and C are chosen within the labels
-that are kept; the test images are looked at once per way.
+They are fine-tuning the whole network from the encoder; fine-tuning the same network from random
+weights, as the baseline without pretraining; and logistic regression on the frozen features, which
+is often the best of the three at 1% of the labels. Learning rates and C are chosen within the
+labels that are kept; the test images are used once per way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ssl_samix.training.logging import RunProgress
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that no data could serve."""
+    """Check the settings that can be checked without data."""
     check_range("percent", config.percent, 1e-6, 100)
     check_range("held_out", config.held_out, 0.01, 0.5)
     if config.per_class is not None:
@@ -45,7 +45,7 @@ def check(config: DictConfig) -> None:
 
 
 def recipes(config: DictConfig) -> tuple[Recipe, ...]:
-    """Return a recipe for each pair of learning rates."""
+    """Return one recipe per pair of learning rates."""
     shared: dict[str, Any] = plain(config.finetune)
     trunk, factors = shared.pop("backbone_lr"), shared.pop("head_factor")
     if not trunk or not factors:
@@ -57,7 +57,7 @@ def recipes(config: DictConfig) -> tuple[Recipe, ...]:
 
 
 def run(request: ProtocolRequest) -> Path:
-    """Measure, print, and return the folder of the results."""
+    """Run the protocol, print its results, and return the folder of the results."""
     config, task = request.config, open_task(request)
     picks = labelled(config, task)
     train = task.labelled[0]
@@ -88,7 +88,7 @@ def run(request: ProtocolRequest) -> Path:
 
 
 def kept(config: DictConfig) -> str:
-    """Say which labels are kept, in a word: numbers of different shares are not compared."""
+    """Return a short name of the kept labels; results of different ones are not comparable."""
     if config.split is not None:
         return Path(str(config.split)).name
     if config.per_class is not None:
@@ -107,7 +107,7 @@ def labelled(config: DictConfig, task: Task) -> Tensor:
 
 
 def linear(task: Task, picks: Tensor, seed: int, variant: str) -> Row:
-    """Fit logistic regression on the frozen features of the labelled images."""
+    """Return the result of logistic regression on frozen features of the labelled images."""
     train, test = task.labelled
     features = task.embed(train, "training", picks.tolist()), task.embed(test, "test")
     found = logistic_regression(

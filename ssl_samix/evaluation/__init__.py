@@ -1,1 +1,1 @@
-"""Measures of an encoder."""
+"""Evaluation of an encoder: features, kNN, linear probes, robustness and other measures."""

@@ -1,4 +1,4 @@
-"""The features of a folder of images, as files: ``samix embed``.
+"""``samix embed``: writes the features of a folder of images to files.
 
 Modules that need torch are imported inside functions, so that errors are reported at once.
 """
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from ssl_samix.evaluation.embedding import Pictures
 
 MOST_SHOWN = 64  # images in the picture
-NEIGHBOURS = 8  # of each
+NEIGHBOURS = 8  # shown beside each image
 LONGEST_NAME = 24  # characters beside a row of the picture
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """A checked command: which images are embedded by which encoder.
+    """A checked ``samix embed`` command: which images are embedded by which encoder.
 
     Attributes:
         origin: Where the encoder comes from.
-        images: The image files; None: the run's own training images.
-        out: The folder that is written.
+        images: The image files; None for the run's own training images.
+        out: The output folder.
         config: The other keys.
     """
 
@@ -52,10 +52,10 @@ class EmbedRequest:
 
 
 def parse_embed(words: list[str]) -> EmbedRequest:
-    """Check ``key=value`` words.
+    """Parse and check ``key=value`` arguments.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first error found.
     """
     config, _ = compose("embed", words)
     if config.run is None:
@@ -95,11 +95,11 @@ def _out(given: Any, origin: Origin) -> Path:
 def embed(request: EmbedRequest) -> Path:
     """Write the features and return their folder.
 
-    ``index.faiss`` and ``neighbours.png`` are made of what ``write_folder`` writes, if they are
-    wanted.
+    ``index.faiss`` and ``neighbours.png`` are made from the files of ``write_folder``, if the
+    configuration asks for them.
 
     Raises:
-        UserError: If there is no encoder, no readable image, or no way to write.
+        UserError: If there is no encoder or no readable image, or a file cannot be written.
     """
     import numpy as np
 
@@ -136,7 +136,7 @@ def _pictures(request: EmbedRequest, size: int) -> Pictures:
     else:
         assert request.origin.run is not None
         data = request.origin.run.load_config()[0].data
-        # No memory for images: they are decoded one by one, and a damaged one is noticed.
+        # Images are not cached: each is decoded when it is read, and damaged ones are reported.
         splits = load_splits(
             data.name, data.root, size, data.limit, labels=data.labels, memory_gb=0
         )
@@ -155,7 +155,7 @@ def _workers(config: DictConfig, total: int) -> int:
 def _sheet(
     features: np.ndarray, places: Sequence[int], source: Pictures, size: int, config: DictConfig
 ) -> Image.Image:
-    """Paint drawn images, each with those whose features are nearest to its own."""
+    """Return a picture of sampled images, each beside its nearest neighbours in feature space."""
     import torch
 
     from ssl_samix.evaluation.embedding import nearest_rows, picture

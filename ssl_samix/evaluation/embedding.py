@@ -1,4 +1,4 @@
-"""Features of any number of pictures, written as they come, and nearest neighbours among them.
+"""Features of any number of pictures, streamed to a file, and nearest neighbours among them.
 
 Legend: N pictures, R rows (readable pictures), D feature width, S image side.
 """
@@ -32,17 +32,17 @@ from ssl_samix.errors import DataError, UserError
 from ssl_samix.evaluation.knn import check_finite
 from ssl_samix.files import PARTIAL, write_atomically
 
-BLOCK = 65536  # rows that are read from a file at a time
+BLOCK = 65536  # rows read from a file at a time
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Embedded:
-    """Which pictures have a row, and which could not be read.
+    """Which pictures have a row in the features, and which could not be read.
 
     Attributes:
         rows: (R,) position of each row's picture, ascending.
-        damaged: Position and reason of each of the others.
+        damaged: Position and reason of each picture that could not be read.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Embedded:
 
 @dataclass
 class HeldPictures:
-    """The pictures of a data set that is held in memory."""
+    """The pictures of an in-memory data set."""
 
     images: ImageSet
 
@@ -60,7 +60,7 @@ class HeldPictures:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """Return the picture's place in its data set."""
+        """Return the picture's name: its position in the data set."""
         return self.images.name(index)
 
     def image(self, index: int) -> Image.Image:
@@ -72,22 +72,22 @@ Pictures = Source | HeldPictures
 
 
 def pictures(images: ImageSet) -> Pictures:
-    """Return the pictures of a data set, none of them standing in for a damaged one."""
+    """Return the pictures of a data set, without substitutes for damaged ones."""
     return images.source if isinstance(images, FileImages) else HeldPictures(images)
 
 
 def picture(source: Pictures, index: int, size: int) -> Tensor:
-    """Return one picture as an encoder's ``prepare`` fits it, (3, S, S) uint8.
+    """Return one picture resized as by an encoder's ``prepare``, (3, S, S) uint8.
 
     Raises:
-        One of ``UNREADABLE`` for a damaged one.
+        One of ``UNREADABLE`` if the picture is damaged.
     """
-    # Decoded in full: at a reduced size a JPEG's features would differ a little.
+    # Decoded at full size: the features of a JPEG decoded at a reduced size differ slightly.
     return fit(to_rgb(source.image(index)), size)
 
 
 class _Chunks(Dataset[Any]):
-    """The readable pictures of a chunk, (r, 3, S, S) uint8, and which of them are readable."""
+    """Chunks: the readable pictures, (r, 3, S, S) uint8, and which pictures are readable."""
 
     def __init__(self, source: Pictures, size: int, chunk: int) -> None:
         self.source, self.size = source, size
@@ -111,22 +111,22 @@ class _Chunks(Dataset[Any]):
 def write_folder(
     out: Path, encoder: Encoder, source: Pictures, *, workers: int = 0, chunk: int = 512
 ) -> Embedded:
-    """Write the features of all readable pictures, and what says which row is which.
+    """Write the features of all readable pictures, and files that map rows to pictures.
 
-    ``features.npy`` holds (R, D) float32, as the encoder gives them. ``paths.csv`` names each row's
-    picture; ``damaged.csv``, if there is one, those without. Both are there when features.npy takes
-    its name; nothing is left if that fails.
+    ``features.npy`` holds the encoder's features, (R, D) float32. ``paths.csv`` names each row's
+    picture; ``damaged.csv``, if any picture is damaged, names those without a row.
+    ``features.npy`` gets its final name last, when the others exist; on failure no file remains.
 
     Args:
-        out: The folder; made if there is none.
+        out: The folder; created if it does not exist.
         encoder: In eval mode.
         source: N pictures.
-        workers: Processes that decode pictures.
+        workers: Number of processes that decode pictures.
         chunk: Pictures per forward pass.
 
     Raises:
         DataError: If no picture can be read, or a feature is not finite.
-        UserError: If nothing can be written.
+        UserError: If a file cannot be written.
     """
     chunks = _Chunks(source, encoder.image_size, chunk)
     loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_same)
@@ -145,7 +145,7 @@ def write_folder(
         write_atomically(out / "features.npy", write)
     except BaseException:
         (out / f".features.npy{PARTIAL}").unlink(missing_ok=True)
-        with suppress(OSError):  # something else may be in it
+        with suppress(OSError):  # the folder may hold other files
             out.rmdir()
         raise
     return found
@@ -159,11 +159,11 @@ def _same(item: Any) -> Any:
 def _write_features(
     file: BinaryIO, encoder: Encoder, loader: DataLoader[Any], total: int, found: Embedded
 ) -> None:
-    """Write an array of NumPy's format, and note in ``found`` which pictures have a row."""
+    """Write the features in NumPy's format, and record in ``found`` which pictures have a row."""
     device = next(encoder.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (encoder.mean, encoder.std))
     begin = _write_header(file, total, encoder.feature_dim)
-    # On a terminal only: a log would be filled with half bars.
+    # On a terminal only: in a log file, partial progress bars would pile up.
     hidden = not sys.stderr.isatty()
     with tqdm(total=total, desc="features", unit="img", leave=False, disable=hidden) as bar:
         for pixels, part in loader:
@@ -174,8 +174,8 @@ def _write_features(
             found.rows += part.rows
             found.damaged += part.damaged
             bar.update(len(part.rows) + len(part.damaged))
-    # How many rows there are is known only now; the format keeps room for the number to change.
-    # No memory map: a disk that runs full would end the process instead of raising OSError.
+    # The number of rows is known only now; the header has room for it to change.
+    # No memory map: a full disk would kill the process instead of raising OSError.
     file.seek(0)
     assert _write_header(file, len(found.rows), encoder.feature_dim) == begin
 
@@ -187,8 +187,8 @@ def _write_header(file: BinaryIO, rows: int, width: int) -> int:
 
 
 def _write_names(out: Path, source: Pictures, found: Embedded) -> None:
-    """Write paths.csv, and damaged.csv if pictures cannot be read, of which a warning names ten."""
-    # A file's name may be of bytes that are not text: no column of text holds it.
+    """Write paths.csv; if pictures are damaged, write damaged.csv and warn, naming up to ten."""
+    # A file name may hold bytes that are not valid text, which a text column cannot store.
     names = DataFrame({"path": [source.name(i) for i in found.rows]}, dtype=object)
     rows = [(source.name(i), reason) for i, reason in found.damaged]
     damaged = DataFrame(rows, columns=["path", "reason"], dtype=object)
@@ -210,16 +210,16 @@ def _write_names(out: Path, source: Pictures, found: Embedded) -> None:
 
 
 def _unit_blocks(features: np.ndarray) -> Iterator[Tensor]:
-    """Yield block after block of rows, scaled to length 1."""
+    """Yield blocks of rows, L2-normalised."""
     for begin in range(0, len(features), BLOCK):
         yield F.normalize(torch.from_numpy(np.array(features[begin : begin + BLOCK])), dim=1)
 
 
 def write_index(path: Path, features: np.ndarray) -> None:
-    """Write an exact faiss index of the features, rows in their order.
+    """Write an exact faiss index of the features, in row order.
 
-    It holds rows of length 1 and compares by inner product, which is the cosine when what is asked
-    for has length 1 too.
+    Its rows are L2-normalised and compared by inner product, which is the cosine similarity if
+    the queries are L2-normalised too.
 
     Args:
         path: The file.
@@ -242,15 +242,15 @@ def write_index(path: Path, features: np.ndarray) -> None:
 
 
 def nearest_rows(features: np.ndarray, asked: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of a few rows by cosine, exactly.
+    """Return the k nearest rows of some rows by cosine similarity, exactly.
 
     Args:
         features: (R, D); a memory map is read block by block.
-        asked: (A,) which rows ask; none finds itself, copies of it are found.
-        k: Neighbours; at most R - 1.
+        asked: (A,) query rows; a row is never its own neighbour, but copies of it can be.
+        k: Number of neighbours; at most R - 1.
 
     Returns:
-        Cosines (A, k), falling, and rows (A, k).
+        Cosine similarities (A, k), in descending order, and row indices (A, k).
     """
     question = F.normalize(torch.from_numpy(np.array(features[list(asked)])), dim=1)
     cosines = torch.cat([question @ block.T for block in _unit_blocks(features)], dim=1)

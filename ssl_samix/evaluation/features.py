@@ -1,4 +1,4 @@
-"""Features of un-augmented images, once, in the data set's order."""
+"""Extraction of the features of un-augmented images, in a given order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssl_samix.models.ema import evaluating
 
 
 class _Chunks(Dataset[Tensor]):
-    """Fitted images, a chunk of consecutive picks at a time."""
+    """Resized images, in chunks of consecutive picks."""
 
     def __init__(self, images: ImageSet, picks: Sequence[int], size: int) -> None:
         self.images = images
@@ -41,20 +41,20 @@ def extract(  # noqa: PLR0913 - what is embedded, and how it is prepared
     chunk: int = 512,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Embed images with the un-augmented transform, in eval mode.
+    """Return the features of images under the un-augmented transform, in eval mode.
 
-    Under DDP each rank embeds a part and every rank gets all features.
+    Under DDP, each rank embeds a part of the images, and all ranks get all features.
 
     Args:
         encoder: Maps (B, 3, S, S) to (B, D).
         images: The data set.
-        picks: Which of its images, in the order of the result.
+        picks: Indices of its images, in the order of the result.
         mean: Mean of the normalisation, per channel.
         std: Standard deviation of the normalisation, per channel.
-        device: Where the encoder is.
-        workers: Processes that decode images.
+        device: Device of the encoder.
+        workers: Number of processes that decode images.
         chunk: Images per forward pass.
-        progress: Told how many images were done, after each pass.
+        progress: Called after each forward pass with its number of images.
 
     Returns:
         (len(picks), D) float32 on the CPU.
@@ -67,7 +67,7 @@ def extract(  # noqa: PLR0913 - what is embedded, and how it is prepared
         _Chunks(images, mine, chunk),
         batch_size=None,
         num_workers=workers,
-        generator=torch.Generator(),  # a loader draws its seed: not from the training's numbers
+        generator=torch.Generator(),  # the loader draws a seed: keep the training's RNG state
     )
     rows = []
     with evaluating(encoder):
@@ -85,7 +85,7 @@ def _checked(features: Tensor | None) -> Tensor:
 
 
 def _joined(features: Tensor | None, share: int, total: int, device: torch.device) -> Tensor:
-    """Gather every rank's rows; ranks with fewer than ``share`` pad with zeros that are cut off."""
+    """Return the rows of all ranks; padding of ranks with fewer than ``share`` rows is removed."""
     import torch.distributed as dist
 
     width = torch.tensor([0 if features is None else features.shape[1]], device=device)

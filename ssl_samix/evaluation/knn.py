@@ -15,30 +15,30 @@ from ssl_samix.errors import DataError
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """Refuse features that are not numbers.
+    """Check that all features are finite.
 
     Args:
-        name: What the sentence calls them, such as ``"bank"``.
+        name: Name of the features in the error message, such as ``"bank"``.
         features: (N, D).
 
     Raises:
         DataError: If a feature is NaN or infinite.
     """
-    # by parts, since isfinite makes a copy: of a million features that would be gigabytes
+    # In parts, because isfinite makes a copy: gigabytes for a million features.
     if not all(torch.isfinite(part).all() for part in features.split(65536)):
         raise DataError(f"the {name} features hold NaN or infinity: the encoder has diverged")
 
 
 def neighbours(bank: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest bank rows of each query by cosine similarity, exactly.
+    """Return the k nearest bank rows of each query by cosine similarity, exactly.
 
     Args:
         bank: (N, D) features.
         query: (Q, D) features.
-        k: Neighbours; at most N.
+        k: Number of neighbours; at most N.
 
     Returns:
-        Similarities (Q, k), falling, and bank rows (Q, k).
+        Similarities (Q, k), in descending order, and bank row indices (Q, k).
 
     Raises:
         DataError: If ``k`` exceeds the bank, or a feature is not finite.
@@ -59,9 +59,9 @@ def _unit_rows(features: Tensor) -> np.ndarray:
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Sum exp(similarity / temperature) over the neighbours of each class.
+    """Return class scores: exp(similarity / temperature) summed over each class's neighbours.
 
-    The weighting of InstDisc (arXiv 1805.01978, section 3.4).
+    This is the weighting of InstDisc (arXiv 1805.01978, section 3.4).
 
     Args:
         similarity: (Q, k).
@@ -70,7 +70,7 @@ def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -
         temperature: Divides the similarities.
 
     Returns:
-        (Q, classes) scores; a row's largest possible weight is 1, so that nothing overflows.
+        (Q, classes) scores; the largest weight of each row is scaled to 1, to avoid overflow.
     """
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     scores = torch.zeros(len(similarity), classes, dtype=weight.dtype)
@@ -86,7 +86,7 @@ def knn_accuracy(
     ks: Sequence[int] = (20, 200),
     temperature: float = 0.07,
 ) -> dict[int, tuple[float, float]]:
-    """Classify queries by their neighbours.
+    """Return the accuracy of weighted kNN classification.
 
     Args:
         bank: (N, D) features of the labelled memory bank.
@@ -94,9 +94,9 @@ def knn_accuracy(
         query: (Q, D) features of the validation images.
         query_labels: (Q,).
         classes: Number of classes.
-        ks: Neighbours to vote; a k above the bank's size is left out, and all rows vote if every
-            k is.
-        temperature: Of the weights.
+        ks: Numbers of neighbours; a k above the bank's size is left out. If every k is above it,
+            all rows vote.
+        temperature: Temperature of the weights.
 
     Returns:
         k -> (top-1, top-5) in percent.
@@ -112,13 +112,13 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class Vote:
-    """What one setting of kNN gives.
+    """The result of one kNN setting.
 
     Attributes:
-        k: Neighbours that vote.
-        temperature: Of their weights.
-        top1: Percent.
-        top5: Percent; of fewer classes, of all of them.
+        k: Number of neighbours.
+        temperature: Temperature of their weights.
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent; with fewer than 5 classes, over all of them.
         predictions: (Q,) int64 classes.
     """
 
@@ -138,19 +138,19 @@ def vote_grid(
     temperatures: Sequence[float],
     chunk: int = 8192,
 ) -> list[Vote]:
-    """Classify queries with every setting of a grid, from one search.
+    """Return the result of every setting of a grid, from one neighbour search.
 
     Args:
-        similarity: (Q, K) of the K nearest neighbours, falling; K is at least the largest k.
+        similarity: (Q, K) of the K nearest neighbours, descending; K is at least the largest k.
         neighbour_labels: (Q, K).
         query_labels: (Q,).
         classes: Number of classes.
-        ks: Neighbours that vote.
-        temperatures: Of the weights.
-        chunk: Queries at a time, which bounds the memory for (chunk, classes) scores.
+        ks: Numbers of neighbours.
+        temperatures: Temperatures of the weights.
+        chunk: Queries per step; bounds the memory for (chunk, classes) scores.
 
     Returns:
-        One vote per setting, k by k.
+        One result per setting, ordered by k, then temperature.
     """
     votes = []
     for k in ks:
@@ -172,22 +172,22 @@ def vote_grid(
 
 
 def leave_one_out(bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest neighbours of bank rows among all the others.
+    """Return the k nearest neighbours of bank rows among all other rows.
 
     Args:
         bank: (N, D) features.
-        rows: (R,) which of them ask.
-        k: Neighbours; at most N - 1.
+        rows: (R,) indices of the query rows.
+        k: Number of neighbours; at most N - 1.
 
     Returns:
-        Similarities (R, k), falling, and bank rows (R, k), none of them the asking one.
+        Similarities (R, k), descending, and bank row indices (R, k), never the query row itself.
 
     Raises:
         DataError: As ``neighbours``.
     """
     similarity, found = neighbours(bank, bank[rows], k + 1)
     own = found == rows[:, None]
-    # Of copies of one image, another may be found first, and the row itself not at all.
+    # With copies of an image, the search may return only the copies and not the row itself.
     own[:, -1] |= ~own.any(dim=1)
     kept = (~own).nonzero()[:, 1].view(len(rows), k)
     return similarity.gather(1, kept), found.gather(1, kept)

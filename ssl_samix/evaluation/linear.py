@@ -1,7 +1,7 @@
-"""The linear probe: many heads trained as one layer, and scikit-learn's logistic regression.
+"""Linear probes: many heads trained as one layer, and scikit-learn's logistic regression.
 
-Both choose their setting on a held-out part of the training labels, train it again on all of them,
-and are tested once, after the last epoch.
+Both choose their setting on a held-out part of the training labels, are retrained with it on all
+of them, and are tested once, after the last epoch.
 
 Legend: N training and M test images, D features of an image, C classes, H heads, B images in a
 batch.
@@ -23,23 +23,23 @@ from ssl_samix.data.subsets import hold_out
 from ssl_samix.errors import ConfigError, DataError, check_range
 from ssl_samix.evaluation.knn import check_finite
 
-REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
+REFERENCE_BATCH = 256  # images; learning rates refer to it (arXiv 1706.02677, section 2.1)
 MOMENTUM = 0.9
-INIT_STD = 0.01  # of the weights, as in DINOv2's eval/linear.py; the bias is 0
+INIT_STD = 0.01  # of the weights, as in DINOv2's eval/linear.py; biases start at 0
 
-_ROWS = 4096  # rows that are read at once, and
-_LOGITS = 2**23  # logits that are computed at once, outside of training
+_ROWS = 4096  # rows read at once
+_LOGITS = 2**23  # logits computed at once, outside of training
 
 
 class Scaling:
-    """Gives every feature mean 0 and variance 1/D, or 0 if it does not vary.
+    """Scales every feature to mean 0 and variance 1/D; constant features become 0.
 
-    The mean squared length of 1 bounds the curvature of the cross-entropy, so that one range of
-    learning rates serves features of any width and scale.
+    The resulting mean squared length of 1 bounds the curvature of the cross-entropy, so that one
+    range of learning rates suits features of any width and scale.
 
     Args:
         features: (N, D).
-        rows: (n,) the rows that means are taken over.
+        rows: (n,) indices of the rows that the statistics are computed from.
     """
 
     def __init__(self, features: Tensor, rows: Tensor) -> None:
@@ -50,24 +50,24 @@ class Scaling:
             power += chunk.square().sum(dim=0)
         self.shift, power = total / len(rows), power / len(rows)
         variance = power - self.shift.square()
-        varies = variance > 1e-10 * power  # less is what rounding to float32 leaves
+        varies = variance > 1e-10 * power  # anything smaller is float32 rounding error
         self.factor = torch.where(varies, (variance * len(variance)).rsqrt(), 0.0)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scale (B, D) features, as float64 if they are that and float32 if not."""
+        """Return scaled (B, D) features: float64 for float64 input, else float32."""
         x = features.to(torch.promote_types(features.dtype, torch.float32))
         return (x - self.shift.to(x.dtype)) * self.factor.to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled rows of features that are scaled as they are read, so that no copy of all is made.
+    """Labelled feature rows, scaled on reading, so that the features are not copied as a whole.
 
     Attributes:
         features: (N, D).
         labels: (N,) int64.
-        rows: (n,) int64, which of them.
-        scaling: Of the features.
+        rows: (n,) int64 indices of the rows in use.
+        scaling: Scaling of the features.
     """
 
     features: Tensor
@@ -81,7 +81,7 @@ class Examples:
         return self.scaling(self.features[rows]), self.labels[rows]
 
     def in_order(self, size: int = _ROWS) -> Iterator[tuple[Tensor, Tensor]]:
-        """Read all rows, ``size`` at a time."""
+        """Yield all rows in order, ``size`` at a time."""
         for places in torch.arange(len(self.rows), device=self.rows.device).split(size):
             yield self.read(places)
 
@@ -106,9 +106,9 @@ class Heads:
 
 
 def batches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[list[Tensor]]:
-    """Yield each epoch's batches: (size,) shuffled positions each.
+    """Yield each epoch's batches, each of (size,) shuffled positions.
 
-    What is left over when ``size`` does not divide ``n`` waits for another epoch, since a few
+    The remainder, when ``size`` does not divide ``n``, is dropped from the epoch, because a few
     images would make as large a step as a full batch.
     """
     for _ in range(epochs):
@@ -125,19 +125,19 @@ def train_heads(
     batch_size: int,
     seed: int,
 ) -> Heads:
-    """Train heads side by side: SGD with momentum on the cross-entropy, a cosine to 0.
+    """Train heads in parallel by SGD with momentum on the cross-entropy; cosine decay to 0.
 
-    The idea is DINOv2's eval/linear.py. The gradient, softmax minus one-hot, is written out here,
-    so that a step of all heads is two matrix products. Heads start alike and see the same batches:
-    each becomes what it would have become alone.
+    The idea is from DINOv2's eval/linear.py. The gradient, softmax minus one-hot, is written out,
+    so that a step of all heads is two matrix products. All heads have the same initial weights and
+    batches: each gives the result that it would give when trained alone.
 
     Args:
-        data: n rows to learn.
+        data: n training rows.
         classes: C.
-        settings: Learning rate at batch 256, and weight decay of the weights, of each head.
+        settings: For each head, its learning rate at batch size 256 and its weight decay.
         epochs: Passes over the rows.
-        batch_size: B; at most n is taken. A step holds B * H * C logits and 2 * D * H * C weights.
-        seed: Of the first weights and of the order.
+        batch_size: B, capped at n. A step holds B * H * C logits and 2 * D * H * C weights.
+        seed: Seed of the initial weights and of the order of the rows.
     """
     generator = torch.Generator().manual_seed(seed)
     x, _ = data.read(torch.zeros(1, dtype=torch.int64))
@@ -172,11 +172,11 @@ def _descend(
 
 @torch.no_grad()
 def measure(heads: Heads, data: Examples, most: int = _LOGITS) -> tuple[Tensor, Tensor, Tensor]:
-    """Test H classifiers on n rows, of which at most so many logits are made at once.
+    """Test H classifiers on n rows, computing at most ``most`` logits at once.
 
     Returns:
-        Top-1 and top-5, in percent, and cross-entropy: (H,) each. Of fewer than 5 classes, top-5
-        is over all.
+        Top-1 and top-5, in percent, and cross-entropy, (H,) each. With fewer than 5 classes, top-5
+        is over all of them.
     """
     sums = torch.zeros(3, 1, dtype=torch.float64)
     for x, labels in data.in_order(max(1, min(_ROWS, most // len(heads.bias)))):
@@ -190,7 +190,7 @@ def measure(heads: Heads, data: Examples, most: int = _LOGITS) -> tuple[Tensor, 
     return 100 * top1, 100 * top5, loss
 
 
-STEPS, EPOCHS = 2000, 10  # at least so many of both, unless a grid says its epochs
+STEPS, EPOCHS = 2000, 10  # the minimum of both, unless a grid sets its epochs
 Setting = dict[str, Any]
 
 _log = logging.getLogger(__name__)
@@ -198,16 +198,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of the heads that are trained side by side.
+    """Settings of the heads that are trained in parallel.
 
     Attributes:
-        learning_rates: At batch 256, scaled linearly with the batch.
-        weight_decays: Of the weights, not of the bias.
-        epochs: None takes as many as 2,000 steps need, and at least 10.
-        batch_size: Images per step; all of them if they are fewer.
+        learning_rates: At batch size 256; scaled linearly with the batch size.
+        weight_decays: Applied to the weights, not to the biases.
+        epochs: None for the number that 2,000 steps need, and at least 10.
+        batch_size: Images per step; all images if there are fewer.
 
     Raises:
-        ConfigError: For a value that is out of range, or a pair that would diverge.
+        ConfigError: If a value is out of range, or a pair of values would diverge.
     """
 
     learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -221,7 +221,7 @@ class Grid:
         check_range("batch_size", self.batch_size, 1)
         check_range("epochs", 1 if self.epochs is None else self.epochs, 1)
         rate, decay = max(self.learning_rates), max(self.weight_decays)
-        # where SGD with momentum stops being stable
+        # the stability limit of SGD with momentum
         if rate * decay * self.batch_size / REFERENCE_BATCH >= 2 * (1 + MOMENTUM):
             raise ConfigError(
                 f"learning_rates up to {rate:g} diverge with weight_decays up to {decay:g} at "
@@ -229,12 +229,12 @@ class Grid:
             )
 
     def epochs_for(self, n: int) -> int:
-        """Return the epochs that ``n`` images are trained for."""
+        """Return the number of training epochs for ``n`` images."""
         steps = n // min(self.batch_size, n)
         return self.epochs or max(EPOCHS, math.ceil(STEPS / steps))
 
     def settings(self) -> list[Setting]:
-        """Return the settings of all heads, as tables name them."""
+        """Return the settings of all heads, by their names in tables."""
         return [
             {"learning_rate": rate, "weight_decay": decay}
             for rate in self.learning_rates
@@ -243,10 +243,10 @@ class Grid:
 
 
 def check_values(key: str, values: Sequence[float], low: float) -> None:
-    """Refuse a list that is empty or holds a value below ``low``.
+    """Check that a list is not empty and holds no value below ``low``.
 
     Raises:
-        ConfigError: With the key.
+        ConfigError: If the check fails; the message names the key.
     """
     if not values:
         raise ConfigError(f"{key} needs at least one value")
@@ -257,7 +257,7 @@ def check_values(key: str, values: Sequence[float], low: float) -> None:
 def check_labelled(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
 ) -> None:
-    """Refuse what no classifier can be trained or tested on.
+    """Check that a classifier can be trained and tested on features and labels.
 
     Raises:
         DataError: If there are fewer than 2 classes, a feature is not finite, a label is none of
@@ -285,17 +285,17 @@ def check_labelled(
 
 
 def split(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split training images into those that are learned and those that the setting is chosen on.
+    """Split the training images into a training part and a held-out part for model selection.
 
     Args:
-        labels: (N,) int64, each class at least once.
-        classes: How many there are.
-        share: Part of N to hold out.
-        seed: Fixes the choice.
+        labels: (N,) int64, with each class at least once.
+        classes: Number of classes.
+        share: Fraction of N to hold out.
+        seed: Seed of the choice.
 
     Returns:
-        int64 positions of both, on the labels' device. Nothing is held out, with a warning, if a
-        class would be left without an image.
+        int64 positions of both parts, on the labels' device. If a class would be left without a
+        training image, nothing is held out, with a warning.
 
     Raises:
         ConfigError: If the share is not in (0, 0.5].
@@ -309,7 +309,7 @@ def split(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor
 
 
 def scored(settings: Sequence[Setting], found: tuple[Tensor, Tensor, Tensor]) -> list[Setting]:
-    """Join H settings with what ``measure`` found."""
+    """Return H settings, each extended by its results from ``measure``."""
     top1, _, loss = (values.tolist() for values in found)
     return [
         {**setting, "top1": a, "loss": b}
@@ -320,19 +320,20 @@ def scored(settings: Sequence[Setting], found: tuple[Tensor, Tensor, Tensor]) ->
 def choose(
     held_out: Sequence[Setting], settings: Sequence[Setting], images: int, name: str, key: str
 ) -> Setting:
-    """Return the setting of the lowest cross-entropy among those with as good a top-1 as the best.
+    """Return the setting with the lowest cross-entropy among those tied for the best top-1.
 
-    As good is within one standard error (The Elements of Statistical Learning, section 7.10),
-    since the largest of many accuracies on a few images is luck.
+    Settings within one standard error of the best count as tied (The Elements of Statistical
+    Learning, section 7.10), because the maximum of many accuracies on a few images is largely
+    chance.
 
-    Warns if all that are as good lie at an edge of the grid.
+    Warns if all tied settings lie at an edge of the grid.
 
     Args:
-        held_out: As ``scored`` gives them; if there are none, the middle of ``settings`` is taken.
-        settings: All of them.
-        images: How many were held out.
-        name: Of the value whose edges are looked at.
-        key: What the user widens.
+        held_out: Results from ``scored``; if empty, the middle of ``settings`` is returned.
+        settings: All settings.
+        images: Number of held-out images.
+        name: Name of the value whose edges are checked.
+        key: Key for the user to widen, named in the warning.
     """
     if not held_out:
         return settings[(len(settings) - 1) // 2]
@@ -349,13 +350,13 @@ def choose(
 
 
 def matrix(data: Examples) -> tuple[Any, Any]:
-    """Return (n, D) float32 features of variance 1 and (n,) labels, for scikit-learn."""
+    """Return (n, D) float32 features with variance 1 and (n,) labels, for scikit-learn."""
     x, labels = (torch.cat(part) for part in zip(*data.in_order(), strict=True))
     return x.mul_(math.sqrt(x.shape[1])).cpu().numpy(), labels.cpu().numpy()
 
 
 def fit(model: Any, x: Any, labels: Any) -> bool:
-    """Fit, and return whether lbfgs converged; it only warns if not."""
+    """Fit a model and return whether lbfgs converged; scikit-learn itself only warns."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings(record=True) as caught:
@@ -365,19 +366,19 @@ def fit(model: Any, x: Any, labels: Any) -> bool:
 
 
 def as_heads(model: Any, data: Examples) -> Heads:
-    """Return a fitted model as one head on features as ``data`` gives them."""
+    """Return a fitted model as one head on features as scaled by ``data``."""
     x, _ = data.read(torch.zeros(1, dtype=torch.int64))
     weight, bias = (torch.from_numpy(part) for part in (model.coef_, model.intercept_))
-    if len(weight) == 1:  # of two classes, scikit-learn has the second one's log-odds
+    if len(weight) == 1:  # with two classes, scikit-learn has the log-odds of the second
         weight, bias = (torch.cat([torch.zeros_like(part), part]) for part in (weight, bias))
     weight = weight.T * math.sqrt(weight.shape[1])
     return Heads(weight.to(x), bias.to(x), len(bias))
 
 
 def folded(heads: Heads, scaling: Scaling) -> nn.Linear:
-    """Return one head and the scaling before it as a layer on the CPU."""
+    """Return a single head, with its input scaling folded in, as a linear layer on the CPU."""
     weight = heads.weight.T.double() * scaling.factor
-    # Without first weights of its own: those would take from the random numbers of what follows.
+    # Skip the random initialisation, which would advance the global random state.
     head: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight))
     with torch.no_grad():
         head.weight.copy_(weight)
@@ -390,14 +391,14 @@ CS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a linear classifier reaches.
+    """The result of a linear classifier.
 
     Attributes:
-        top1: On the test images, after the last epoch, in percent.
-        top5: Likewise; of fewer than 5 classes, over all of them.
-        setting: What was chosen on the held-out images and trained again on all training images.
+        top1: Top-1 accuracy on the test images, after the last epoch, in percent.
+        top5: Top-5 accuracy likewise; with fewer than 5 classes, over all of them.
+        setting: The setting chosen on held-out images and retrained on all training images.
         held_out: Every setting with its ``top1`` in percent and its cross-entropy ``loss`` on the
-            held-out images; empty if none could be held out.
+            held-out images; empty if no images could be held out.
     """
 
     top1: float
@@ -408,11 +409,11 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class LogisticResult(ProbeResult):
-    """What logistic regression reaches.
+    """The result of logistic regression.
 
     Attributes:
-        converged: Whether lbfgs reached its tolerance in the fit that was tested.
-        head: That fit as one layer, from (B, D) features as they are to (B, C) logits.
+        converged: Whether lbfgs reached its tolerance in the final fit.
+        head: The final fit as one layer, from unscaled (B, D) features to (B, C) logits.
     """
 
     converged: bool
@@ -430,10 +431,10 @@ def probe(
     seed: int = 0,
     held_out_share: float = 0.1,
 ) -> ProbeResult:
-    """Train a grid of linear heads and test the one that ``choose`` takes on held-out images.
+    """Train a grid of linear heads and test the one chosen by ``choose`` on held-out images.
 
-    The default grid was tried with 64 to 1,000 features: the best learning rate was 1 to 30 for 10
-    classes, on real features, and 100 to 300 for 100 and 1,000 classes, on synthetic ones.
+    With 64 to 1,000 features, the best learning rate of the default grid was 1 to 30 for 10 classes
+    (real features), and 100 to 300 for 100 and 1,000 classes (synthetic features).
 
     Args:
         train: (N, D) features, on the CPU or a GPU; the heads are trained there.
@@ -441,13 +442,13 @@ def probe(
         test: (M, D) features, on the same device.
         test_labels: (M,) int64.
         classes: C.
-        grid: None takes ``Grid()``.
-        seed: Of what is held out, of the heads' first weights, and of the order of the images.
-        held_out_share: Part of N, in (0, 0.5].
+        grid: Settings to try; None for ``Grid()``.
+        seed: Seed of the held-out split, the initial weights, and the order of the images.
+        held_out_share: Fraction of N to hold out, in (0, 0.5].
 
     Raises:
         ConfigError: If the share is out of range.
-        DataError: If a feature is not finite, a label is none of the classes, or a class has no
+        DataError: If a feature is not finite, a label is not one of the classes, or a class has no
             training image.
     """
     check_labelled(train, train_labels, test, test_labels, classes)
@@ -483,10 +484,11 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     seed: int = 0,
     held_out_share: float = 0.1,
 ) -> LogisticResult:
-    """Fit scikit-learn's logistic regression (lbfgs) on features of mean 0 and variance 1.
+    """Fit and test scikit-learn's logistic regression (lbfgs) on standardised features.
 
-    ``choose`` takes a C on the images that ``probe`` holds out too. DINOv2's
-    eval/log_regression.py does the same with 45 values of C. Makes two copies of the features.
+    Features are scaled to mean 0 and variance 1. ``choose`` selects C on the same held-out images
+    as in ``probe``. DINOv2's eval/log_regression.py does the same with 45 values of C. Two copies
+    of the features are made.
 
     Args:
         train: (N, D) features.
@@ -496,9 +498,9 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
         classes: C.
         cs: Inverse strengths of the penalty: the loss is |weights|^2 / 2 + C * sum of
             cross-entropies.
-        max_iter: Iterations of a fit, at most.
-        seed: Of what is held out.
-        held_out_share: Part of N, in (0, 0.5].
+        max_iter: Maximum number of iterations of a fit.
+        seed: Seed of the held-out split.
+        held_out_share: Fraction of N to hold out, in (0, 0.5].
 
     Raises:
         ConfigError: If a value is out of range.
@@ -517,7 +519,7 @@ def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
         scaling = Scaling(train, kept)
         learned, asked = (Examples(train, labels, rows, scaling) for rows in (kept, held))
         given = matrix(learned)
-        # From the smallest C up, each from where the last fit ended.
+        # In ascending order of C, each fit starting from the previous solution.
         model = LogisticRegression(max_iter=max_iter, warm_start=True)
         for setting in settings:
             converged = fit(model.set_params(**setting), *given)

@@ -1,4 +1,4 @@
-"""Measures without labels (rank, alignment, uniformity), and clustering by k-means."""
+"""Measures without labels (rank, alignment, uniformity), and clustering by spherical k-means."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def embed_two_views(
     seed: int = 0,
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """Embed two views of images in eval mode; the same views at every call and on every rank.
+    """Return features of two views of images, in eval mode.
 
-    The random numbers of whoever calls are left as they were.
+    The views are the same at every call and on every rank. The caller's random state is unchanged.
 
     Args:
         encoder: Maps (B, 3, S, S) to (B, D).
         images: The data set.
-        picks: Which of its images.
-        views: Makes them.
-        device: Where the encoder is.
-        seed: Of the views.
+        picks: Indices of its images.
+        views: Makes the views.
+        device: Device of the encoder.
+        seed: Seed of the views.
         chunk: Images per forward pass.
 
     Returns:
-        (len(picks), D) float32 on the CPU, of the first views and of the second.
+        Features of the first and of the second views, each (len(picks), D) float32 on the CPU.
     """
     features: tuple[list[Tensor], list[Tensor]] = ([], [])
     with (
@@ -59,7 +59,7 @@ def embed_two_views(
 
 
 def _pixels(images: ImageSet, picks: Sequence[int], draw: Any) -> Tensor:
-    """Load fitted images, (B, 3, S, S) uint8, or views of the originals, (B, V, 3, S, S) uint8."""
+    """Return resized images, (B, 3, S, S) uint8, or views of originals, (B, V, 3, S, S) uint8."""
     if draw is None:
         return images.load(picks)
     return torch.stack([draw(images.original(i)) for i in picks])
@@ -71,16 +71,16 @@ ITERATIONS = 20
 def kmeans(
     features: Tensor, clusters: int, seed: int = 0, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cluster features by their direction.
+    """Cluster L2-normalised features by spherical k-means.
 
     Args:
         features: (N, D).
         clusters: Number of clusters.
-        seed: Of the random start.
-        start: (clusters, D) centroids to start from, so that clusters keep their numbers.
+        seed: Seed of the random start.
+        start: (clusters, D) initial centroids, so that clusters keep their numbers.
 
     Returns:
-        (N,) int64 clusters and (clusters, D) centroids.
+        (N,) int64 cluster indices and (clusters, D) centroids.
 
     Raises:
         DataError: If there are fewer features than clusters.
@@ -103,11 +103,12 @@ def kmeans(
 
 
 def agreement(clusters: Tensor, labels: Tensor) -> dict[str, float]:
-    """Compare clusters with classes: ``nmi``, ``ari`` and, in percent, ``cluster_accuracy``.
+    """Return how well clusters match classes: ``nmi``, ``ari`` and ``cluster_accuracy`` in %.
 
     Normalised mutual information lies between 0 (independent) and 1 (the same partition). With many
-    clusters of few images it is well above 0 by chance alone, which the adjusted Rand index (Hubert
-    and Arabie, Comparing partitions, 1985) corrects for: 0 is chance, and it may be below.
+    clusters of few images it is well above 0 by chance alone. The adjusted Rand index (Hubert and
+    Arabie, Comparing partitions, 1985) corrects for chance: 0 is chance level, and it may be
+    negative.
 
     Args:
         clusters: (N,) int64, numbered in any order.
@@ -121,10 +122,10 @@ def agreement(clusters: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def cluster_accuracy(clusters: Tensor, labels: Tensor) -> float:
-    """Accuracy when each cluster stands for one class and each class for one cluster, at best.
+    """Return the accuracy in percent under the best one-to-one matching of clusters and classes.
 
-    The best one-to-one matching is found by the Hungarian method. Where there are more clusters
-    than classes, the images of those left over count as wrong; likewise with more classes.
+    The matching is found by the Hungarian method. If there are more clusters than classes, the
+    images of unmatched clusters count as wrong; likewise if there are more classes.
 
     Args:
         clusters: (N,) int64, numbered in any order.
@@ -141,13 +142,13 @@ def cluster_accuracy(clusters: Tensor, labels: Tensor) -> float:
 
 
 def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
-    """Effective rank of the features: exp of the entropy of their singular values.
+    """Return the effective rank of features: exp of the entropy of their singular values.
 
-    RankMe (arXiv 2210.02885, eq. 1-2). Between 1 (collapsed) and min(N, D).
+    This is RankMe (arXiv 2210.02885, eq. 1-2), between 1 (collapsed) and min(N, D).
 
     Args:
-        features: (N, D), as the encoder gives them.
-        epsilon: Added to each share, as in the paper.
+        features: (N, D), as returned by the encoder.
+        epsilon: Added to each normalised singular value, as in the paper.
     """
     values = torch.linalg.svdvals(features.double())
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + epsilon
@@ -155,7 +156,7 @@ def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance of the unit features of two views of the same images.
+    """Return the mean squared distance between normalised features of two views of the images.
 
     Wang and Isola (arXiv 2005.10242, eq. 2, alpha 2); lower is better.
 
@@ -168,7 +169,7 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
 
 def uniformity(features: Tensor, t: float = 2.0) -> float:
-    """Log of the mean Gaussian potential of all pairs of unit features.
+    """Return the log of the mean Gaussian potential of all pairs of normalised features.
 
     Wang and Isola (arXiv 2005.10242, eq. 3); lower is more uniform.
 
@@ -181,7 +182,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
 
 def top1_top5(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return top-1 and top-5 in percent; of fewer than 5 classes, top-5 is over all of them.
+    """Return top-1 and top-5 in percent; with fewer than 5 classes, top-5 is over all of them.
 
     Args:
         logits: (N, C).

@@ -1,4 +1,4 @@
-"""What is to be measured, and on which images; checked before anything heavy is imported."""
+"""Parsing of evaluation commands; checked before any slow import."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WEIGHTS = ("own", "random", "pretrained")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an encoder comes from.
+    """The origin of an encoder.
 
     Attributes:
-        given: What the user wrote.
-        path: The run folder or the file; None for a model's name.
-        run: The run that it belongs to, if it does.
+        given: The user's argument.
+        path: The run folder or file; None for a model name.
+        run: The run that it belongs to, if any.
     """
 
     given: str
@@ -37,7 +37,7 @@ class Origin:
 
     @property
     def home(self) -> Path:
-        """The folder that its results belong to."""
+        """The folder for its results."""
         if self.run is not None:
             return self.run.path
         if self.path is None:
@@ -47,10 +47,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class ProtocolRequest:
-    """A checked command: what is measured, on what, with which settings.
+    """A checked evaluation command: protocol, encoder, data and settings.
 
     Attributes:
-        protocol: Its name.
+        protocol: Name of the protocol.
         config: Its configuration.
         data: Name of the data set's configuration.
         origin: Where the encoder comes from.
@@ -63,10 +63,10 @@ class ProtocolRequest:
 
 
 def find_origin(given: str, weights: str) -> Origin:
-    """Say what ``given`` is: a run folder, a file, or the name of a model.
+    """Return what ``given`` refers to: a run folder, a file, or the name of a model.
 
     Raises:
-        CheckpointError: If it is none of them, as far as names tell.
+        CheckpointError: If, judging by the name alone, it is none of them.
     """
     path = expanded(given)
     if path.is_dir():
@@ -87,33 +87,33 @@ def find_origin(given: str, weights: str) -> Origin:
 
 
 def _owner(file: Path) -> RunFolder | None:
-    """Return the run that a file belongs to: its folder, or the one whose results it is among."""
+    """Return the run whose folder, or whose results, contain a file; None if there is none."""
     candidates = (file.parent, _measured_from(file))
     runs = [RunFolder(folder) for folder in candidates if folder is not None]
     return next((run for run in runs if run.config.exists()), None)
 
 
 def _measured_from(file: Path) -> Path | None:
-    """Return the folder whose evaluation left this classifier, if one did."""
+    """Return the folder whose evaluation wrote this classifier, or None."""
     results = Path(os.path.abspath(file)).parent
     left = file.name == "classifier.safetensors" and (results / "results.json").is_file()
     return results.parent.parent if left and results.parent.name == "results" else None
 
 
 def parse_protocol(protocol: str, words: list[str]) -> ProtocolRequest:
-    """Compose a protocol's configuration; without ``data=`` it has the encoder's own data.
+    """Compose a protocol's configuration; without ``data=``, use the encoder's own data.
 
     Args:
         protocol: The configuration's name.
-        words: ``key=value`` words.
+        words: ``key=value`` arguments.
 
     Raises:
-        UserError: For the first mistake: an unknown key or name, no encoder, no data.
+        UserError: For the first error: an unknown key or name, a missing encoder or data set.
     """
     given = {o.key_or_group: o.value() for o in parse(words)}
     own: dict[str, Any] = {}
     if "data" not in given:
-        # Composed with any data set first: a mistyped key is reported before what is missing.
+        # First composed with an arbitrary data set, to report mistyped keys before missing ones.
         config, _ = compose(protocol, ["data=digits", *words])
         choice, own = _own_data(_origin(protocol, config))
         words = [f"data={choice}", *words]
@@ -137,7 +137,7 @@ def _origin(protocol: str, config: DictConfig) -> Origin:
 
 
 def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[str, Any]:
-    """Take the data settings of an encoder's own files, which may be somebody else's, as values."""
+    """Return the data settings read from an encoder's own files, which are untrusted, as values."""
     try:
         return merged(own, plain(config.data), "data.")
     except ConfigError as error:
@@ -148,9 +148,9 @@ def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[s
 
 
 def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
-    """Return the choice of data set and the settings that an encoder was trained with.
+    """Return the data set and the data settings that an encoder was trained with.
 
-    Of a classifier that samix linear fitted, those it was fitted with.
+    For a classifier from ``samix linear``, those of the logistic regression.
     """
     meta = _described(origin.path)
     known = groups()["data"]
@@ -168,7 +168,7 @@ def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
 
 
 def _described(path: Path | None) -> dict[str, Any]:
-    """Read what a safetensors file of ours says of itself; nothing for anything else."""
+    """Return the metadata of a safetensors file of this package; empty for any other file."""
     if path is not None and path.is_dir():
         path = path / "encoder.safetensors"
     if path is None or path.suffix != ".safetensors" or not path.exists():

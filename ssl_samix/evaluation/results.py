@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, its pictures, and a row in results.csv."""
+"""Output of an evaluation: results.json, pictures, and rows in results.csv."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Row:
     """One result of a protocol.
 
     Attributes:
-        variant: Which of the protocol's results it is, as ``heads`` or ``lbfgs``.
-        numbers: By name; accuracies in percent.
-        settings: What the result was obtained with, as the learning rate that won.
+        variant: Which of the protocol's results this is, such as ``heads`` or ``lbfgs``.
+        numbers: Values by name; accuracies in percent.
+        settings: Settings of the result, such as the chosen learning rate.
     """
 
     variant: str
@@ -36,13 +36,13 @@ class Row:
 
 
 class Report:
-    """The folder of one evaluation, made before the work begins.
+    """The output folder of one evaluation, created before the work begins.
 
     Args:
-        request: What is evaluated.
+        request: The evaluation command.
 
     Raises:
-        UserError: If the folder cannot be made.
+        UserError: If the folder cannot be created.
     """
 
     def __init__(self, request: ProtocolRequest) -> None:
@@ -65,7 +65,7 @@ class Report:
         return folder
 
     def _made(self, folder: Path, exist_ok: bool) -> bool:
-        """Make a folder, or say that another evaluation, begun in this second, has it."""
+        """Create a folder; return False if an evaluation started in the same second has it."""
         try:
             folder.mkdir(parents=True, exist_ok=exist_ok)
             self.home.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class Report:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Note the seconds that a part of the work takes."""
+        """Record the duration of a part of the work in seconds."""
         begin = time.perf_counter()
         yield
         self.seconds[what] = round(time.perf_counter() - begin, 3)
@@ -87,9 +87,9 @@ class Report:
         """Write results.json and append the rows to results.csv.
 
         Args:
-            task: What was measured.
+            task: The encoder and images that were measured.
             rows: The results.
-            details: Further findings of the protocol, as plain values.
+            details: Further results of the protocol, as plain values.
 
         Raises:
             UserError: If a file cannot be written.
@@ -153,7 +153,7 @@ class Report:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the results as lines for the screen."""
+    """Return the results as text for the screen."""
     names = {"top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "rankme": "RankMe {:.1f}"}
     names |= {"alignment": "alignment {:.3f}", "uniformity": "uniformity {:.3f}"}
     names |= {"ece": "ECE {:.2f}%", "fgsm_top1": "FGSM top-1 {:.2f}%"}

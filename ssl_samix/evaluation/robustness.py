@@ -1,10 +1,10 @@
-"""Robustness of a classifier: calibration, attack, and corruptions of the test images.
+"""Robustness of a classifier: calibration, adversarial attack, and corrupted test images.
 
-Noise, blur, contrast and JPEG are of the kinds and strengths of CIFAR-10-C and ImageNet-C
+Noise, blur, contrast and JPEG have the types and strengths of CIFAR-10-C and ImageNet-C
 (https://github.com/hendrycks/robustness, ``make_cifar_c.py`` and ``make_imagenet_c.py``; arXiv
-1903.12261), computed on the fly, so that they exist for any data set. Numbers are not those of the
-published sets: noise is drawn again, pixels are rounded where the scripts cut fractions off, and
-ImageNet-C was stored as JPEG once more.
+1903.12261), and are computed on the fly, for any data set. Results differ from those on the
+published sets: noise is drawn anew, pixels are rounded where the scripts truncate, and ImageNet-C
+was additionally stored as JPEG.
 
 Legend: B images in a batch, S the image side.
 """
@@ -23,10 +23,10 @@ from torch import Tensor
 from ssl_samix.artifacts.encoder import TrainedClassifier
 from ssl_samix.data.images import ImageSet, to_tensor
 
-LARGEST_SMALL = 64  # px; up to here images are taken for CIFAR's, above for ImageNet's
-TRUNCATE = 4  # standard deviations: where scikit-image, which the scripts blur with, ends a kernel
+LARGEST_SMALL = 64  # px; up to this side CIFAR's strengths are used, above it ImageNet's
+TRUNCATE = 4  # standard deviations: radius of scikit-image's kernel, which the scripts use
 
-# Standard deviation of pixels in [0, 1]; standard deviation in px; factor; quality. Mild to severe.
+# Noise std of pixels in [0, 1]; blur std in px; contrast factor; JPEG quality. Mild to severe.
 Strengths = dict[str, tuple[float, ...]]
 CIFAR10_C: Strengths = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
@@ -43,19 +43,19 @@ IMAGENET_C: Strengths = {
 
 
 def strengths_for(image_size: int) -> tuple[str, Strengths]:
-    """Return whose strengths suit images of this side in px, and the strengths by corruption."""
+    """Return the benchmark that suits images of this side in px, and its corruption strengths."""
     if image_size <= LARGEST_SMALL:
         return "CIFAR-10-C", CIFAR10_C
     return "ImageNet-C", IMAGENET_C
 
 
 class CorruptedImages(ImageSet):
-    """Images that are corrupted, after they were fitted, whenever they are loaded.
+    """Images that are corrupted on loading, after resizing.
 
     Args:
-        images: What is corrupted.
-        corruption: Its name, a key of ``CIFAR10_C``.
-        strength: As listed there.
+        images: Images to corrupt.
+        corruption: Name of the corruption, a key of ``CIFAR10_C``.
+        strength: One of the strengths listed there.
     """
 
     def __init__(self, images: ImageSet, corruption: str, strength: float) -> None:
@@ -71,11 +71,11 @@ class CorruptedImages(ImageSet):
         return self.images.name(index)
 
     def original(self, index: int) -> Tensor:
-        """Return one image before fitting and corruption, (3, h, w) uint8."""
+        """Return one image before resizing and corruption, (3, h, w) uint8."""
         return self.images.original(index)
 
     def load(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return fitted, corrupted images, (B, 3, S, S) uint8: each time the same."""
+        """Return resized, corrupted images, (B, 3, S, S) uint8; the same at every call."""
         pixels = self.images.load(indices)
         if self.corruption == "gaussian_noise":
             return gaussian_noise(pixels, self.strength, [int(i) for i in indices])
@@ -83,12 +83,12 @@ class CorruptedImages(ImageSet):
 
 
 def gaussian_noise(pixels: Tensor, std: float, seeds: Sequence[int]) -> Tensor:
-    """Add noise that is independent in every pixel and channel.
+    """Add Gaussian noise, independent for every pixel and channel.
 
     Args:
         pixels: (B, 3, S, S) uint8.
-        std: Of the noise, of pixels in [0, 1].
-        seeds: Of each image's noise, so that it depends on no batch. (B,)
+        std: Standard deviation of the noise, for pixels in [0, 1].
+        seeds: (B,) seed of each image's noise, so that it does not depend on the batch.
 
     Returns:
         (B, 3, S, S) uint8.
@@ -99,11 +99,11 @@ def gaussian_noise(pixels: Tensor, std: float, seeds: Sequence[int]) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Blur with a Gaussian of ``sigma`` px, (B, 3, S, S) uint8 to the same; edges are repeated."""
+    """Blur (B, 3, S, S) uint8 images with a Gaussian of ``sigma`` px; edges are replicated."""
     radius = int(TRUNCATE * sigma + 0.5)
     width = 2 * radius + 1
-    # What torchvision makes of the borders, a mirror, is cut off again. One axis after the other is
-    # the same blur for a fraction of the time.
+    # torchvision pads by reflection; that border is cut off. Blurring the axes one after the other
+    # gives the same result in a fraction of the time.
     wide = TF.pad(pixels.float(), [radius] * 4, padding_mode="edge")
     for kernel in ([width, 1], [1, width]):
         wide = TF.gaussian_blur(wide, kernel, [sigma, sigma])
@@ -111,9 +111,9 @@ def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
 
 
 def contrast(pixels: Tensor, factor: float) -> Tensor:
-    """Bring pixels nearer to the mean of their image and channel, (B, 3, S, S) uint8 to the same.
+    """Reduce the contrast of (B, 3, S, S) uint8 images about the mean of each image and channel.
 
-    torchvision's ``adjust_contrast`` takes the mean of the grey image instead.
+    torchvision's ``adjust_contrast`` uses the mean of the greyscale image instead.
     """
     values = pixels.float()
     mean = values.mean(dim=(2, 3), keepdim=True)
@@ -121,9 +121,9 @@ def contrast(pixels: Tensor, factor: float) -> Tensor:
 
 
 def jpeg(pixels: Tensor, quality: float) -> Tensor:
-    """Compress and decompress each image, (B, 3, S, S) uint8 to the same.
+    """Compress and decompress (B, 3, S, S) uint8 images as JPEG.
 
-    By Pillow, as the scripts do; torchvision has announced to drop its own encoder.
+    Uses Pillow, as the scripts do; torchvision has announced the removal of its own encoder.
     """
     return torch.stack([_compressed(image, int(quality)) for image in pixels])
 
@@ -142,14 +142,14 @@ def _rounded(values: Tensor) -> Tensor:
     return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
-BINS = 15  # of confidence (arXiv 1706.04599, section 5)
+BINS = 15  # bins of confidence (arXiv 1706.04599, section 5)
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error in percent (arXiv 1706.04599, equation 3).
+    """Return the expected calibration error in percent (arXiv 1706.04599, equation 3).
 
-    The mean, over bins of equal width in confidence, of how far accuracy is from confidence, each
-    bin weighted by its images.
+    This is the mean of |accuracy - confidence| over bins of equal width in confidence, each bin
+    weighted by its number of images.
 
     Args:
         logits: (N, C).
@@ -158,7 +158,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     gap = (predicted == labels).double() - confidence
-    # The last bin is closed on both sides, all others on their upper side.
+    # Every bin includes its upper edge; the first includes its lower edge too.
     index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     sums = torch.zeros(bins, dtype=torch.float64, device=gap.device).index_add(0, index, gap)
     return 100 * sums.abs().sum().item() / len(labels)
@@ -173,15 +173,15 @@ def attacked_logits(
 ) -> Tensor:
     """Return logits under the fast gradient sign attack (arXiv 1412.6572), (N, C) on the CPU.
 
-    Every pixel moves by ``strength``, of values in [0, 1], to where the cross-entropy of the true
-    class grows, and stays a pixel.
+    Every pixel in [0, 1] is changed by ``strength`` in the direction that increases the
+    cross-entropy of the true class, and clipped to [0, 1].
 
     Args:
-        classifier: In eval mode, on ``device``; its weights gather no gradient.
+        classifier: In eval mode, on ``device``; no gradients are accumulated in its weights.
         images: Labelled images, un-augmented.
-        strength: Such as 8 / 255.
-        device: Where.
-        chunk: Images per pass.
+        strength: Size of the change, such as 8 / 255.
+        device: Device to compute on.
+        chunk: Images per forward pass.
     """
     mean, std = (
         torch.tensor(v, device=device)[:, None, None] for v in (classifier.mean, classifier.std)

@@ -1,4 +1,4 @@
-"""The encoder that a protocol measures: ours, somebody else's, a published one, or untrained."""
+"""Loading the encoder to evaluate: one of this package, a foreign, published or untrained one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ssl_samix.models.backbone import Backbone
 def load_source(
     origin: Origin, config: DictConfig, image_size: int, mean: Any, std: Any
 ) -> Encoder:
-    """Load the encoder that a configuration names.
+    """Load the encoder named by a configuration.
 
     Args:
-        origin: Where it comes from.
+        origin: Origin of the encoder.
         config: Keys ``weights``, ``model``, ``prefix``, ``image_size``, ``mean``, ``std`` and
             ``seed``.
-        image_size: Of the data, in px, for a model without weights, which has none of its own.
-        mean: Of the data, likewise.
-        std: Likewise.
+        image_size: Image side of the data in px, used for a model without weights.
+        mean: Mean of the data, likewise.
+        std: Standard deviation of the data, likewise.
 
     Raises:
-        UserError: If there is no such encoder, it is damaged, or what it reads is unknown.
+        UserError: If the encoder does not exist or is damaged, or its input format is unknown.
     """
     own = {k: config[k] for k in ("image_size", "mean", "std") if config[k] is not None}
     check_images(own)
@@ -50,7 +50,7 @@ def load_source(
 
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:
-    """Return the same network as it is before any training."""
+    """Return the same network with random initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = Backbone(image_size=encoder.image_size, **encoder.meta["backbone"])
@@ -58,7 +58,7 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
 
 
 def _with(encoder: Encoder, own: dict[str, Any]) -> Encoder:
-    """Take what the user says of the images, where it differs from what is known."""
+    """Return the encoder with the user's image settings, where they differ from its own."""
     changed = {k: v if k == "image_size" else list(v) for k, v in own.items()}
     if all(encoder.meta.get(k) == v for k, v in changed.items()):
         return encoder
@@ -66,7 +66,7 @@ def _with(encoder: Encoder, own: dict[str, Any]) -> Encoder:
     backbone = Backbone(image_size=meta["image_size"], **meta["backbone"])
     try:
         backbone.load_state_dict(encoder.backbone.state_dict(), strict=True)
-    except RuntimeError as error:  # a transformer's position table
+    except RuntimeError as error:  # a transformer's position embedding
         raise ConfigError(
             f"these weights take images of {encoder.image_size} px only, not {meta['image_size']}"
         ) from error
@@ -110,7 +110,7 @@ def _meta(backbone: Backbone, images: dict[str, Any], name: str) -> dict[str, An
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return 12 hexadecimal digits that change with any weight or statistic."""
+    """Return a fingerprint of the weights and statistics: 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

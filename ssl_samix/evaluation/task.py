@@ -1,4 +1,4 @@
-"""An encoder and the images that it is measured on, opened as a configuration says."""
+"""The encoder and images of an evaluation, loaded according to the configuration."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What a protocol works on.
+    """The encoder and data of a protocol.
 
     Attributes:
         encoder: In eval mode, on ``device``.
         splits: The data set, at the encoder's image size.
         device: Where features are computed.
         chunk: Images per forward pass.
-        workers: Processes that decode images.
+        workers: Number of processes that decode images.
     """
 
     encoder: Encoder
@@ -48,7 +48,7 @@ class Task:
         """The labelled training images and the test images.
 
         Raises:
-            DataError: If the data set has no labels, or nothing to test on.
+            DataError: If the data set has no labels or no test images.
         """
         if self.splits.classes and self.splits.val is None:
             raise DataError(
@@ -63,9 +63,9 @@ class Task:
         return self.splits.bank, self.splits.val
 
     def embed(self, images: ImageSet, what: str, picks: Sequence[int] | None = None) -> Tensor:
-        """Return the features of images, (N, D) float32 on the CPU, behind a progress bar."""
+        """Return the features of images, (N, D) float32 on the CPU; shows a progress bar."""
         picks = range(len(images)) if picks is None else picks
-        # On a terminal only: a log would be filled with half bars.
+        # On a terminal only: in a log file, partial progress bars would pile up.
         with tqdm(
             total=len(picks), desc=what, unit="img", leave=False, disable=not _watched()
         ) as bar:
@@ -92,11 +92,11 @@ def open_task(request: ProtocolRequest, encoder: Encoder | None = None) -> Task:
     """Load the encoder and the images.
 
     Args:
-        request: Names both.
-        encoder: The one that is measured, if it has been loaded.
+        request: Names the encoder and the images.
+        encoder: The encoder, if it has already been loaded.
 
     Raises:
-        UserError: As ``load_source`` and ``load_splits`` do, or for a device that is not there.
+        UserError: As ``load_source`` and ``load_splits``, or if the device does not exist.
     """
     config, data = request.config, request.config.data
     device = choose_device(config.device)
@@ -113,7 +113,7 @@ def _source(request: ProtocolRequest) -> Encoder:
     spec, own = SPECS[data.name], data.image_size
     size = own if own != "auto" else None
     if request.origin.path is None and config.image_size is None and size is None:
-        # A model without images of its own takes those of the data, whose size the files tell.
+        # A model without an image size of its own uses that of the data, read from the files.
         size = _load(request, "auto").image_size
     return load_source(request.origin, config, size or 224, spec.mean, spec.std)
 
@@ -139,10 +139,10 @@ def _workers(wanted: int | str, splits: Splits) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is a GPU if there is one.
+    """Return the device with this name; ``auto`` is a GPU if there is one.
 
     Raises:
-        ConfigError: If it does not exist here.
+        ConfigError: If the device does not exist on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -157,9 +157,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def data_fingerprint(*sets: ImageSet) -> str:
-    """Return 12 hexadecimal digits that change with labels, order and, in memory, any pixel.
+    """Return a fingerprint of image sets: 12 hexadecimal digits.
 
-    Of images that stay in files, it sees names and sizes.
+    It depends on labels, order and, for in-memory images, all pixels; for image files, on their
+    names and sizes.
     """
     digest = hashlib.sha256()
     for images in sets:
@@ -176,5 +177,5 @@ def data_fingerprint(*sets: ImageSet) -> str:
 
 
 def encoder_fingerprint(task: Task) -> str:
-    """Return 12 hexadecimal digits that change with any weight or statistic of the encoder."""
+    """Return a fingerprint of the encoder's weights and statistics: 12 hexadecimal digits."""
     return fingerprint(task.encoder.backbone)

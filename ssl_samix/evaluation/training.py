@@ -1,4 +1,4 @@
-"""Training on labels as the papers do it: heads on a frozen backbone, or the whole network.
+"""Training on labels as in the papers: heads on a frozen backbone, or the whole network.
 
 Legend: B images, D feature width, C classes, K heads.
 """
@@ -32,27 +32,27 @@ from ssl_samix.trainer import build_trainer, memory_format
 from ssl_samix.types import Batch
 
 _log = logging.getLogger(__name__)
-REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)
-INIT_STD = 0.01  # of a head's weights, as in MoCo's main_lincls.py; its bias is 0
+REFERENCE_BATCH = 256  # images; learning rates refer to it (arXiv 1706.02677, section 2.1)
+INIT_STD = 0.01  # of a head's weights, as in MoCo's main_lincls.py; biases start at 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a paper trains on labels.
+    """The recipe of a paper for training on labels.
 
     Attributes:
         optimizer: ``sgd``, ``nesterov`` or ``lars``, with momentum.
-        lr: Learning rates of the heads at a batch of 256, one head each.
-        backbone_lr: Of the backbone at a batch of 256; 0 keeps it frozen, statistics too.
-        momentum: Of the optimizer.
-        weight_decay: Of all weights.
+        lr: Learning rates at batch size 256, one per head.
+        backbone_lr: That of the backbone at batch size 256; 0 freezes it, with its statistics.
+        momentum: Momentum of the optimizer.
+        weight_decay: Weight decay of all weights.
         schedule: ``cosine`` (to 0, per step) or ``step``.
-        milestones: Shares of the training after which ``step`` multiplies by ``gamma``.
-        gamma: See there.
+        milestones: Fractions of the training after which ``step`` multiplies by ``gamma``.
+        gamma: Factor of the learning rate at each milestone.
         epochs: Passes over the labelled images.
         batch_size: Images per step.
-        standardize: Give the heads features of mean 0 and variance 1, by a BatchNorm without
-            weights, as MAE's linear probe has it (arXiv 2111.06377, appendix A.1).
+        standardize: Scale the features to mean 0 and variance 1 by a BatchNorm without affine
+            parameters, as in MAE's linear probe (arXiv 2111.06377, appendix A.1).
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -87,21 +87,21 @@ class Recipe:
             check_range("milestones", share, 0, 1)
 
     def factor(self, progress: float) -> float:
-        """Return what is left of the learning rate after a share of the training."""
+        """Return the factor of the learning rate after a fraction of the training."""
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        # A hair early, so that 60 of 100 epochs is not missed by a rounding error.
+        # With a small tolerance, so that rounding does not miss 60 of 100 epochs.
         return self.gamma ** sum(progress >= share - 1e-9 for share in self.milestones)
 
 
 class Classifier(pl.LightningModule):
-    """A backbone with K linear heads, each trained by its own learning rate.
+    """A backbone with K linear heads, each with its own learning rate.
 
     Args:
-        backbone: Trained further, unless the recipe keeps it frozen.
+        backbone: Trained too, unless the recipe freezes it.
         classes: C.
-        recipe: How it is trained.
-        seed: Of the heads' weights.
+        recipe: Training recipe.
+        seed: Seed of the heads' initial weights.
     """
 
     def __init__(self, backbone: Backbone, classes: int, recipe: Recipe, seed: int) -> None:
@@ -120,19 +120,19 @@ class Classifier(pl.LightningModule):
         self.train()  # the backbone may be in eval mode
 
     def train(self, mode: bool = True) -> Classifier:
-        """Keep the statistics of a frozen backbone where they are."""
+        """Set the training mode, but keep a frozen backbone in eval mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
         return self
 
     def logits(self, features: Tensor) -> Tensor:
-        """Map features (B, D) to the answers of all heads (K, B, C)."""
+        """Map features (B, D) to the logits of all heads (K, B, C)."""
         scaled = self.scaling(features)
         return torch.stack([head(scaled) for head in self.heads])
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the sum of the heads' cross-entropies: no head feels another."""
+        """Return the sum of the heads' cross-entropies, so that heads are trained independently."""
         with torch.set_grad_enabled(not self.frozen):
             features = self.backbone(batch.views[0])
         losses = torch.stack([F.cross_entropy(x, batch.label) for x in self.logits(features)])
@@ -140,7 +140,7 @@ class Classifier(pl.LightningModule):
         return losses.sum()
 
     def configure_optimizers(self) -> Any:
-        """Build the recipe's optimizer: a group per head, and one for the backbone."""
+        """Return the optimizer, with a parameter group per head and one for the backbone."""
         recipe, trainer = self.recipe, self.trainer
         batch = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         scale = batch / REFERENCE_BATCH
@@ -160,7 +160,7 @@ class Classifier(pl.LightningModule):
             optimizer = torch.optim.SGD(groups, lr=scale, nesterov=nesterov, **shared)
         steps = max(1, int(trainer.estimated_stepping_batches))
         epoch = max(1, steps // recipe.epochs)
-        # "step" falls between epochs, the cosine at every step.
+        # "step" changes the rate between epochs, "cosine" at every step.
         unit = epoch if recipe.schedule == "step" else 1
         schedule = LambdaLR(optimizer, lambda step: recipe.factor(step // unit * unit / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -176,16 +176,16 @@ def fit(
     device: torch.device,
     callbacks: Sequence[pl.Callback] = (),
 ) -> Classifier:
-    """Train a copy of the backbone, or heads on it, as a recipe says.
+    """Train a copy of the backbone, or heads on it, by a recipe.
 
     Args:
-        backbone: Left as it is.
+        backbone: The backbone; not modified.
         classes: C.
-        recipe: How.
+        recipe: Training recipe.
         data: The labelled images.
-        seed: Of the heads' weights.
-        device: Where.
-        callbacks: Lightning's, such as a progress bar.
+        seed: Seed of the heads' initial weights.
+        device: Device to train on.
+        callbacks: Lightning callbacks, such as a progress bar.
 
     Returns:
         The classifier, in eval mode, on ``device``.
@@ -216,20 +216,20 @@ def head_logits(module: Classifier, features: Tensor, chunk: int = 8192) -> Tens
     return torch.cat(parts, dim=1)
 
 
-FEW_HELD_OUT = 100  # images; a choice between learning rates by fewer is little better than a guess
+FEW_HELD_OUT = 100  # images; with fewer, choosing a learning rate is little better than a guess
 
 
 @dataclass(frozen=True)
 class FewLabels:
-    """Labelled training images, all of them or some, and how networks are trained on them.
+    """The training images that keep their labels, and training on them.
 
     Attributes:
         task: Encoder and images.
         picks: (n,) positions of the training images that keep their labels.
-        views: Has ``flip`` and ``crop_min``: what random crops and flips the data bear.
-        held_out: Share of the labels that chooses learning rates.
-        seed: Of held-out images, heads, order and views.
-        callbacks: Lightning's.
+        views: Settings ``flip`` and ``crop_min`` of the random flips and crops.
+        held_out: Fraction of the labels that is held out to choose learning rates.
+        seed: Seed of the held-out split, heads, order and views.
+        callbacks: Lightning callbacks.
     """
 
     task: Task
@@ -240,7 +240,7 @@ class FewLabels:
     callbacks: Sequence[pl.Callback] = ()
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Return the positions that are learned and those, maybe none, that choose."""
+        """Return the positions of the training part and the held-out part, which may be empty."""
         labels = self.task.labelled[0].labels[self.picks]
         kept, held = split(labels, len(self.task.splits.classes), self.held_out, self.seed)
         if 0 < len(held) < FEW_HELD_OUT:
@@ -267,7 +267,7 @@ class FewLabels:
         return fit(backbone, len(task.splits.classes), recipe, data, seed=self.seed, **options)
 
     def logits(self, module: Classifier, images: ImageSet, picks: Sequence[int]) -> Tensor:
-        """Return a fine-tuned network's logits, (len(picks), C), which may have diverged."""
+        """Return a fine-tuned network's logits, (len(picks), C); not finite if it diverged."""
         task, encoder = self.task, self.task.encoder
         options: dict[str, Any] = {"workers": task.workers, "chunk": task.chunk}
         features = extract(
@@ -277,10 +277,10 @@ class FewLabels:
 
 
 def augmented_probe(few: FewLabels, recipe: Recipe) -> tuple[float, float, dict[str, Any]]:
-    """Train heads on the frozen backbone and test the one of the chosen learning rate.
+    """Train heads on the frozen backbone and test the one with the chosen learning rate.
 
-    With several learning rates, a first training, of all heads at once, chooses on held-out labels;
-    the chosen one is then trained on all labels.
+    With several learning rates, all heads are first trained at once to choose one on held-out
+    labels; the chosen one is then trained on all labels.
 
     Returns:
         Top-1 and top-5 of the last epoch, in percent, and the settings.
@@ -310,13 +310,13 @@ def augmented_probe(few: FewLabels, recipe: Recipe) -> tuple[float, float, dict[
 def finetuned(
     few: FewLabels, backbone: Backbone, recipes: Sequence[Recipe], say: Callable[[str], object]
 ) -> tuple[float, float, dict[str, Any]]:
-    """Fine-tune a copy of a network, and test it.
+    """Fine-tune a copy of a network and test it.
 
     Args:
-        few: Its labels.
-        backbone: Where it starts from.
-        recipes: The learning rates to choose from; all else is the same.
-        say: Told what is going on.
+        few: The labelled images.
+        backbone: The network to start from.
+        recipes: Recipes to choose from; they differ in their learning rates only.
+        say: Called with progress messages.
 
     Returns:
         Top-1 and top-5 on the test images after the last epoch, in percent, and the settings.
@@ -332,7 +332,7 @@ def finetuned(
 def _chosen(
     few: FewLabels, backbone: Backbone, recipes: Sequence[Recipe], say: Callable[[str], object]
 ) -> tuple[Recipe, dict[str, float]]:
-    """Return the recipe that is best on held-out labels, and what each gave there."""
+    """Return the recipe that is best on held-out labels, and each recipe's accuracy there."""
     if len(recipes) == 1:
         return recipes[0], {}
     images = few.task.labelled[0]
@@ -343,7 +343,7 @@ def _chosen(
     for recipe in recipes:
         logits = few.logits(few.fit(backbone, recipe, kept), images, held.tolist())
         name = f"{recipe.backbone_lr:g} / {recipe.lr[0]:g}"
-        # A learning rate that diverges has no accuracy: it is not a candidate.
+        # A learning rate that diverges has no accuracy and is excluded.
         finite = logits.isfinite().all()
         tried[name] = top1_top5(logits, images.labels[held])[0] if finite else -1.0
         say(f"  lr {name} (backbone / head): {tried[name]:.1f}% of {len(held)} held-out images")

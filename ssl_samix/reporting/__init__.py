@@ -1,1 +1,1 @@
-"""Tables of several runs, and studies."""
+"""Comparison tables of several runs, and studies."""

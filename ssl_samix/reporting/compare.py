@@ -1,4 +1,4 @@
-"""``samix compare``: one table of the results of several runs. Imports no torch."""
+"""``samix compare``: one table of the results of several runs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ssl_samix.reporting.tables import FORMATS, MISSING, Table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# What a resume may change does not change what is learned, but for the number of epochs.
+# Keys that a resume may change do not affect the result, except for the number of epochs.
 UNLEARNED = ("seed", *(key for key in FREE_KEYS if key != "trainer.max_epochs"))
-OF_THE_NETWORK = ("backbone.", "data.image_size")  # what an untrained network follows from
-# Groups whose choices stand in front, in this order.
+OF_THE_NETWORK = ("backbone.", "data.image_size")  # what determines an untrained network
+# Groups listed first, in this order.
 FIRST = ("method", "mixup", "data", "backbone", "views", "augment", "optimizer")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a run learned with.
+    """The configuration of a run, as far as it affects the result.
 
     Attributes:
-        values: Dotted key -> value, without the keys that do not change what is learned.
-        choices: Group -> name.
+        values: Dotted key -> value, without the keys that do not affect the result.
+        choices: Group -> chosen name.
     """
 
     values: dict[str, Any]
@@ -42,16 +42,16 @@ class Configuration:
 
     @property
     def identity(self) -> str:
-        """The same text for the same values, however they were chosen."""
+        """A text that is equal for equal values, however they were chosen."""
         return json.dumps(self.values, sort_keys=True)
 
     def network(self) -> Configuration:
-        """Return what an untrained network follows from."""
+        """Return the part that determines an untrained network."""
         values = {k: v for k, v in self.values.items() if k.startswith(OF_THE_NETWORK)}
         return Configuration(values, {"backbone": self.choices.get("backbone")})
 
     def shown(self, key: str) -> str | None:
-        """Return the choice or value under ``key`` as text; None if there is none."""
+        """Return the choice or value of ``key`` as text, or None if there is none."""
         if key == "method" and "augment" in self.choices:
             return "supervised"
         if key not in self.values:
@@ -61,10 +61,10 @@ class Configuration:
 
 
 def read_configuration(run: RunFolder) -> Configuration:
-    """Read what a run learned with.
+    """Return the configuration of a run.
 
     Raises:
-        CheckpointError: If the folder holds no configuration, or a damaged one.
+        CheckpointError: If the configuration is missing or damaged.
     """
     config, choices = run.load_config()
     return Configuration(_learned(plain(config)), {**choices})
@@ -75,7 +75,7 @@ def _learned(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Write 1.0 as 1, as which a user may have given it."""
+    """Return a whole float as an int, so that 1.0 and 1 compare as equal text."""
     if isinstance(value, list):
         return [_number(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -84,17 +84,17 @@ def _number(value: Any) -> Any:
 def differing(configurations: Sequence[Configuration]) -> list[str]:
     """Return the groups, then the keys, in which configurations differ.
 
-    A key is left out where each configuration has the value that its choices bring along: that
-    ``method=moco`` has a queue and ``method=simclr`` has none is known from the method's name.
+    A key is left out if every configuration has the default value of its choices: the name of the
+    method already says that ``method=moco`` has a queue and ``method=simclr`` does not.
     """
     names = {group for c in configurations for group in c.choices if group != "callbacks"}
     ordered = [g for g in FIRST if g in names] + sorted(names.difference(FIRST))
     chosen = {g: {c.choices[g] for c in configurations if g in c.choices} for g in ordered}
     groups = [g for g in ordered if len(chosen[g]) > 1]
     if len({"method" in c.choices for c in configurations}) > 1 and "method" not in groups:
-        groups.insert(0, "method")  # of two ways to train, one of which has it
+        groups.insert(0, "method")  # pretraining has a method, supervised training does not
     if all(c.choices.get("views") == c.choices.get("method") for c in configurations):
-        groups = [g for g in groups if g != "views"]  # a method brings its own
+        groups = [g for g in groups if g != "views"]  # each method has its own views by default
     keys = dict.fromkeys(key for c in configurations for key in c.values)
     return groups + [key for key in keys if _differs(key, configurations)]
 
@@ -108,7 +108,7 @@ def _differs(key: str, configurations: Sequence[Configuration]) -> bool:
 
 @cache
 def _usual(choices: tuple[tuple[str, str | None], ...]) -> dict[str, Any]:
-    """Return the values that choices bring along; none if one of them is unknown here."""
+    """Return the default values of choices; empty if one of the choices is unknown."""
     try:
         words = [f"{group}={name}" for group, name in choices if name is not None]
         config, _ = compose(command_of(dict(choices)), words)
@@ -120,8 +120,8 @@ def _usual(choices: tuple[tuple[str, str | None], ...]) -> dict[str, Any]:
 NEEDED = (
     "protocol", "variant", "weights", "data", "seed", "encoder", "data_fingerprint", "folder",
 )  # fmt: skip
-FINGERPRINT_DIGITS = 6  # that tell images apart in a column's name
-# How numbers are called, and to how many decimals they are given.
+FINGERPRINT_DIGITS = 6  # digits of the image fingerprint in a column name
+# Title and number of decimals of each number.
 SHOWN = {
     "top1": ("top-1 %", 2),
     "rankme": ("RankMe", 1),
@@ -134,20 +134,20 @@ SHOWN = {
     "fgsm_top1": ("FGSM top-1 %", 2),
     "corrupted_top1": ("corrupted top-1 %", 2),
 }
-# What is shown of a protocol that has accuracy.
+# Numbers shown for a protocol that has accuracies.
 OF_CLASSIFIERS = ("top1", "ece", "fgsm_top1", "corrupted_top1")
-# What a column of the table is: a number of one of a protocol's results.
+# The fields that identify a column: a number of one of a protocol's results.
 COLUMN = ["protocol", "variant", "data", "number"]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A folder with results.
+    """The results in one folder.
 
     Attributes:
-        folder: Where it is.
-        rows: Of its results.csv, the oldest first.
-        configuration: Of the run; None if the results are of weights from elsewhere.
+        folder: Path of the folder.
+        rows: Rows of its results.csv, oldest first.
+        configuration: That of the run; None if the results are of external weights.
     """
 
     folder: Path
@@ -156,11 +156,11 @@ class Evaluated:
 
 
 class Line(NamedTuple):
-    """What a row of the table is about.
+    """The identity of a row of the table.
 
     Attributes:
-        encoder: ``trained``, ``untrained``, or the name of weights from elsewhere.
-        identity: Of its configuration, or its folder.
+        encoder: ``trained``, ``untrained``, or the name of external weights.
+        identity: Identity of its configuration, or its folder.
     """
 
     encoder: str
@@ -168,10 +168,10 @@ class Line(NamedTuple):
 
 
 def read_evaluated(folder: Path) -> Evaluated:
-    """Read the results in a folder.
+    """Return the results in a folder.
 
     Raises:
-        UserError: If they are damaged or empty, or the run's configuration is damaged.
+        UserError: If the results are damaged or empty, or the configuration is damaged.
     """
     path, run = folder / "results.csv", RunFolder(folder)
     rows = read_rows(path)
@@ -188,16 +188,16 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
     """Return one table of all results.
 
     Args:
-        runs: Each once.
-        every: Show every row of an evaluation, not only its first of each number.
-        without: Runs that have no results yet, to be named below the table.
+        runs: Results to compare, without duplicates.
+        every: Show all rows of an evaluation, not only the first row of each number.
+        without: Runs without results so far, listed below the table.
 
     Raises:
-        UserError: If a number is damaged.
+        UserError: If a value is not a number.
     """
     found, lines = _measured(runs, every)
     ordered = sorted(lines, key=lambda line: line.encoder != "trained")
-    # In the table's order; what was measured later stays later.
+    # In the order of the table; within it, the order of measurement is kept.
     found = found.sort_values("line", key=lambda of: of.map(ordered.index), kind="stable")
     apart = _tell_apart(found)
     unique = found[COLUMN].drop_duplicates().sort_values(["protocol", "data"], kind="stable")
@@ -229,7 +229,7 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
 def _measured(
     runs: Sequence[Evaluated], every: bool
 ) -> tuple[DataFrame, dict[Line, Configuration | None]]:
-    """Return a row per number of the results, the oldest of a run first, and all lines."""
+    """Return one row per number, oldest first within a run, and all lines of the table."""
     from pandas import DataFrame
 
     found: list[tuple[Any, ...]] = []
@@ -248,8 +248,8 @@ def _measured(
 
 
 def _values(found: DataFrame) -> dict[tuple[Any, ...], list[float]]:
-    """Return one value per encoder of each line and column; those of several seeds are averaged."""
-    # Untrained encoders are drawn by the seed of the evaluation; a run has one encoder, its newest.
+    """Return one value per encoder for each line and column, averaged over evaluation seeds."""
+    # Untrained encoders depend on the evaluation seed; of a trained one, the newest weights count.
     newest = found.groupby(["run", "weights", *COLUMN])["encoder"].transform("last")
     counting = found[(found["weights"] == "random") | (found["encoder"] == newest)]
     cell = ["line", *COLUMN]
@@ -259,13 +259,13 @@ def _values(found: DataFrame) -> dict[tuple[Any, ...], list[float]]:
 
 
 def _tell_apart(found: DataFrame) -> bool:
-    """Give different images columns of their own where an encoder was measured on several.
+    """Split columns by image set where an encoder was measured on several image sets.
 
-    The newest would otherwise count alone. Different encoders may share a column all the same, as
-    of different image sizes, and a note says so.
+    Otherwise only the newest measurement would count. Different encoders may still share a column,
+    for example with different image sizes; a note below the table says so.
 
     Returns:
-        Whether there are any.
+        Whether any column was split.
     """
     images = found["data_fingerprint"]
     several = (
@@ -330,7 +330,7 @@ variants: headline  # headline: of each evaluation only its first row of each nu
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked command: what is compared, and how the table is written."""
+    """A checked ``samix compare`` command: what to compare, and how to write the table."""
 
     paths: list[Path]
     format: str
@@ -339,13 +339,13 @@ class Comparison:
 
 
 def main(words: list[str]) -> str:
-    """Compare runs and return what is to be printed: the table, or the file it is in.
+    """Compare runs and return the text to print: the table, or the path of its file.
 
     Args:
-        words: Folders, and ``key=value`` words.
+        words: Command-line arguments: folders and ``key=value``.
 
     Raises:
-        UserError: For the first mistake: a folder that is not there or holds no results, an unknown
+        UserError: For the first error: a folder that does not exist or holds no results, an unknown
             key or value, damaged results, or a file that cannot be written.
     """
     if {"-h", "--help"} & set(words):
@@ -360,10 +360,10 @@ def main(words: list[str]) -> str:
 
 
 def parse_comparison(words: list[str]) -> Comparison:
-    """Tell folders from ``key=value`` words; a folder's name may hold a ``=`` too.
+    """Parse folders and ``key=value`` arguments; a folder name may contain ``=``, too.
 
     Raises:
-        ConfigError: For an unknown key or value, or when no folder is given.
+        ConfigError: If a key or value is unknown, or no folder is given.
     """
     given = {"format": "text", "out": "null", "variants": "headline"}
     paths = []
@@ -385,12 +385,12 @@ def parse_comparison(words: list[str]) -> Comparison:
 
 
 def find_results(paths: Sequence[Path]) -> tuple[list[Evaluated], list[Path]]:
-    """Find the folders that hold results: those given, and those in a given folder of runs.
+    """Return the results in given run folders and in given folders of runs.
 
-    Files are passed over: a shell that is asked for ``runs/*`` gives them too.
+    Files are ignored, because the shell expands ``runs/*`` to files, too.
 
     Returns:
-        The results, each folder's once; and the runs in folders of runs that have none yet.
+        The results, one per folder; and the runs in folders of runs that have no results yet.
 
     Raises:
         UserError: If a path does not exist, or a folder holds no results.
@@ -414,7 +414,7 @@ def _has_results(folder: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Return the runs directly in a folder of runs, at least one of them with results."""
+    """Return the runs directly inside a folder, or raise if none of them has results."""
     inside = sorted(child for child in folder.iterdir() if child.is_dir())
     is_run = RunFolder(folder).config.exists()
     if is_run or not any(map(_has_results, inside)):

@@ -1,4 +1,4 @@
-"""``samix study``: a table of runs from one file. Imports no torch."""
+"""``samix study``: all runs of a study file and their table. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ssl_samix.reporting.study_table import Row, add_row, lock_of, read_table, w
 if TYPE_CHECKING:
     from submitit import Job as Started
 
-CHANGED = ("workers", "launcher", "out", "csv")  # keys of the file that the command line may change
-MODES = ("list", "report")  # what is done instead of the runs
-FAILURES_SHOWN = 5  # repeated at the end
-NAMES_SHOWN = 3  # of runs, in a sentence
-POLL_SECONDS = 0.2  # between looks at jobs
-BUSY_SECONDS = 2.0  # between looks at runs that other processes work on
+CHANGED = ("workers", "launcher", "out", "csv")  # keys that the command line may override
+MODES = ("list", "report")  # done instead of the runs
+FAILURES_SHOWN = 5  # failures repeated at the end
+NAMES_SHOWN = 3  # names of runs in a sentence
+POLL_SECONDS = 0.2  # between checks of jobs
+BUSY_SECONDS = 2.0  # between checks of runs that other processes work on
 ENDLESS, DAY = 10**7, 24 * 60  # minutes
-MAX_TIMEOUTS = 20  # how often a run that a cluster's time limit has stopped is queued again
+MAX_TIMEOUTS = 20  # how often a run is requeued after a cluster's time limit
 HELP = """samix study: a table of runs from one file, trained, measured and put together.
 
 Usage: samix study <study.yaml> [key=value]...
@@ -78,23 +78,23 @@ More in docs/studies.md, with studies to start from in benchmarks/studies/.
 
 
 class StudyRequest(NamedTuple):
-    """What is asked for."""
+    """A checked ``samix study`` command."""
 
     study: Study
-    listing: bool  # print the runs only
-    reporting: bool  # write the report only
+    listing: bool  # only print the runs
+    reporting: bool  # only write the report
 
 
 def main(words: list[str]) -> str:
-    """Do, list or report the runs of a study, and return what is to be printed.
+    """Execute, list or report the runs of a study, and return the text to print.
 
     Args:
-        words: The study file, and ``key=value`` words.
+        words: Command-line arguments: the study file and ``key=value``.
 
     Raises:
-        UserError: For a mistake in the file, the words or the table.
-        Interrupted: If it was stopped; the jobs have ended then.
-        SystemExit: With status 1, if a run failed.
+        UserError: For an error in the study file, the arguments or the table.
+        Interrupted: If the study was stopped; all of its jobs have ended by then.
+        SystemExit: With status 1 if a run failed.
     """
     if {"-h", "--help"} & set(words):
         return HELP.rstrip()
@@ -136,10 +136,10 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def parse_study(words: Sequence[str]) -> StudyRequest:
-    """Tell the file from ``key=value`` words, and read it.
+    """Parse the arguments and read the study file.
 
     Raises:
-        ConfigError: For the first mistake.
+        ConfigError: For the first error.
     """
     paths, further = [], []
     own: dict[str, Any] = {}
@@ -171,13 +171,13 @@ def _left(study: Study) -> list[Run]:
 
 
 def _check(study: Study, runs: Sequence[Run]) -> None:
-    """Find mistyped words and missing data before any run starts.
+    """Check the arguments and data of all runs before any run starts.
 
-    Every method and every policy is composed once, not all pairs: each takes a while. A mistake of
-    a pair alone is reported by its run within seconds.
+    Every method and every policy is composed once, rather than every pair, because composing is
+    slow. An error that only one pair has is reported by its run within seconds.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first error.
     """
     checked: set[tuple[str, str]] = set()
     for run in runs:
@@ -197,7 +197,7 @@ def _check(study: Study, runs: Sequence[Run]) -> None:
 
 
 def list_runs(study: Study) -> str:
-    """Return a line per run: whether it is done, and its commands."""
+    """Return one line per run: whether it is done, and its commands."""
     done, costs, lines = read_table(study), Costs(study), []
     for run in study.runs():
         if run.key in done:
@@ -221,7 +221,7 @@ def _tell(sentence: str) -> None:
 
 
 def _do(study: Study) -> list[str]:
-    """Do what is left, tell of each finished run, and return a sentence per failure."""
+    """Execute the remaining runs, print each finished one, and return a message per failure."""
     try:
         study.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -239,13 +239,13 @@ def _do(study: Study) -> list[str]:
 
 
 class Launcher:
-    """Starts jobs by submitit, on this machine or on a cluster, while its context lasts.
+    """Context manager that starts jobs by submitit, on this machine or on a cluster.
 
     Args:
-        study: Says which.
+        study: Names the launcher and its resources.
 
     Raises:
-        ConfigError: If this machine has no SLURM, and the study needs it.
+        ConfigError: If the study needs SLURM, but this machine does not have it.
     """
 
     def __init__(self, study: Study) -> None:
@@ -258,7 +258,7 @@ class Launcher:
             )
         start = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.folder = study.logs / "jobs" / start
-        # A folder per start: local jobs are numbered as processes are, whose numbers come again.
+        # A folder per start: local job numbers are process numbers, which are reused.
         self.executor = AutoExecutor(
             self.folder, study.launcher, slurm_max_num_timeout=MAX_TIMEOUTS
         )
@@ -271,14 +271,14 @@ class Launcher:
         self.active: list[Started] = []
 
     def __enter__(self) -> Launcher:
-        """Lock the file that tells jobs of this machine that their study lives."""
+        """Lock a file; the lock shows local jobs that their study is running."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._alive = (self.folder / "alive").open("ab")
         fcntl.flock(self._alive, fcntl.LOCK_EX)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the jobs that are left, and wait for those of this machine."""
+        """Stop the remaining jobs, and wait for those on this machine."""
         self._alive.close()
         for started in self.active:
             if not self.local:
@@ -288,25 +288,25 @@ class Launcher:
                 time.sleep(POLL_SECONDS)
             self._remove_files(started)
         (self.folder / "alive").unlink(missing_ok=True)
-        with suppress(OSError):  # logs of jobs that ended by themselves stay
+        with suppress(OSError):  # logs of jobs that crashed are kept
             self.folder.rmdir()
 
     def start(self, job: Job) -> Started:
-        """Start or queue a job.
+        """Start or queue a job, and return its handle.
 
         Raises:
-            UserError: If the cluster refuses it.
+            UserError: If the cluster rejects the job.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
         from submitit.helpers import environment_variables
 
-        package = str(Path(__file__).resolve().parents[2])  # found from any folder
+        package = str(Path(__file__).resolve().parents[2])  # importable from any folder
         paths = filter(None, [package, os.environ.get("PYTHONPATH")])
         own = {"PYTHONPATH": os.pathsep.join(paths)}
         if self.local:
             own["OMP_NUM_THREADS"] = "1"
             job.alive = self.folder / "alive"
-        # Ctrl-C and a closed terminal are for the study, which stops its jobs.
+        # Only the study handles Ctrl-C and a closed terminal; it stops its jobs.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             with environment_variables(**own):
@@ -325,7 +325,7 @@ class Launcher:
         return self.outcome(started)
 
     def outcome(self, started: Started) -> Any:
-        """Return what a job that is done has returned; a sentence if it ended by itself."""
+        """Return the result of a finished job, or an error message if the job crashed."""
         self.active.remove(started)
         log = started.paths.stdout
         if started.exception() is not None:
@@ -335,18 +335,18 @@ class Launcher:
         return result
 
     def _remove_files(self, started: Started) -> None:
-        links = self.folder.glob(".submission_file_*")  # submitit's, to files of the job
+        links = self.folder.glob(".submission_file_*")  # submitit's links to the files of the job
         for path in [*self.folder.glob(f"{started.job_id}_*"), *links]:
             if not path.is_symlink() or path.resolve().name.startswith(f"{started.job_id}_"):
                 path.unlink()
 
 
 class Schedule:
-    """Does runs, several at a time, beside other processes that do the same.
+    """Executes runs, several at a time; other processes may execute the same study.
 
     Args:
-        study: What is to be done.
-        costs: Says how many epochs a run has.
+        study: The study.
+        costs: Gives the number of epochs of a run.
         launcher: Starts jobs.
     """
 
@@ -356,13 +356,13 @@ class Schedule:
         self.failures: dict[RunKey, str] = {}
 
     def run(self) -> list[str]:
-        """Do all runs that have no row.
+        """Execute all runs that have no row in the table.
 
         Returns:
-            A sentence for each that failed.
+            A message for each run that failed.
 
         Raises:
-            UserError: If the table cannot be read or written, or no job can be started.
+            UserError: If the table cannot be read or written, or a job cannot be started.
         """
         waiting, next_look, announced = self._waiting(), 0.0, False
         while waiting or self.jobs:
@@ -385,7 +385,7 @@ class Schedule:
         return [run for run in _left(self.study) if run.key not in taken]
 
     def _fill(self, waiting: Sequence[Run]) -> None:
-        """Start runs while there is room, but for those that other processes work on."""
+        """Start runs while workers are free, except those that other processes work on."""
         for run in waiting:
             if len(self.jobs) < self.study.workers:
                 job = RunJob(self.study, run, self._epochs(run))
@@ -400,7 +400,7 @@ class Schedule:
         return epochs
 
     def _next(self, job: RunJob) -> None:
-        """Start a run, or write the row of one that is done."""
+        """Start a run, or write its row if it is done."""
         try:
             done = job.next_words(job.notes()) is None
             row = job.row() if done else {}
@@ -434,14 +434,14 @@ class Schedule:
 
 
 def seconds_left(rows: dict[RunKey, Row], waiting: Sequence[tuple[Run, int]]) -> float:
-    """Estimate the seconds of runs, one after the other, from those that are done.
+    """Return the estimated sequential duration in seconds of the waiting runs.
 
-    A run's epoch takes as long as those of the same method and policy; failing that, as those of
-    the same policy, or of all.
+    The time per epoch is the mean over the finished runs with the same method and policy; if there
+    are none, over those with the same policy, or over all.
 
     Args:
-        rows: At least one.
-        waiting: Runs and their epochs.
+        rows: Rows of finished runs, at least one.
+        waiting: Runs and their numbers of epochs.
     """
     total = 0.0
     for run, epochs in waiting:
@@ -453,7 +453,7 @@ def seconds_left(rows: dict[RunKey, Row], waiting: Sequence[tuple[Run, int]]) ->
 
 
 def result(row: Row) -> str:
-    """Return what a run has reached, for the screen."""
+    """Return the results of a run as text for the screen."""
     names = {"knn_top1": "kNN", "linear_top1": "linear", "top1": "top-1"}
     found = [f"{text} {float(row[name]):.2f}%" for name, text in names.items() if row.get(name)]
     epochs = "1 epoch" if row["epochs"] == "1" else f"{row['epochs']} epochs"
@@ -461,6 +461,6 @@ def result(row: Row) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in hours and minutes."""
+    """Return a duration as text, in hours and minutes."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

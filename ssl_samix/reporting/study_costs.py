@@ -1,9 +1,9 @@
-"""How many epochs of a method with a policy fit a budget of processor time. Imports no torch.
+"""Number of epochs of a method and policy that fit a CPU-time budget. Does not import torch.
 
-What a step costs is measured before the first run, all policies of a method by turns in one
-process, so that a disturbance slows all of them alike: a policy's cost is the
-reference's times the median ratio of the rounds. The costs are a table beside the study's own, so
-that a resumed study, here or on another machine, keeps its epochs.
+The cost of a step is measured before the first run. All policies of a method take turns in one
+process, so that a disturbance slows all of them equally: a policy's cost is the reference's cost
+times the median ratio over the rounds. The costs are stored in a table beside the study's own, so
+that a resumed study, here or on another machine, keeps its numbers of epochs.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ COLUMNS = (
 
 
 class CostJob(Job):
-    """Measures what training steps cost with the words of each configuration."""
+    """Measures the cost of training steps for the arguments of each configuration."""
 
     def __init__(self, study: Study, words: Sequence[Sequence[str]]) -> None:
         super().__init__(study)
         self.words = words
 
     def work(self) -> dict[str, Any]:
-        """Return what ``measured`` does, and the processor."""
+        """Return the result of ``measured``, and the processor name."""
         from ssl_samix.reporting.study_measure import measured
 
         return {**measured(self.study.command, self.words), "processor": processor()}
 
 
 class Costs:
-    """What a step costs, by method and policy.
+    """The cost of a step, by method and policy.
 
     Args:
-        study: Whose.
+        study: The study.
     """
 
     def __init__(self, study: Study) -> None:
@@ -52,7 +52,7 @@ class Costs:
         self.path = study.csv.with_name(f"{study.csv.stem}.costs.csv")
 
     def read(self) -> dict[tuple[str, str], Row]:
-        """Read what has been measured with the words that the study has now.
+        """Return the costs that were measured with the current arguments of the study.
 
         Raises:
             UserError: If the table cannot be read or is damaged.
@@ -70,7 +70,7 @@ class Costs:
         }
 
     def epochs(self, run: Run) -> int | None:
-        """Return the epochs that fit a run's length, at least one; None before the measuring."""
+        """Return the epochs that fit a run's length, at least 1; None if costs are unknown."""
         if run.length.kind == "epochs":
             return run.length.amount
         row = self.read().get((run.method, run.policy))
@@ -80,18 +80,18 @@ class Costs:
         return max(1, int(run.length.amount / epoch))
 
     def measure(self, do: Callable[[CostJob], Any], tell: Callable[[str], None]) -> None:
-        """Measure what is not known yet, if lengths are of time.
+        """Measure the missing costs, if run lengths are CPU seconds.
 
         Args:
-            do: Does a job and returns what came out.
-            tell: Prints a sentence.
+            do: Executes a job and returns its outcome.
+            tell: Prints a message.
 
         Raises:
-            UserError: If the measuring fails.
+            UserError: If the measurement fails.
         """
         if self.study.lengths[0].kind != "cpu_seconds":
             return
-        # One process measures, others wait for it; the table's own lock stays free meanwhile.
+        # One process measures while others wait; the lock of the table stays free meanwhile.
         lock = FileLock(self.study.logs / "costs.lock")
         try:
             lock.acquire(timeout=0)
@@ -114,7 +114,7 @@ class Costs:
             lock.release()
 
     def _note(self, method: str, names: list[str], found: dict[str, Any]) -> None:
-        """Add costs to the table; that of the reference stays if it is known."""
+        """Add costs to the table; a known cost of the reference is kept."""
         rounds = found["cpu_seconds_per_step"]  # (rounds, names)
         known = self.read().get((method, names[0]))
         unit = float(known["cpu_ms_per_step"]) if known else 1000 * median(r[0] for r in rounds)

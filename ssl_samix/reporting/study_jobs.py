@@ -1,7 +1,7 @@
-"""What one job of a study does, on this machine or on a node of a cluster. Imports no torch.
+"""A job of a study, on this machine or on a cluster node. Does not import torch.
 
-A job is what submitit runs in a process of its own. It starts the ``samix`` commands of one run as
-further processes, so that each is measured by itself.
+submitit runs each job in a separate process. The job starts the ``samix`` commands of one run as
+child processes, so that each is measured separately.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ssl_samix.reporting.study_table import KEY, MIXER, Row
 
 BUSY = "another process works on it"
 LOG_EXCERPT_CHARS = 300
-PATIENCE = 120.0  # seconds that a command has to end, once asked
-ALIVE_SECONDS = 0.5  # between checks whether the study's process lives
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PATIENCE = 120.0  # seconds that a command has to end after SIGTERM
+ALIVE_SECONDS = 0.5  # between checks whether the study's process is running
+PR_SET_PDEATHSIG = 1  # constant of Linux's prctl
 MAXRSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 class Job:
-    """What submitit runs: ``work``, in a process that ends with the study's on this machine."""
+    """A callable for submitit that runs ``work``; a local job ends when its study ends."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -47,11 +47,11 @@ class Job:
         self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit's local executor sets it
 
     def work(self) -> Any:
-        """Return what came out, or a sentence if it failed."""
+        """Return the outcome, or an error message if the job failed."""
         raise NotImplementedError
 
     def __call__(self) -> Any:
-        """Return what ``work`` does; a sentence, too, after SIGTERM or a ``UserError``."""
+        """Return the result of ``work``, or an error message after SIGTERM or a ``UserError``."""
         signal.signal(signal.SIGTERM, _interrupt)
         if self.alive is not None:
             signal.signal(signal.SIGALRM, self._check_alive)
@@ -82,7 +82,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 def locked(path: Path) -> Iterator[int | None]:
     """Lock a file; yield its descriptor, or None if another process holds it.
 
-    The lock ends with the last process that has the descriptor, however that ends.
+    The lock is released when the last process that has the descriptor ends for any reason.
     """
     with path.open("ab") as file:
         try:
@@ -95,12 +95,12 @@ def locked(path: Path) -> Iterator[int | None]:
 
 @dataclass
 class Notes:
-    """What is remembered of a run between two starts, in a JSON file."""
+    """The state of a run between two starts, stored in a JSON file."""
 
-    epochs: int | None = None  # that it began with
+    epochs: int | None = None  # number of epochs at the first start
     trained: bool = False
-    settings: str | None = None  # that it was trained with; notes of earlier versions have none
-    # One of each start: epochs that were there ("before"), and what it used, if its end was noted.
+    settings: str | None = None  # of the training; None in notes of earlier versions
+    # One per start: the epochs before it ("before"), and what it used, if its end was recorded.
     parts: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -109,8 +109,8 @@ class RunJob(Job):
 
     Args:
         study: The study.
-        run: Its run.
-        epochs: How many, if it has not begun yet; one that has keeps its own.
+        run: The run.
+        epochs: Number of epochs for a run that has not started; a started run keeps its own.
     """
 
     def __init__(self, study: Study, run: Run, epochs: int) -> None:
@@ -122,7 +122,7 @@ class RunJob(Job):
         self._process: subprocess.Popen[bytes] | None = None
 
     def work(self) -> str | None:
-        """Do what is left of the run; return why it failed, ``BUSY``, or None if it is done."""
+        """Finish the run; return why it failed, ``BUSY``, or None if it is done."""
         with locked(self.lock) as descriptor:
             if descriptor is None:
                 return BUSY
@@ -136,20 +136,20 @@ class RunJob(Job):
         return None
 
     def checkpoint(self) -> Any:
-        """Stop when a cluster takes the node back; submitit queues the returned job again."""
+        """Stop when the cluster preempts the job; submitit requeues the returned job."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            # Popen.wait, in which this signal has come, holds a lock of Popen.
+            # This signal interrupted Popen.wait, which holds a lock of Popen.
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(RunJob(self.study, self.run, self.epochs))
 
     def notes(self) -> Notes:
-        """Read what is remembered of the run.
+        """Return the stored state of the run.
 
         Raises:
-            UserError: If that is damaged, or the run was trained with other words.
+            UserError: If it is damaged, or the run was trained with other arguments.
         """
         notes = Notes()
         if self.notes_path.exists():
@@ -159,7 +159,7 @@ class RunJob(Job):
                 raise UserError(
                     f"{self.notes_path} is damaged: remove it and the run's folder"
                 ) from error
-        if not self.folder.last.exists():  # it starts as a new one
+        if not self.folder.last.exists():  # the run starts anew
             notes = replace(notes, trained=False, epochs=None, settings=None)
         if notes.settings not in (None, self.run.settings):
             changed = differing_words(self.run.settings, notes.settings)
@@ -170,7 +170,7 @@ class RunJob(Job):
         return notes
 
     def next_words(self, notes: Notes) -> list[str] | None:
-        """Return the words after ``samix`` of the next command; None if nothing is left."""
+        """Return the arguments of the next ``samix`` command, or None if the run is done."""
         if not notes.trained:
             return self.study.training(self.run, notes.epochs or self.epochs)
         for protocol in self.study.evaluate:
@@ -179,7 +179,7 @@ class RunJob(Job):
         return None
 
     def _command(self, words: list[str], notes: Notes, lock: int) -> int:
-        """Run a command, note what training has used, and return the exit status."""
+        """Run a command, record the resources of training, and return the exit status."""
         training = words[0] in COMMANDS
         if training:
             notes.epochs = notes.epochs or self.epochs
@@ -195,8 +195,8 @@ class RunJob(Job):
                 stderr=subprocess.STDOUT,
                 env=command_environment(),
                 pass_fds=[lock],
-                start_new_session=True,  # signals to a cluster's task are for this process
-                # This process has one thread, so that nothing can hold a lock over the fork.
+                start_new_session=True,  # the cluster's signals reach this process only
+                # This process has one thread, so no lock can be held across the fork.
                 preexec_fn=_end_with_parent  # noqa: PLW1509
                 if sys.platform == "linux"
                 else None,
@@ -224,7 +224,7 @@ class RunJob(Job):
         """Return the row of a run that is done.
 
         Raises:
-            UserError: If its folder holds no epochs, or a damaged file.
+            UserError: If its folder has no logged epochs, or a file is damaged.
         """
         notes, epochs = self.notes(), read_metrics(self.folder.metrics)
         if not epochs:
@@ -257,7 +257,7 @@ class RunJob(Job):
         return row
 
     def _precision(self) -> str:
-        """Return the precision of the last start; nothing for a run of an earlier version."""
+        """Return the precision of the last start; empty for a run of an earlier version."""
         try:
             starts = json.loads(self.folder.environment.read_text("utf-8"))
             return str(starts[-1]["precision"])
@@ -266,18 +266,18 @@ class RunJob(Job):
 
 
 def command_environment() -> dict[str, str]:
-    """Return the environment of commands, which Lightning would take for tasks of SLURM's."""
+    """Return the environment without SLURM variables, which Lightning would act on."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 
 
 def _cpu_seconds() -> float:
-    """Return the processor time of commands that have ended, user and system."""
+    """Return the user and system CPU time in seconds of ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _spent(notes: Notes, epochs: list[dict[str, str]], name: str) -> float:
-    """Sum over the starts; killed ones are charged for the epochs that they logged."""
+    """Return a sum over all starts; killed starts are charged for the epochs they logged."""
     parts, total = notes.parts, 0.0
     ends = [*(int(part["before"]) for part in parts[1:]), len(epochs)]
     for part, end in zip(parts, ends, strict=True):
@@ -287,10 +287,10 @@ def _spent(notes: Notes, epochs: list[dict[str, str]], name: str) -> float:
 
 
 def _accuracies(path: Path) -> Row:
-    """Read what a protocol found.
+    """Return the accuracies of a protocol and, for kNN, the chosen setting.
 
     Raises:
-        UserError: If its file is damaged.
+        UserError: If the results file is damaged.
     """
     try:
         results: dict[str, Any] = {
@@ -311,7 +311,7 @@ def _accuracies(path: Path) -> Row:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end if it has not, and wait for it."""
+    """Terminate a process if it is still running, and wait for it."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -322,16 +322,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux ask this process to end when its parent is killed."""
+    """Make Linux send SIGTERM to this process when its parent dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def log_excerpt(log: Path, heard: int = 0) -> str:
-    """Return the sentence of a log that says what went wrong: the command's own, or the last.
+    """Return the error message in a log: the last message of samix, else the last line.
 
     Args:
-        log: The file; it may not exist.
-        heard: Bytes at its beginning that do not count.
+        log: Path of the log; it may not exist.
+        heard: Number of bytes at the beginning to skip.
     """
     text = log.read_bytes()[heard:] if log.exists() else b""
     lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
@@ -340,11 +340,11 @@ def log_excerpt(log: Path, heard: int = 0) -> str:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the processor's name; times are comparable only on the same one.
+    """Return the processor's name; times are comparable only on the same processor.
 
     Args:
-        cpuinfo: Linux's description. Virtual machines often hide all but the maker and the numbers
-            of family and model, which are therefore part of the name.
+        cpuinfo: Linux's description. Virtual machines often hide all but the vendor and the family
+            and model numbers, so these are part of the name.
     """
     found: dict[str, str] = {}
     if cpuinfo.exists():  # Linux

@@ -1,6 +1,6 @@
-"""What a training step costs in processor time, several configurations by turns.
+"""CPU time per training step of several configurations, measured in turns.
 
-Short fits by Lightning, as a run makes them, with the clock of a run's own metrics.csv.
+Uses short Lightning fits, set up as in a run, and the clock of a run's metrics.csv.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from ssl_samix.training.pretrain import Pretraining
 from ssl_samix.training.run import Mode, build_mixing
 from ssl_samix.training.supervised import Supervised
 
-# Of a fit: a Mixer that learns in every 2nd, 4th or 8th step does so as often as in a run.
+# Steps per fit. A Mixer that learns every 2nd, 4th or 8th step does so as often as in a run.
 STEPS = 8
-ROUNDS = 5  # that count, after one that does not
-ALWAYS, NEVER = (0.0, 1.0), (1.0, 1.0)  # parts of a run in which images are mixed
+ROUNDS = 5  # measured rounds, after a warm-up round
+ALWAYS, NEVER = (0.0, 1.0), (1.0, 1.0)  # fractions of a run between which images are mixed
 MODES: dict[str, type[Mode]] = {"pretrain": Pretraining, "supervised": Supervised}
 
 
 class _Clustering(Recluster):
-    """Clusters as in a run, and times itself: a run does so once in many steps."""
+    """Clusters as in a run and records its CPU time, because a run clusters only rarely."""
 
     cpu_seconds = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cluster, and note the processor time."""
+        """Cluster, and record the CPU time in seconds."""
         begin = time.process_time()
         super().on_train_epoch_start(trainer, pl_module)
         self.cpu_seconds += time.process_time() - begin
 
 
 class Candidate:
-    """One configuration, ready to be trained for a few steps.
+    """A configuration that is ready to be trained for a few steps.
 
     Args:
-        mode: Of training.
-        words: ``key=value`` words.
-        data: Data modules of other candidates, by their configuration.
+        mode: Training mode.
+        words: ``key=value`` arguments.
+        data: Data modules of other candidates, by configuration, for sharing.
     """
 
     def __init__(self, mode: Mode, words: Sequence[str], data: dict[str, DataModule]) -> None:
@@ -60,18 +60,18 @@ class Candidate:
         resolve_auto(self.config, choices, len(self.data.images), known_of(self.data))
         backbone = build(self.config.backbone, image_size=self.data.splits.image_size)
         mixing = build_mixing(self.config, backbone, self.data)
-        nowhere = RunFolder("nowhere")  # a run that has no checkpoint
+        nowhere = RunFolder("nowhere")  # a run without checkpoints
         self.module: BaseMethod = mode.module(self.config, self.data, nowhere, backbone, mixing)
         self.module.to(memory_format=memory_format(self.module))
         self.window = ALWAYS if mixing is None else (mixing.begin, mixing.end)
         self.steps_per_epoch = 0
 
     def step_cost(self) -> float:
-        """Return the CPU seconds of a step, in the mean over a run."""
+        """Return the CPU seconds per step, averaged over a run."""
         mixing = self.module.mixing
         if mixing is None or self.window == ALWAYS:
             return self._mean_of_few()
-        costs = []  # of both kinds of steps: so few steps cannot hold the window's share of them
+        costs = []  # of mixed and plain steps, since a short fit cannot have the same share of them
         for window in (ALWAYS, NEVER):
             mixing.begin, mixing.end = window
             costs.append(self._mean_of_few())
@@ -79,7 +79,7 @@ class Candidate:
         return share * costs[0] + (1 - share) * costs[1]
 
     def _mean_of_few(self) -> float:
-        """Train a few steps and return the CPU seconds of one."""
+        """Train for a few steps and return the CPU seconds per step."""
         clusters = _Clustering()
         trainer: pl.Trainer = build(
             self.config.trainer,
@@ -97,7 +97,7 @@ class Candidate:
 
 
 def _data(mode: Mode, config: DictConfig, made: dict[str, DataModule]) -> DataModule:
-    """Return the data module of a configuration; policies of a study share one."""
+    """Return the data module of a configuration; configurations with equal data share one."""
     views = config.get("views", config.get("augment"))
     key = OmegaConf.to_yaml(OmegaConf.create({"data": config.data, "views": views}))
     if key not in made:
@@ -108,12 +108,12 @@ def _data(mode: Mode, config: DictConfig, made: dict[str, DataModule]) -> DataMo
 
 
 def measured(command: str, words: Sequence[Sequence[str]], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Measure configurations by turns.
+    """Return the CPU time per step of configurations, measured in turns.
 
     Args:
         command: ``pretrain`` or ``supervised``.
-        words: Of each configuration.
-        rounds: How often each is measured, after once that does not count.
+        words: Arguments of each configuration.
+        rounds: Number of measurements of each, after one warm-up.
 
     Returns:
         ``cpu_seconds_per_step`` (rounds, configurations) and ``steps_per_epoch``.

@@ -1,4 +1,4 @@
-"""The pictures of a study: accuracy over epochs, over time, against cost, and differences."""
+"""Figures of a study: accuracy by epochs, time and cost, and differences to the reference."""
 
 from __future__ import annotations
 
@@ -28,30 +28,36 @@ from ssl_samix.reporting.study_table import (
     spread,
 )
 
-WIDTH, HEIGHT, LINE = 4.4, 3.4, 0.22  # inches: a panel, a line of text
+WIDTH, HEIGHT, LINE = (
+    4.4,
+    3.4,
+    0.22,
+)  # inches: width and height of a panel, height of a line of text
 DPI = 110
-PER_ROW = 3  # panels
-LETTER, HANDLE = 0.08, 0.6  # inches of the legend: a letter, a sample
+PER_ROW = 3  # panels per row
+LETTER, HANDLE = 0.08, 0.6  # inches: width of a letter and of a line sample in the legend
 GREY = "0.6"
-# Okabe and Ito's, which colour-blind eyes tell apart too; black last
+# Colours of Okabe and Ito, safe for colour blindness; black last
 COLOURS = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c564b", "#000000",
 )  # fmt: skip
 MARKS = "os^D"
 MONITOR = {"pretrain": ("knn/top1", "kNN top-1 %"), "supervised": ("val/top1", "top-1 %")}
-LEAST = 2.0  # points of accuracy that an axis shows at least: a run's own error is a quarter of it
+LEAST = 2.0  # minimum span of an accuracy axis in points: four times the error of a single run
 Points = Sequence[tuple[float, float]]
 Curve = dict[int, tuple[float, float]]  # epochs done -> CPU seconds of training, accuracy
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name; the same name has the same style in all panels."""
+    """A named series of points; a name has the same style in all panels."""
 
     name: str
     points: Points  # (x, y)
-    errors: Sequence[float] = ()  # half of each point's error bar, in units of y; none if empty
-    joined: bool = True  # by a line
+    errors: Sequence[
+        float
+    ] = ()  # half length of each point's error bar, in units of y; empty for none
+    joined: bool = True  # whether a line joins the points
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,25 @@ class Panel:
 
     title: str
     series: Sequence[Series]
-    front: Points = ()  # joined by a broken line; none if empty
-    least: float = 0.0  # what the y axis spans at least, so that small differences look small
+    front: Points = ()  # points joined by a dashed line; empty for none
+    least: float = 0.0  # minimum span of the y axis, so that small differences look small
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Differences to one reference, a line each, from top to bottom."""
+    """Differences to one reference, one line each, from top to bottom."""
 
     title: str
     lines: Sequence[tuple[str, Difference]]
 
 
 def chart(panels: Sequence[Panel], x_label: str, y_label: str) -> Figure:
-    """Draw panels with a common legend below them.
+    """Return a figure of panels with a common legend below them.
 
     Args:
         panels: At least one, each with at least one point.
-        x_label: Below each panel.
-        y_label: At the left of each row of panels.
+        x_label: Label below each panel.
+        y_label: Label at the left of each row of panels.
     """
     columns = min(PER_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -136,11 +142,12 @@ def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
 
 
 def differences(rows: Sequence[Sequence[Gaps]], x_label: str) -> Figure:
-    """Draw differences and their confidence intervals; those of one seed are hollow.
+    """Return a figure of differences with confidence intervals; hollow markers have one seed.
 
     Args:
-        rows: Rows of panels, at least one; a row whose panels have the same names shows them once.
-        x_label: Below the last row.
+        rows: Rows of panels, at least one. If all panels of a row have the same names, the names
+            are shown once.
+        x_label: Label below the last row.
     """
     columns = max(map(len, rows))
     lines = [max(len(gaps.lines) for gaps in row) for row in rows]
@@ -184,7 +191,7 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 
 def draw_study(study: Study, rows: Sequence[Row]) -> list[Path]:
-    """Write what can be drawn of the rows beside the table, and return the files."""
+    """Write the figures that the rows allow beside the table, and return their paths."""
     figures: dict[str, Figure] = {}
     monitor = MONITOR[study.command][1]
     done = {key_of(row) for row in rows}
@@ -208,7 +215,7 @@ def draw_study(study: Study, rows: Sequence[Row]) -> list[Path]:
 
 
 def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
-    """Return a row of panels per method, a panel per accuracy, what is above the reference."""
+    """Return differences to the reference: a row per method, a panel per accuracy."""
     found = []
     for method in study.methods:
         panels = []
@@ -228,7 +235,7 @@ def _gaps(study: Study, rows: Sequence[Row]) -> list[list[Gaps]]:
 
 
 def _curve(study: Study, folder: Path) -> Curve:
-    """Read what the monitor measured of a run; nothing if its folder is elsewhere."""
+    """Return the monitored accuracies of a run; empty if its folder is not on this machine."""
     epochs = read_metrics(RunFolder(folder).metrics)
     if not epochs or "cpu_seconds" not in epochs[0]:
         return {}
@@ -242,7 +249,7 @@ def _curve(study: Study, folder: Path) -> Curve:
 
 
 def _curve_panels(study: Study, curves: dict[RunKey, Curve], timed: bool) -> list[Panel]:
-    """Return a panel per method: the mean over seeds of each policy's longest runs."""
+    """Return a panel per method with the mean over seeds of each policy's longest runs."""
 
     def mean(method: str, policy: str, length: Length) -> Points:
         cell = (method, policy, str(length))
@@ -269,14 +276,14 @@ def _curve_panels(study: Study, curves: dict[RunKey, Curve], timed: bool) -> lis
 
 
 def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) -> list[Panel]:
-    """Return a panel per method: a point per policy and length.
+    """Return a panel per method, with a point per policy and length.
 
-    Points of different budgets are joined by lines; those of one length, by their front. What has
-    seconds of another processor alone has no point.
+    For CPU seconds, lines join the points of each policy, and measurements from other processors
+    than the most frequent one are left out. For other costs, the Pareto front is drawn.
     """
     panels, timed = [], cost == "cpu_seconds"
     for method in study.methods:
-        # Seconds of different processors do not compare: those of most rows count.
+        # Times of different processors are not comparable: use the most frequent processor.
         clocks = Counter(clock_of(row) for row in rows if row["method"] == method).most_common(1)
         series: list[Series] = []
         for policy in study.policies:
@@ -298,7 +305,7 @@ def _cost_panels(study: Study, rows: Sequence[Row], accuracy: str, cost: str) ->
 
 
 def front(points: Points) -> list[tuple[float, float]]:
-    """Return the points (cost, accuracy) that no cheaper one reaches, the cheapest first."""
+    """Return the Pareto front of (cost, accuracy) points, cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:

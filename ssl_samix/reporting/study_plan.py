@@ -1,4 +1,4 @@
-"""A study file, read and checked: its runs, their words and folders. Imports no torch."""
+"""Reading a study file: its runs, their arguments and folders. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ KEYS = (
 COMMANDS = ("pretrain", "supervised")
 PROTOCOLS = ("knn", "linear")
 LAUNCHERS = ("local", "slurm")
-# What a job gets on a cluster: submitit's names.
+# Resources of a job on a cluster, by submitit's names.
 RESOURCE_NUMBERS = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
 RESOURCES = (*RESOURCE_NUMBERS, "partition", "account", "qos", "constraint")
 LENGTHS = {"epochs": "e", "cpu_seconds": "t"}  # kind -> its letter in a run's name
-OWN_WORDS = ("seed", "out", "resume", "trainer.max_epochs")  # given to every run by the study
-# Words that may differ between machines: the run is the same.
+OWN_WORDS = (
+    "seed",
+    "out",
+    "resume",
+    "trainer.max_epochs",
+)  # arguments that the study sets for every run
+# Arguments that may differ between machines without changing the run.
 MACHINE_WORDS = ("data.root=", "data.workers=", "data.memory_gb=", "data.download=", "callbacks.")
 RunKey = tuple[str, str, str, str]
 
 
 class Length(NamedTuple):
-    """How long runs are: epochs, or CPU seconds of training without start and monitor."""
+    """The length of runs: epochs, or CPU seconds of training without start-up and monitor."""
 
     kind: str  # epochs | cpu_seconds
     amount: int
@@ -46,7 +51,7 @@ class Length(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study; its words are those without seed, folder and number of epochs."""
+    """A run of a study; its arguments exclude seed, folder and number of epochs."""
 
     method: str  # its name in the study file
     policy: str  # likewise
@@ -56,60 +61,60 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         return f"{self.method}-{self.policy}-{self.length}-s{self.seed}"
 
     @property
     def key(self) -> RunKey:
-        """Method, policy, length and seed, which identify its row of the table."""
+        """Method, policy, length and seed, which identify the run's row in the table."""
         return self.method, self.policy, str(self.length), str(self.seed)
 
     @property
     def settings(self) -> str:
-        """The words that define it, the same on every machine."""
+        """The arguments that define the run, equal on all machines."""
         return settings_of(self.words)
 
 
 def settings_of(words: Sequence[str]) -> str:
-    """Join words in one order, without those that may differ between machines."""
+    """Return arguments as sorted text, without those that may differ between machines."""
     return " ".join(sorted(word for word in words if not word.startswith(MACHINE_WORDS)))
 
 
 def differing_words(ours: str, theirs: str) -> str:
-    """Return the words that only one of two settings has."""
+    """Return the arguments that only one of two settings has."""
     return " ".join(sorted({*ours.split()} ^ {*theirs.split()}))
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, read; words are ``key=value`` words of ``command``."""
+    """The contents of a study file; words are ``key=value`` arguments of ``command``."""
 
     path: Path
     command: str  # pretrain | supervised
-    base: tuple[str, ...]  # words of all runs
-    methods: dict[str, tuple[str, ...]]  # name -> words
+    base: tuple[str, ...]  # arguments of all runs
+    methods: dict[str, tuple[str, ...]]  # name -> arguments
     policies: dict[str, tuple[str, ...]]  # likewise
     seeds: dict[str, tuple[int, ...]]  # by policy
     lengths: tuple[Length, ...]  # of one kind, the shortest first
-    evaluate: tuple[str, ...]  # protocols that measure every run
-    workers: int  # runs at the same time
+    evaluate: tuple[str, ...]  # evaluation protocols of every run
+    workers: int  # number of parallel runs
     launcher: str  # local | slurm
-    slurm: dict[str, Any]  # what a job gets on a cluster, by the names of RESOURCES
-    reference: str  # the policy that others are compared with
-    out: Path  # folder of the runs
-    csv: Path  # the table
+    slurm: dict[str, Any]  # resources of a job on a cluster, by the names in RESOURCES
+    reference: str  # the policy that the others are compared with
+    out: Path  # folder of all runs
+    csv: Path  # file of the table
 
     def words(self, method: str, policy: str) -> tuple[str, ...]:
-        """Return the words of a cell of the table; the last of those for one key wins."""
+        """Return the arguments of a method with a policy; the last value of a key wins."""
         last: dict[str, str] = {}
         for word in (*self.base, *self.methods[method], *self.policies[policy]):
             key = word.partition("=")[0].lstrip("+")
-            last.pop(key, None)  # its place, too, is that of the last
+            last.pop(key, None)  # the position is that of the last one, too
             last[key] = word
         return tuple(last.values())
 
     def runs(self) -> list[Run]:
-        """Return all runs: the shortest first, and the first seed of all before the second."""
+        """Return all runs, shortest first; within a length, ordered by seed first."""
         seeds = sorted({seed for own in self.seeds.values() for seed in own})
         cells = product(self.lengths, seeds, self.methods, self.policies)
         return [
@@ -128,16 +133,16 @@ class Study:
         return self.out / "logs"
 
     def training(self, run: Run, epochs: int | str) -> list[str]:
-        """Return the words after ``samix`` that train a run, from its last checkpoint on."""
+        """Return the ``samix`` arguments that train a run, starting from its last checkpoint."""
         own = [f"trainer.max_epochs={epochs}", f"seed={run.seed}", f"out={self.folder(run)}"]
         return [self.command, *run.words, *own]
 
     def measuring(self, run: Run, protocol: str) -> list[str]:
-        """Return the words after ``samix`` that measure a run."""
+        """Return the ``samix`` arguments that evaluate a run."""
         return [protocol, f"run={self.folder(run)}", f"out={self.results(run, protocol).parent}"]
 
     def results(self, run: Run, protocol: str) -> Path:
-        """Return the file that a protocol writes when it has measured a run."""
+        """Return the results file of a protocol for a run."""
         return self.folder(run) / "results" / f"study-{protocol}" / "results.json"
 
 
@@ -146,11 +151,11 @@ def read_study(path: Path, words: Sequence[str] = (), **changed: Any) -> Study:
 
     Args:
         path: The file.
-        words: Further words of all runs, after those of ``base``.
-        **changed: Keys of the file with other values; ``slurm`` is laid over the file's.
+        words: Further arguments of all runs, after those of ``base``.
+        **changed: Values that override keys of the file; ``slurm`` is merged into the file's.
 
     Raises:
-        ConfigError: For the first mistake.
+        ConfigError: For the first error.
     """
     try:
         held = OmegaConf.to_container(OmegaConf.load(path))
@@ -264,9 +269,9 @@ def _lengths(value: object) -> tuple[Length, ...]:
 
 def _workers(value: object, launcher: str) -> int:
     if value == "auto" and launcher == "slurm":
-        return 2**31  # the cluster's queue decides
+        return 2**31  # the cluster's queue sets the limit
     if value == "auto":
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux's
+        affinity = getattr(os, "sched_getaffinity", None)  # exists on Linux only
         return len(affinity(0)) if affinity else os.cpu_count() or 1
     return _whole("workers", value, 1, "auto or ")
 

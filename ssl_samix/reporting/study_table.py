@@ -1,4 +1,4 @@
-"""The table of a study, its statistics over seeds, and its report in Markdown. Imports no torch."""
+"""The table of a study, statistics over seeds, and the report. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACCURACIES = {  # column -> its title
     "linear_top1": "linear top-1 %",
     "top1": "top-1 %",
 }
-MIXER = {  # column -> that of metrics.csv
+MIXER = {  # column -> column of metrics.csv
     "mask_std": "mixer/mask_std",
     "one_sided": "mixer/one_sided",
     "gamma": "mixer/gamma",
@@ -46,34 +46,34 @@ NOTE = (
 
 
 class Spread(NamedTuple):
-    """A mean over runs."""
+    """Mean and standard deviation over runs."""
 
     mean: float
-    deviation: float | None  # standard deviation of the sample (n - 1); None of one run
+    deviation: float | None  # sample standard deviation (n - 1); None for one run
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the mean and the standard deviation of at least one value."""
+    """Return the mean and the sample standard deviation of at least one value."""
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 class Difference(NamedTuple):
-    """A mean difference of runs with the same seeds."""
+    """Mean paired difference of runs with the same seeds."""
 
     mean: float
-    half_width: float | None  # of its confidence interval; None of one seed
-    seeds: int  # that both have
+    half_width: float | None  # of the confidence interval; None for one seed
+    seeds: int  # number of common seeds
 
 
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference | None:
-    """Compare values by seed: the mean difference and its interval by Student's t.
+    """Return the mean paired difference by seed and its confidence interval (Student's t).
 
     Args:
         ours: Values by seed.
-        theirs: Likewise; seeds that only one of both has do not count.
+        theirs: Likewise; seeds that only one of them has are ignored.
 
     Returns:
-        None if no seed is in both.
+        The difference, or None if there is no common seed.
     """
     from scipy.special import stdtrit
 
@@ -88,15 +88,15 @@ def by_seed(rows: Sequence[Row], name: str, **of: str) -> dict[str, float]:
     """Return the values of a column by seed, without those that are missing.
 
     Args:
-        rows: Of a table.
-        name: The column.
-        **of: What other columns must hold.
+        rows: Rows of a table.
+        name: Name of the column.
+        **of: Required values of other columns.
     """
     return {row["seed"]: float(row[name]) for row in rows if row.get(name) and holds(row, **of)}
 
 
 def holds(row: Row, **of: str) -> bool:
-    """Say whether columns hold these values."""
+    """Return whether a row has these values in these columns."""
     return all(row[name] == value for name, value in of.items())
 
 
@@ -106,10 +106,10 @@ def key_of(row: Mapping[str, str]) -> RunKey:
 
 
 def read_table(study: Study) -> dict[RunKey, Row]:
-    """Read the rows of a study's table.
+    """Return the rows of a study's table, by key.
 
     Raises:
-        UserError: If it is damaged, or a row is of a run that the study file describes otherwise.
+        UserError: If it is damaged, or the run of a row has other arguments in the study file.
     """
     rows = read_rows(study.csv)
     if any(row.get(name) is None for row in rows for name in (*KEY, "settings")):
@@ -127,10 +127,10 @@ def read_table(study: Study) -> dict[RunKey, Row]:
 
 
 def lock_of(study: Study) -> FileLock:
-    """Return the lock of the table and of what is made of it.
+    """Return the lock of the table and of the files derived from it.
 
     Raises:
-        UserError: If the table's folder cannot be made.
+        UserError: If the table's folder cannot be created.
     """
     try:
         study.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -140,10 +140,10 @@ def lock_of(study: Study) -> FileLock:
 
 
 def add_row(study: Study, row: Row) -> dict[RunKey, Row]:
-    """Add the row of a finished run, or replace it; call it with the lock.
+    """Add or replace the row of a finished run; the caller must hold the lock.
 
     Returns:
-        All rows, by key, in the study's order.
+        All rows by key, in the order of the study.
 
     Raises:
         UserError: If the table cannot be read or written.
@@ -157,10 +157,10 @@ def add_row(study: Study, row: Row) -> dict[RunKey, Row]:
 
 
 def write_table(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows with the columns of all of them, these first.
+    """Write rows with all of their columns, those in ``first`` first.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If the file cannot be written.
     """
     columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
 
@@ -174,7 +174,7 @@ def write_table(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, st
 
 
 def _with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
-    """Set each row's time per step in units of the reference's, where times compare."""
+    """Return rows with the step time relative to the reference, where times are comparable."""
     units: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["policy"] == reference and row.get("cpu_ms_per_step"):
@@ -188,16 +188,16 @@ def _with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
 
 
 def clock_of(row: Row) -> tuple[str, ...]:
-    """Return method, processor and precision: times compare between rows that share them."""
+    """Return method, processor and precision; times are comparable only where they are equal."""
     return tuple(row.get(name, "") for name in ("method", "processor", "precision"))
 
 
 def write_report(study: Study, rows: Sequence[Row]) -> None:
-    """Write the tables beside the study's own as Markdown, and pictures as PNG.
+    """Write the report as Markdown beside the study's table, and figures as PNG.
 
     Args:
         study: The study.
-        rows: Of its table; those that the study file does not ask for are left out.
+        rows: Rows of its table; rows of runs that are not in the study file are left out.
 
     Raises:
         UserError: If a file cannot be written.
@@ -213,7 +213,7 @@ def write_report(study: Study, rows: Sequence[Row]) -> None:
 
 
 def report(study: Study, rows: Sequence[Row]) -> list[str]:
-    """Return the paragraphs of the report, without pictures."""
+    """Return the paragraphs of the report, without figures."""
     parts = [f"# {study.path.stem}", f"{len(rows)} of {len(study.runs())} runs."]
     if rows:
         parts.append(NOTE.format(reference=study.reference, missing=MISSING))
@@ -227,7 +227,7 @@ def report(study: Study, rows: Sequence[Row]) -> list[str]:
 
 
 def _summary(study: Study, rows: Sequence[Row]) -> Table:
-    """Return a line per method and policy."""
+    """Return a table with one line per method and policy."""
     shown = [name for name in ACCURACIES if any(row.get(name) for row in rows)]
     lines = []
     for method in study.methods:

@@ -1,4 +1,4 @@
-"""A table as text for the screen, Markdown or LaTeX; tabulate and pandas write it."""
+"""Tables as plain text, Markdown or LaTeX, formatted by tabulate and pandas."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are read; what a format reserves is escaped when it is written.
+    """A table of unescaped cells; special characters are escaped on output.
 
     Attributes:
         header: The lines of each column's name, from top to bottom.
-        rows: A text per column.
-        names: How many columns, from the left, name a row; the others hold numbers.
+        rows: One text per column.
+        names: Number of leading columns that name a row; the others hold numbers.
         notes: Sentences below the table.
     """
 
@@ -26,13 +26,13 @@ class Table:
     notes: Sequence[str] = ()
 
     def padded(self) -> list[list[str]]:
-        """Return the columns' names with as many lines each; shorter names stand at the bottom."""
+        """Return the column names, padded at the top to the same number of lines."""
         height = max(map(len, self.header))
         return [[""] * (height - len(name)) + list(name) for name in self.header]
 
 
 def text(table: Table) -> str:
-    """Align the columns with spaces: names to the left, numbers to the right."""
+    """Return a table as plain text: names left-aligned, numbers right-aligned."""
     from tabulate import tabulate
 
     header = ["\n".join(name) for name in table.padded()]
@@ -43,9 +43,9 @@ def text(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Write a table of GitHub's Markdown; a name of several lines becomes one.
+    """Return a table in GitHub's Markdown; column names of several lines are joined.
 
-    Cells are not padded, so that a new row leaves the others as they are.
+    Cells are not padded, so that adding a row does not change other rows.
     """
     rule = [":---"] * table.names + ["---:"] * (len(table.header) - table.names)
     head, *rows = (
@@ -56,7 +56,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Write a tabular that needs the package booktabs; notes are comments above it."""
+    """Return a LaTeX tabular, which needs booktabs; notes become comments above it."""
     from pandas import DataFrame, MultiIndex
 
     names = [tuple(name) for name in table.padded()]
@@ -66,8 +66,10 @@ def latex(table: Table) -> str:
     tabular = frame.to_latex(
         index=False, escape=True, column_format=alignment, multicolumn_format="c"
     )
-    tabular = re.sub(r"(?<![\w-])-(?=\d)", "$-$", tabular.strip())  # a minus, not a hyphen
-    # The end of the row above would take a bracket or a star for its own argument.
+    tabular = re.sub(
+        r"(?<![\w-])-(?=\d)", "$-$", tabular.strip()
+    )  # a minus sign instead of a hyphen
+    # After a row end, LaTeX would parse a bracket or a star as an argument.
     tabular = re.sub(r"^([\[*])", r"{}\1", tabular, flags=re.MULTILINE)
     comments = [r"needs \usepackage{booktabs}", *map(_one_line, table.notes)]
     return "\n".join([*(f"% {comment}" for comment in comments), tabular])
