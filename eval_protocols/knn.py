@@ -33,7 +33,7 @@ from ssl_samix.pictures import paint, write_png
 
 _log = logging.getLogger(__name__)
 ASKED = 5000  # at most so many training images choose the setting by leave-one-out
-SHOWN = 8  # test images in the picture
+SHOWN = 8  # test images in the picture, and neighbours of each
 MOST_NAMED = 30  # up to so many classes, the confusion matrix shows names and numbers
 
 
@@ -132,9 +132,7 @@ def _confusion(
     if not few:
         axes.set(xticks=[], yticks=[])
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # class names with characters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks
         write_atomically(folder / "confusion.png", partial(figure.savefig, format="png"))
     return counts.tolist()
 

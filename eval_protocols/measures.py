@@ -90,7 +90,7 @@ def clusters_of(task: Task, wanted: int | str) -> int | None:
 
 
 def features_row(task: Task, images: ImageSet, config: DictConfig) -> Row:
-    """Return the measures of un-augmented images, sampled evenly from the set."""
+    """Return the measures of a stratified sample of un-augmented images."""
     picks = stratified(images.labels, config.sample, config.seed).tolist()
     features = task.embed(images, "training", picks)
     numbers = {"rankme": rankme(features), "uniformity": uniformity(features)}

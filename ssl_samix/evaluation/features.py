@@ -29,7 +29,7 @@ class _Chunks(Dataset[Tensor]):
 
 
 @torch.no_grad()
-def extract(  # noqa: PLR0913 - what is embedded, and how it is prepared
+def extract(  # noqa: PLR0913 - data and preprocessing
     encoder: nn.Module,
     images: ImageSet,
     picks: Sequence[int],

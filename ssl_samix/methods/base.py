@@ -22,19 +22,19 @@ from ssl_samix.models.ema import EMATwin, evaluating, frozen_forward
 from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.types import Batch, Terms
 
-WIDEST = 65536  # layer of a head
-SMALLEST = 1e-4  # temperature: below it, similarities of unit vectors overflow float16
-CONTRAST_TEMPERATURE = 0.2  # of methods that have no negatives, and so no temperature, of their own
+WIDEST = 65536  # maximum width of a head's layer
+SMALLEST = 1e-4  # minimum temperature; below it, similarities of unit vectors overflow float16
+CONTRAST_TEMPERATURE = 0.2  # for methods without negatives, which have no temperature
 
 
 def check_widths(**widths: int) -> None:
-    """Refuse widths of a head's layers that are out of range, or too many weights for the memory.
+    """Check that the layer widths of a head are in range and that its weights fit in memory.
 
     Args:
-        **widths: By their keys under ``method``.
+        **widths: Widths by their keys under ``method``.
 
     Raises:
-        ConfigError: For the first of them.
+        ConfigError: For the first width that is not.
     """
     for name, width in widths.items():
         check_range(f"method.{name}", width, 1, WIDEST)
@@ -44,17 +44,17 @@ def check_widths(**widths: int) -> None:
 
 @dataclass(frozen=True)
 class Passed:
-    """What one pass over (B, 3, S, S) images gave."""
+    """Outputs of a forward pass over (B, 3, S, S) images."""
 
-    embedding: Tensor  # (B, D) of the projector
-    query: Tensor | None = None  # (B, D) of the predictor, or the embedding where there is none
-    maps: Tensor | None = None  # (B, C, h, w) of the stage that mixing reads, no gradient
+    embedding: Tensor  # (B, D) output of the projector
+    query: Tensor | None = None  # (B, D) output of the predictor, or the embedding
+    maps: Tensor | None = None  # (B, C, h, w) of the mixing stage, no gradient
 
 
 class StepMemory:
-    """Remembers passes by branch and images while a step lasts; outside of one it forgets at once.
+    """Cache of forward passes by branch and images, for one step; disabled outside of steps.
 
-    Images are compared by identity: the same tensor, not an equal one.
+    Images are compared by identity, not by value.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class StepMemory:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Remember until the step is over."""
+        """Enable the cache for the duration of a step."""
         self._kept = []
         try:
             yield
@@ -70,14 +70,14 @@ class StepMemory:
             self._kept = None
 
     def find(self, branch: str, images: Tensor) -> Passed | None:
-        """Return what ``branch`` gave for these images in this step."""
+        """Return the cached outputs of ``branch`` for these images, or None."""
         for name, seen, passed in self._kept or ():
             if name == branch and seen is images:
                 return passed
         return None
 
     def once(self, branch: str, images: Tensor, compute: Callable[[], Passed]) -> Passed:
-        """Return what ``branch`` gave for these images, or compute it now."""
+        """Return the cached outputs of ``branch`` for these images, or compute and cache them."""
         passed = self.find(branch, images)
         if passed is None:
             passed = compute()
@@ -87,25 +87,25 @@ class StepMemory:
 
 
 class BaseMethod(pl.LightningModule, ABC):
-    """What all methods share.
+    """Base class of all methods.
 
-    A method has a ``projector``, ``targets`` and a ``pair_loss``, and so fulfils the contract of
-    ``ssl_samix.types.Method`` for whoever mixes images. Embeddings are L2-normalised wherever they
-    leave a method whose criterion does not read their lengths.
+    A method has a ``projector``, ``targets`` and a ``pair_loss``. It implements the protocol
+    ``ssl_samix.types.Method``, which mixing objectives use. A method whose criterion does not
+    depend on the length of embeddings returns them L2-normalised.
 
     Args:
         backbone: The encoder that is trained.
-        optimizer: How it is optimised.
+        optimizer: The optimizer recipe.
         mixing: The mixing objective, or None.
     """
 
-    wants_sync_batchnorm = True  # statistics over all devices, as SimCLR's and BYOL's papers have
+    wants_sync_batchnorm = True  # as in the papers of SimCLR and BYOL
     directions: tuple[tuple[int, int], ...] = ((0, 1),)
-    keeps_plain_views = True  # beside mixtures, where the configuration does not say
-    # Of a Mixer's local and global term, likewise (measured: docs/results/mixer.md).
+    keeps_plain_views = True  # default: add mixtures instead of replacing views
+    # Default weights of a Mixer's local and global term (measured: docs/results/mixer.md).
     mixer_weights = (1.0, 0.0)
     projector: nn.Module
-    bad_step: Tensor  # first step with a NaN or infinite loss; -1: none
+    bad_step: Tensor  # first step with a NaN or infinite loss; -1 if none
 
     def __init__(
         self, backbone: Backbone, optimizer: OptimizerRecipe, mixing: MixObjective | None = None
@@ -122,24 +122,24 @@ class BaseMethod(pl.LightningModule, ABC):
 
     @property
     def embedder(self) -> nn.Sequential:
-        """Backbone and projector, images (B, 3, S, S) to unnormalised embeddings (B, D)."""
+        """Backbone and projector: images (B, 3, S, S) to unnormalised embeddings (B, D)."""
         return nn.Sequential(self.backbone, self.projector)
 
     @property
     def online(self) -> nn.Sequential:
-        """The branch that learns: the embedder and, where there is one, the predictor."""
+        """The trained branch: the embedder and, if there is one, the predictor."""
         heads = [] if self.predictor is None else [self.predictor]
         return nn.Sequential(*self.embedder, *heads)
 
     @property
     def teacher(self) -> nn.Sequential:
-        """The embedder that ``frozen_query`` reads; the online one where there is no twin."""
+        """The embedder used by ``frozen_query``: the twin (EMA), or else the online embedder."""
         return self.embedder if self.twin is None else self.twin.module  # type: ignore[return-value]
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return the method's loss of the plain views, the mean over its directions, (B,)."""
+        """Return the method's loss of the plain views, averaged over its directions, (B,)."""
         parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
-        # Queries first: a method without a twin has its targets from the same passes.
+        # Queries first: a method without a twin takes its targets from the same forward passes.
         queries = [self.query(views[query]) for query, _ in self.directions]
         losses = [
             self.pair_loss(query, self.keys(views[key]), parents)[:, 0]
@@ -149,23 +149,23 @@ class BaseMethod(pl.LightningModule, ABC):
 
     @property
     def teacher_backbone(self) -> Backbone:
-        """The teacher's backbone, whose maps the mixer reads."""
+        """The teacher's backbone, which provides feature maps to the mixer."""
         return self.teacher[0]  # type: ignore[return-value]
 
     @abstractmethod
     def targets(self, images: Tensor) -> Tensor:
-        """Embed images to what queries are compared with: (B, D), no gradient."""
+        """Return the targets of images, (B, D), without gradient."""
 
     @abstractmethod
     def pair_loss(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """Compare (K, D) queries with their parents (K, P) among the targets: (K, P)."""
+        """Return losses (K, P) of queries (K, D) for their parents, (K, P) rows of the targets."""
 
     def keys(self, images: Tensor) -> Tensor:
-        """Embed what the own loss compares queries with; ``targets`` where it has no gradient."""
+        """Return the own loss's keys (B, D); here ``targets``, which have no gradient."""
         return self.targets(images)
 
     def contrast(self, query: Tensor, target: Tensor, parents: Tensor) -> Tensor:
-        """InfoNCE among the targets of all ranks, for methods without negatives, (K, P)."""
+        """Return InfoNCE losses (K, P) among all ranks' targets, for methods without negatives."""
         query, others = F.normalize(query, dim=1), F.normalize(gathered(target), dim=1)
         rows = parents + offset(target)
         return info_nce_in_batch(query, others, rows, None, CONTRAST_TEMPERATURE)
@@ -173,46 +173,46 @@ class BaseMethod(pl.LightningModule, ABC):
     def likeness(
         self, query: Tensor, target: Tensor, parents: Tensor, temperature: float
     ) -> Tensor:
-        """Cosines of queries and their parents over a temperature, (K, P)."""
+        """Return cosine similarities of queries and parents, divided by a temperature, (K, P)."""
         return cosines(query, target[parents]) / temperature
 
     def after_step(self) -> None:
-        """Let the twin follow; called after each optimizer step."""
+        """Update the twin (EMA); called after each optimizer step."""
         if self.twin is not None and self.mixing is not None:
             self.twin.update(self.embedder, self.mixing.momentum, statistics=True)
 
     def after_batch(self) -> None:
-        """Store what the next batch compares with (queue); called when all losses are done."""
+        """Update the queue for the next batch; called after all losses are computed."""
 
     def add_teacher(self) -> None:
-        """Give a method without a momentum encoder the one that a learning mixer reads."""
+        """Add a momentum encoder for a trained mixer, if the method has none."""
         if self.mixing is not None and self.mixing.learns:
             self.twin = EMATwin(self.embedder)
 
     @torch.no_grad()
     def online_targets(self, images: Tensor) -> Tensor:
-        """Embed with the online embedder, no gradient: ``targets`` of methods without a twin."""
+        """Return online embeddings without gradient: the ``targets`` of methods without a twin."""
         passed = self.memory.find("online", images)
         if passed is None:
             passed = self.memory.once("targets", images, lambda: self._online(images))
         return passed.embedding.detach()
 
     def query(self, images: Tensor) -> Tensor:
-        """Embed (B, 3, S, S) with the online branch to (B, D), with gradient."""
+        """Return the online branch's output (B, D) for images (B, 3, S, S), with gradient."""
         query = self.memory.once("online", images, lambda: self._online(images)).query
         assert query is not None
         return query
 
     def mixed_query(self, images: Tensor) -> Tensor:
-        """Embed mixtures that come beside plain views; as these, but for a method of two heads."""
+        """Return queries of additional mixtures; ``query`` unless the method has two heads."""
         return self.query(images)
 
     def frozen_query(self, images: Tensor) -> Tensor:
-        """Embed with the frozen teacher to (B, D); gradient reaches the images only."""
+        """Return the frozen teacher's output (B, D); gradients flow to the images only."""
         return self.unit(self._frozen_forward(self.teacher, images))
 
     def maps(self, images: Tensor, stage: int, source: str) -> Tensor:
-        """Return a stage's maps (B, C, h, w), of a pass that has been made if there is one."""
+        """Return a stage's maps (B, C, h, w), from a cached forward pass if there is one."""
         for branch in ("teacher",) if source == "teacher" else ("online", "targets", "teacher"):
             passed = self.memory.find(branch, images)
             if passed is not None and passed.maps is not None:
@@ -228,11 +228,11 @@ class BaseMethod(pl.LightningModule, ABC):
         return Passed(embedding=images.new_empty(0), maps=maps)
 
     def unit(self, embedding: Tensor) -> Tensor:
-        """Bring embeddings to the form in which they leave the method: unit rows, float32."""
+        """Return embeddings in the method's output format: L2-normalised, float32."""
         return F.normalize(embedding.float(), dim=1)
 
     def read(self, branch: nn.Sequential, images: Tensor) -> tuple[Tensor, ...]:
-        """Embed with backbone and projector: (B, D), and the maps that mixing reads, if any."""
+        """Return embeddings (B, D) of a backbone and projector, and the maps for mixing, if any."""
         if self.mixing is None or self.mixing.stage is None:
             return (branch(images),)
         backbone, projector = branch
@@ -240,7 +240,7 @@ class BaseMethod(pl.LightningModule, ABC):
         return projector(pooled), maps.detach()
 
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the pass of the online embedder."""
+        """Run the forward pass of the online embedder; see ``read``."""
         return self.read(self.embedder, images)
 
     def _online(self, images: Tensor) -> Passed:
@@ -250,7 +250,7 @@ class BaseMethod(pl.LightningModule, ABC):
         return Passed(unit, query, *maps)
 
     def compile_passes(self, **options: Any) -> None:
-        """Let ``torch.compile`` with these options have the passes; losses stay as they are."""
+        """Apply ``torch.compile`` with these options to the forward passes, but not the losses."""
         options = {"dynamic": False, **options}
         self.read = torch.compile(self.read, **options)  # type: ignore[method-assign]
         self._frozen_forward = torch.compile(frozen_forward, **options)
@@ -258,8 +258,8 @@ class BaseMethod(pl.LightningModule, ABC):
             part.compile(**options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum the named loss terms of one batch and log each."""
-        torch.compiler.cudagraph_mark_step_begin()  # what recorded graphs gave may be overwritten
+        """Return the sum of the loss terms of a batch, and log each term."""
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of CUDA graphs may be overwritten
         with self.memory.step():
             if self.mixing is None:
                 terms = Terms({"own": self.own_loss(batch.views).mean()}, {})
@@ -267,43 +267,43 @@ class BaseMethod(pl.LightningModule, ABC):
                 terms = self.mixing(self, batch, self.global_step, self.total_steps)
         self._log_terms(terms)
         loss = torch.stack(list(terms.losses.values())).sum()
-        # On the device, without a look: the host asks now and then.
+        # Kept on the device to avoid a synchronisation; the host checks it from time to time.
         broken = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
         self.bad_step = torch.where(broken, self.global_step, self.bad_step)
         return loss
 
     def _log_terms(self, terms: Terms) -> None:
         losses = {name: value.detach() for name, value in terms.losses.items()}
-        learner = losses.pop("mixer", None)  # a loss of its own, with weights of its own
+        learner = losses.pop("mixer", None)  # a separate loss of separate weights
         values = {"loss": torch.stack(list(losses.values())).sum(), **terms.logs}
         if len(losses) > 1:
             values |= {f"loss/{name}": value for name, value in losses.items()}
         if learner is not None and terms.logs:
             values["loss/mixer"] = learner
-        # Means over the epoch only: a value per step would make the device wait for the host.
+        # Epoch means only: logging every step would synchronise host and device.
         self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Let the mixing objective do what has to be done before a step."""
+        """Call the mixing objective's hook before the optimizer step."""
         if self.mixing is not None:
             self.mixing.before_step()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the twin follow."""
+        """Run the optimizer step, then call ``after_step``."""
         super().optimizer_step(*args, **kwargs)
         self.after_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the method store its keys."""
+        """Call ``after_batch``."""
         self.after_batch()
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> Any:
-        """Build optimizer and schedule from the recipe."""
+        """Return the optimizer and learning-rate schedule of the recipe."""
         epochs = self.trainer.max_epochs or 1
         global_batch: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         return self.recipe.build(
@@ -318,7 +318,7 @@ class BaseMethod(pl.LightningModule, ABC):
 class MomentumMethod(BaseMethod):
     """A method whose queries are compared with the embeddings of its momentum encoder.
 
-    A subclass calls ``add_twin`` when its heads are there.
+    A subclass calls ``add_twin`` after creating its heads.
     """
 
     twin: EMATwin
@@ -329,7 +329,7 @@ class MomentumMethod(BaseMethod):
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:
-        """Embed with the momentum encoder to (B, D)."""
+        """Return the momentum encoder's embeddings, (B, D)."""
         return self.memory.once("teacher", images, lambda: self._teacher(images)).embedding
 
     def _teacher(self, images: Tensor) -> Passed:
@@ -337,13 +337,13 @@ class MomentumMethod(BaseMethod):
         return Passed(self.unit(embedding), None, *maps)
 
     def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Make the pass of the momentum encoder."""
+        """Run the forward pass of the momentum encoder; see ``read``."""
         return self.read(self.teacher, images)
 
     def momentum_now(self) -> float:
-        """Return the momentum of this step."""
+        """Return the EMA momentum of this step."""
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """Move the momentum encoder."""
+        """Update the momentum encoder (EMA)."""
         self.twin.update(self.embedder, self.momentum_now())

@@ -1,4 +1,4 @@
-"""Joins a mixing policy to a method; neither knows the other."""
+"""Mixing objective: combines a mixing policy with a method, which are independent."""
 
 from __future__ import annotations
 
@@ -22,49 +22,52 @@ from ssl_samix.types import (
     Terms,
 )
 
-SEEN_TEMPERATURE = 0.2  # of similarities, as of the Mixer's local term
+SEEN_TEMPERATURE = 0.2  # temperature of similarities, as in the Mixer's local term
 
 
 class MixObjective(nn.Module):
-    """The loss of the encoder on plain and mixed images.
+    """The encoder's loss on plain and mixed images.
 
     Args:
-        policy: Makes the mixed images.
+        policy: Creates the mixed images.
         alpha: Ratios are drawn from Beta(alpha, alpha), one per mixture.
         weight: Factor of the mixed loss.
-        placement: ``add``: mixtures come beside the plain views, whose own loss stays (as in the
-            paper). ``replace``: mixtures are the query views and the own loss is the mixed one, at
-            no extra pass of the encoder. ``auto``: replace in supervised training for policies that
-            do not learn, as the hand-made ones were published, add everywhere else.
-        fraction: Share of the batch that is mixed.
-        during: Shares of the run, from and to, between which images are mixed; the steps before and
-            after are plain ones, at the cost of plain ones.
-        pairs: Partners' pixels are those of the other view, ``cross``, or of the ``same`` view.
-            ``auto``: same where mixtures replace the views (else their only task were an easy one:
-            the partner is compared with the view that its pixels are of), cross beside them.
-        lam: Weight of the image in a mixture's loss. ``drawn``: the ratio that was drawn, or what
-            the policy says instead. ``seen``: the mean of that and of what the teacher sees: the
-            softmax of the mixture's similarities to both parents, at a pass of the teacher without
-            gradient (after SUMix, arXiv 2407.07805).
-        targets: Of the parents of ``cross`` pairs. ``shared``: both of the view that the partner's
-            pixels are of, which every method embeds anyway; the partner meets its own view.
-            ``sibling``: each parent's is of the view that its pixels are not of, as in OpenMixup's
-            moco_samix.py; a method that embeds one view only (MoCo) makes a pass for it.
-        stage: Of the backbone, whose maps the policy reads; None if it reads none.
-        features: ``teacher``: maps are the teacher's. ``online``: those of a pass of either branch
-            that happens anyway, so that no pass is made for them.
-        backbone: States the maps of its stages; may be None if ``stage`` is.
+        placement: ``add``: mixtures are used in addition to the plain views, whose loss is kept (as
+            in the paper). ``replace``: mixtures replace the query views and the mixed loss replaces
+            the own loss, without an extra forward pass of the encoder. ``auto``: ``replace`` in
+            supervised training for policies without training, as the hand-crafted ones were
+            published, else ``add``.
+        fraction: Fraction of the batch that is mixed.
+        during: Start and end, as fractions of the run, of the steps that mix images. Other steps
+            are plain and have the cost of plain ones.
+        pairs: View that the partners' pixels are taken from: the other view (``cross``) or the
+            ``same`` view. ``auto``: ``same`` if mixtures replace the views, else ``cross``. With
+            ``replace`` and ``cross``, the only task would be an easy one, since the partner would
+            be compared with the view that its own pixels are taken from.
+        lam: Weight of the image in a mixture's loss. ``drawn``: the drawn ratio, or the policy's
+            replacement of it. ``seen``: the mean of that and of the softmax of the teacher's
+            similarities between the mixture and both parents, which takes a forward pass of the
+            teacher without gradient (after SUMix, arXiv 2407.07805).
+        targets: Views that the parents' targets are computed from, for ``cross`` pairs.
+            ``shared``: for both, the view that the partner's pixels are taken from, which every
+            method embeds anyway; the partner is compared with its own view. ``sibling``: for each
+            parent, the view that its pixels are not taken from, as in OpenMixup's moco_samix.py; a
+            method that embeds only one view (MoCo) needs an extra forward pass.
+        stage: Backbone stage whose feature maps the policy uses; None if it uses none.
+        features: Source of the maps. ``teacher``: the teacher. ``online``: any forward pass of
+            either branch that is made anyway, so that no extra pass is needed.
+        backbone: Provides the shapes of the stages' maps; may be None if ``stage`` is None.
 
     Raises:
-        ConfigError: For a setting outside its range, or a stage that the backbone does not have.
+        ConfigError: If a setting is out of range, or the backbone does not have the stage.
     """
 
-    learns = False  # whether the policy is trained, and a teacher is wanted
-    optimizer: MixerOptimizer | None = None  # of a policy that is trained
-    description: dict[str, Any]  # what rebuilds a policy that is trained
-    momentum = 0.99  # of the teacher that a method gets if it has none of its own
+    learns = False  # whether the policy is trained and needs a teacher
+    optimizer: MixerOptimizer | None = None  # optimizer of a trained policy
+    description: dict[str, Any]  # settings to rebuild a trained policy
+    momentum = 0.99  # EMA momentum of the teacher that is added to a method without one
 
-    def __init__(  # noqa: PLR0913 - the keys of the configuration, by name
+    def __init__(  # noqa: PLR0913 - one argument per configuration key
         self,
         policy: MixingPolicy,
         *,
@@ -99,13 +102,13 @@ class MixObjective(nn.Module):
         self.stage, self.features = stage, features
 
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
-        """Return the named losses of a batch and what is logged of it.
+        """Return the named losses of a batch and the values to log.
 
         Args:
-            method: Embeds and compares.
+            method: Computes embeddings and losses.
             batch: Views of B images.
-            step: Optimizer steps done so far.
-            total_steps: Of the whole run.
+            step: Number of optimizer steps so far.
+            total_steps: Number of optimizer steps of the whole run.
         """
         if not self.mixes(step, total_steps):
             return Terms({"own": method.own_loss(batch.views).mean()}, {})
@@ -113,36 +116,36 @@ class MixObjective(nn.Module):
             directions = method.directions
             parts = [self._in_place(method, batch, *pair).mean() for pair in directions]
             return Terms({"mix": self.weight * torch.stack(parts).mean()}, {})
-        own = method.own_loss(batch.views).mean()  # first: what its passes give is used again
+        own = method.own_loss(batch.views).mean()  # first: its forward passes are reused
         mix = self._beside(method, batch).mean()
         return Terms({"own": own, "mix": self.weight * mix}, {})
 
     def mixes(self, step: int, total_steps: int) -> bool:
-        """Say whether images are mixed in this step of the run."""
+        """Return whether images are mixed in this step of the run."""
         return self.begin <= share_done(step, total_steps) < self.end
 
     def mixes_in(self, steps: range, total_steps: int) -> bool:
-        """Say whether images are mixed in any of these steps."""
+        """Return whether images are mixed in any of these steps."""
         return any(self.mixes(step, total_steps) for step in steps)
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the normalisation of the input images, per channel; not needed here."""
+        """Set the normalisation of the input images, per channel; ignored here."""
 
     def replaces(self, method: Method) -> bool:
-        """Say whether mixtures take the place of the query views."""
+        """Return whether mixtures replace the query views."""
         if self.placement == "auto":
             return not (method.keeps_plain_views or self.learns)
         return self.placement == "replace"
 
     def crosses(self, method: Method) -> bool:
-        """Say whether partners are taken from the other view."""
+        """Return whether partners are taken from the other view."""
         if self.pairs == "auto":
             return not self.replaces(method)
         return self.pairs == "cross"
 
     def _beside(self, method: Method, batch: Batch) -> Tensor:
         plan = self.draw(batch.views[0])
-        # Before the mixtures: what these passes give may be the maps that masks are made from.
+        # Before the mixtures, because these forward passes may provide the maps for the masks.
         targets = self.targets_of_parents(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
         query = method.mixed_query(mixed.images.detach())
@@ -153,7 +156,7 @@ class MixObjective(nn.Module):
     def weights(
         self, method: Method, mixed: Mixed, plan: MixPlan, targets: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Return the weight that the loss of each mixture gives the image itself, (K,)."""
+        """Return the weight of the image itself in the loss of each mixture, (K,)."""
         if self.lam == "drawn":
             return mixed.lam
         query = method.frozen_query(mixed.images)
@@ -162,7 +165,7 @@ class MixObjective(nn.Module):
         return (mixed.lam + seen.to(mixed.lam.dtype)) / 2
 
     def _in_place(self, method: Method, batch: Batch, first: int, second: int) -> Tensor:
-        """View ``first`` is the mixture; what is not mixed is a mixture with lam = 1, (B,)."""
+        """Return losses (B,) with mixtures as view ``first``; lam is 1 for unmixed images."""
         images = batch.views[first]
         keys = method.keys(batch.views[second])
         plan = self.draw(images)
@@ -182,13 +185,13 @@ class MixObjective(nn.Module):
         """Return the targets of the images and of their partners.
 
         Args:
-            method: Embeds.
+            method: Computes the embeddings.
             batch: Views of B images.
-            own: (B, D), targets of the view that the images' pixels are not of.
-            first: View that the images' pixels are of.
+            own: (B, D) targets of the view that the images' pixels are not taken from.
+            first: Index of the view that the images' pixels are taken from.
 
         Returns:
-            Twice (B, D); one and the same tensor if both are of one view.
+            Two tensors (B, D); the same tensor twice if both use the same view.
         """
         image = batch.views[first]
         crossed = self.crosses(method) and any(view is not image for view in batch.views)
@@ -198,31 +201,31 @@ class MixObjective(nn.Module):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """Parts that are worth compiling; none."""
+        """Modules that are worth compiling; none here."""
         return []
 
     def draw(self, images: Tensor) -> MixPlan:
-        """Draw who is mixed with whom, and how much."""
+        """Return randomly drawn pairs and mixing ratios."""
         return draw_plan(len(images), self.alpha, images.device, self.fraction)
 
     def mixtures(
         self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
     ) -> Mixed:
-        """Mix view ``first`` with partners from view ``second``, or from itself."""
+        """Return mixtures of view ``first`` with partners from view ``second`` or ``first``."""
         images, partners = self.sources(method, batch, first, second)
         return self.policy(images, partners, plan, self.maps(method, images, partners))
 
     def sources(
         self, method: Method, batch: Batch, first: int, second: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the images and those that their partners are taken from."""
+        """Return the images, and the images that their partners are taken from."""
         images = batch.views[first]
         return images, batch.views[second] if self.crosses(method) else images
 
     def maps(
         self, method: Method, images: Tensor, partners: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Return the feature maps of both, if the policy reads them."""
+        """Return the feature maps of both, or None if the policy does not use them."""
         if self.stage is None or not self.policy.needs_maps:
             return None
         own = method.maps(images, self.stage, self.features)
@@ -231,10 +234,10 @@ class MixObjective(nn.Module):
         return own, method.maps(partners, self.stage, self.features)
 
     def before_step(self) -> None:
-        """Do what has to be done between backward pass and optimizer step; nothing here."""
+        """Hook between backward pass and optimizer step; does nothing here."""
 
     def error_message(self) -> str | None:
-        """Say what went wrong in the steps so far; None if nothing did."""
+        """Return a message about an error in the steps so far, or None."""
         return None
 
 
@@ -244,13 +247,13 @@ def parent_losses(
     targets: tuple[Tensor, Tensor],
     parents: Tensor,
 ) -> Tensor:
-    """Return the losses of mixtures for both parents, each among the targets of its own view.
+    """Return the losses of mixtures for both parents, each among the targets of its view.
 
     Args:
-        criterion: Called with queries, targets (B, D) and parents, gives (K, 2).
+        criterion: Function of queries, targets (B, D) and parents that returns (K, 2).
         query: (K, D).
-        targets: (B, D) for the images and for their partners.
-        parents: (K, 2) rows; neither is a negative of its mixture in either column.
+        targets: Targets (B, D) of the images and of their partners.
+        parents: (K, 2) rows of the parents; in both columns, neither of them is a negative.
 
     Returns:
         (K, 2).
@@ -263,5 +266,5 @@ def parent_losses(
 
 
 def weighted(losses: Tensor, lam: Tensor) -> Tensor:
-    """Weight the losses (K, 2) of both parents by lam and 1 - lam, (K,)."""
+    """Return the sum (K,) of both parents' losses (K, 2), weighted by lam and 1 - lam."""
     return lam * losses[:, 0] + (1 - lam) * losses[:, 1]

@@ -1,4 +1,4 @@
-"""Training the Mixer beside the encoder: the eta-balanced loss and the mask loss."""
+"""Training of the Mixer along with the encoder: the eta-balanced loss and the mask loss."""
 
 from __future__ import annotations
 
@@ -17,52 +17,55 @@ from ssl_samix.mixup.plan import blend, flat, share, share_done
 from ssl_samix.optim import MixerOptimizer
 from ssl_samix.types import Batch, Method, Mixed, MixPlan, StagedBackbone, Terms
 
-ONE_SIDED = 0.05  # share of a parent in a mixture, below which the mixture is the other parent
-EVERY_STEP_SHARE = 0.05  # of the steps that mix: in these first ones, the Mixer always learns
-GAIN_EVERY = 5  # learning steps between two comparisons with flat masks, a forward pass each
+ONE_SIDED = 0.05  # a mixture with a smaller share of one parent counts as a copy of the other
+EVERY_STEP_SHARE = 0.05  # first fraction of the mixing steps, in which the Mixer always learns
+GAIN_EVERY = 5  # Mixer steps between comparisons with flat masks, one forward pass each
 
 
 class SAMixObjective(MixObjective):
-    """SAMix-I: the Mixer learns from the embeddings of its mixtures (arXiv 2111.15454, eq. 6-9).
+    """SAMix-I: trains the Mixer on embeddings of its mixtures (arXiv 2111.15454, eq. 6-9).
 
-    A step has three parts: the method's own loss and the loss of the mixtures, both for the encoder
-    alone, and the Mixer's loss of other mixtures (own ratios and partners) through the frozen
-    teacher, for the Mixer alone.
+    A step has three losses. The method's own loss and the loss of the mixtures train only the
+    encoder. The Mixer's loss trains only the Mixer, through the frozen teacher, on other mixtures
+    with separately drawn ratios and partners.
 
     Args:
-        backbone: States the maps of its stages.
-        stage: Whose maps the Mixer reads.
-        mask: Form of the mask, ``exact``, ``paper`` or ``anchored`` (see ``MixBlock``).
-        width: Of the Mixer's attention.
-        upsampling: Of the mask.
+        backbone: Provides the shapes of the stages' maps.
+        stage: Backbone stage whose maps are the Mixer's input.
+        mask: Type of the mask: ``exact``, ``paper`` or ``anchored`` (see ``MixBlock``).
+        width: Width of the Mixer's attention.
+        upsampling: Upsampling of the mask.
         lam: ``drawn`` or ``mask`` (see ``SAMix``), or ``seen`` (see ``MixObjective``).
-        lam_margin: A ratio this near to 0 or 1 gets a flat mask.
-        eta: Weight of the global term; ``auto``: what the method says, 0 in pretraining, where the
-            global term makes mixtures that teach less, and 1 with labels. Below 0 the Mixer is an
-            adversary: mixtures are to be hard to tell from other images (after AdAutoMix, arXiv
-            2312.11954), and between their parents by the local term alone.
+        lam_margin: Ratios within this distance of 0 or 1 get a flat mask.
+        eta: Weight of the global term; ``auto``: set by the method, 0 in pretraining, where the
+            global term makes mixtures less useful for training, and 1 with labels. With a negative
+            weight, the Mixer is adversarial: it learns mixtures that are hard to distinguish from
+            other images (after AdAutoMix, arXiv 2312.11954), and only the local term keeps them
+            between their parents.
         local_weight: Weight of the local term; ``auto``: 1 in pretraining, 0 with labels, where
-            the global term holds it (OpenMixup's automix.py has the global term alone).
-        temperature: Of the local term.
+            the global term includes it (OpenMixup's automix.py has only the global term).
+        temperature: Temperature of the local term.
         mask_weight: Weight of the mask loss.
-        mask_decay: Let that weight fall to 0 over the run, by a cosine.
-        mask_margin: How far a mask may be from its ratio, free of cost.
-        variance_weight: Reward for the masks' spatial standard deviation.
-        update_every: The Mixer learns in every n-th step, in the first twentieth of the run in all.
-        optimizer: Of the Mixer: ``adamw``, ``adam`` or ``sgd`` of its own, or the ``encoder``'s.
-        lr: Its learning rate; with ``optimizer=encoder``, a factor on the encoder's.
-        momentum: Of the Mixer's teacher, for a method that has no momentum encoder of its own.
+        mask_decay: Whether that weight decays to 0 over the run, by a cosine.
+        mask_margin: Deviation of a mask's share from its ratio that is not penalised.
+        variance_weight: Weight of the reward for the masks' spatial standard deviation.
+        update_every: The Mixer is trained in every n-th step, but in all of the first 5% of the
+            steps that mix.
+        optimizer: The Mixer's optimizer: a separate ``adamw``, ``adam`` or ``sgd``, or the
+            ``encoder``'s.
+        lr: Learning rate of the Mixer; with ``optimizer=encoder``, a factor of the encoder's.
+        momentum: EMA momentum of the Mixer's teacher, for methods without a momentum encoder.
         **mixing: Further arguments of ``MixObjective``.
 
     Raises:
-        ConfigError: For a setting outside its range, or a stage that the backbone does not have.
+        ConfigError: If a setting is out of range, or the backbone does not have the stage.
     """
 
     learns = True
     policy: SAMix
     bad_step: Tensor
 
-    def __init__(  # noqa: PLR0913 - the keys of the configuration, by name
+    def __init__(  # noqa: PLR0913 - one argument per configuration key
         self,
         *,
         backbone: StagedBackbone,
@@ -107,7 +110,7 @@ class SAMixObjective(MixObjective):
         policy = SAMix(**settings)
         weights: Any = "seen" if lam == "seen" else "drawn"
         super().__init__(policy, stage=stage, backbone=backbone, lam=weights, **mixing)
-        self.description = {"stage": stage, "settings": settings}  # what rebuilds the Mixer
+        self.description = {"stage": stage, "settings": settings}  # to rebuild the Mixer
         self.eta, self.temperature, self.update_every = eta, temperature, update_every
         self.mask_weight, self.mask_margin = mask_weight, mask_margin
         self.mask_decay, self.local_weight = mask_decay, local_weight
@@ -118,12 +121,12 @@ class SAMixObjective(MixObjective):
         self._learns_now = True
 
     def forward(self, method: Method, batch: Batch, step: int, total_steps: int) -> Terms:
-        """Return the encoder's losses and, when its turn has come, the Mixer's."""
+        """Return the encoder's losses and the Mixer's, which is 0 if it does not learn now."""
         self._step = step
         self._learns_now = self.mixes(step, total_steps) and self._due(step, total_steps)
         terms = super().forward(method, batch, step, total_steps)
         if not self._learns_now:
-            # Zero, but a loss of every weight: processes wait for each other's gradients of it.
+            # A zero loss that depends on every weight: DDP waits for the gradients of all weights.
             idle = torch.stack([p.sum() for p in self.parameters()]).sum() * 0
             return Terms({**terms.losses, "mixer": idle}, terms.logs)
         learning = self.learn(method, batch, self._done(step, total_steps))
@@ -132,11 +135,11 @@ class SAMixObjective(MixObjective):
         )
 
     def _due(self, step: int, total_steps: int) -> bool:
-        """Return whether the Mixer learns in this step: at first in all, so that it starts fast."""
+        """Return whether the Mixer learns in this step: every early one, then every n-th."""
         return self._done(step, total_steps) < EVERY_STEP_SHARE or step % self.update_every == 0
 
     def _done(self, step: int, total_steps: int) -> float:
-        """Return the share that is done of the part of the run that mixes, in [0, 1]."""
+        """Return the completed fraction of the part of the run that mixes, in [0, 1]."""
         return (share_done(step, total_steps) - self.begin) / (self.end - self.begin)
 
     @property
@@ -145,12 +148,12 @@ class SAMixObjective(MixObjective):
         return [self.policy.block]
 
     def learn(self, method: Method, batch: Batch, progress: float) -> Terms:
-        """Return the Mixer's loss of mixtures of its own, through the frozen teacher.
+        """Return the Mixer's loss on separately drawn mixtures, through the frozen teacher.
 
         Args:
-            method: Embeds and compares.
+            method: Computes embeddings and losses.
             batch: Views of B images.
-            progress: Share that is done of the part of the run that mixes, in [0, 1].
+            progress: Completed fraction of the part of the run that mixes, in [0, 1].
         """
         images, partners = self.sources(method, batch, 0, 1)
         targets = self.targets_of_parents(method, batch, method.targets(batch.views[1]))
@@ -187,7 +190,7 @@ class SAMixObjective(MixObjective):
         plan: MixPlan,
         targets: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the local and the global term of the Mixer's loss, by the frozen teacher."""
+        """Return the local and global terms of the Mixer's loss, using the frozen teacher."""
         query = method.frozen_query(mixed.images)
         like = partial(method.likeness, temperature=self.temperature)
         likeness = parent_losses(like, query, targets, plan.parents)
@@ -202,11 +205,11 @@ class SAMixObjective(MixObjective):
         plan: MixPlan,
         batch: Batch,
     ) -> Tensor:
-        """Tell a mixture's parents from all other images, by the method's criterion, (K,)."""
+        """Return the method's contrastive loss of mixtures for their parents, (K,)."""
         return weighted(parent_losses(method.contrast, query, targets, plan.parents), plan.lam)
 
     def mask_loss(self, mixed: Mixed, progress: float) -> Tensor:
-        """Hold each mask's share near its ratio; and, if wanted, away from flat."""
+        """Return the penalty for mask shares that miss their ratios, minus the variance reward."""
         gap = (share(mixed.mask) - mixed.lam).abs() - self.mask_margin
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if self.mask_decay else 1.0
         weight = self.mask_weight * left
@@ -215,17 +218,17 @@ class SAMixObjective(MixObjective):
     def mixtures(
         self, method: Method, batch: Batch, plan: MixPlan, first: int, second: int
     ) -> Mixed:
-        """Mix for the encoder, by the masks that the Mixer predicts now."""
+        """Return mixtures for the encoder, by the Mixer's current masks."""
         images, partners = self.sources(method, batch, first, second)
         maps = self.maps(method, images, partners)
         mixed = self.policy(images, partners, plan, maps, self.plain(plan, batch))
-        # On the device, without a look: the host asks at the end of the epoch.
+        # Kept on the device to avoid a synchronisation; the host checks it after the epoch.
         broken = ~torch.isfinite(mixed.mask).all() & (self.bad_step < 0)
         self.bad_step = torch.where(broken, self._step, self.bad_step)
         return mixed
 
     def plain(self, plan: MixPlan, batch: Batch) -> Tensor | None:
-        """Say which mixtures get a flat mask (K,); none."""
+        """Return which mixtures get a flat mask, (K,); None for none, as here."""
         return None
 
     @torch.no_grad()
@@ -242,7 +245,7 @@ class SAMixObjective(MixObjective):
         }
 
     def before_step(self) -> None:
-        """Leave the Mixer alone where it has not learnt: momentum would move it on."""
+        """Drop the Mixer's gradients if it did not learn, or momentum would still move it."""
         if not self._learns_now:
             for parameter in self.parameters():
                 parameter.grad = None
@@ -257,11 +260,11 @@ class SAMixObjective(MixObjective):
 
 @full_precision
 def local_loss(likeness: Tensor, lam: Tensor) -> Tensor:
-    """Cross-entropy of the two parents against (lam, 1 - lam) (arXiv 2111.15454, section 3.2).
+    """Return the cross-entropy of both parents to (lam, 1 - lam) (arXiv 2111.15454, sec. 3.2).
 
     Args:
-        likeness: (K, 2) logits: how like a mixture is to each parent.
-        lam: (K,) share of the first parent.
+        likeness: (K, 2) logits: similarity of the mixture to each parent.
+        lam: (K,) weight of the first parent.
 
     Returns:
         (K,) losses.
@@ -270,9 +273,9 @@ def local_loss(likeness: Tensor, lam: Tensor) -> Tensor:
 
 
 def slope(ratio: Tensor, found: Tensor) -> Tensor:
-    """Return the slope of the shares that masks give, (K,), on the ratios drawn, (K,), a scalar.
+    """Return the regression slope, a scalar, of mask shares (K,) on drawn ratios (K,).
 
-    1: masks keep their ratios; 0: they know nothing of them.
+    A slope of 1 means that masks follow their ratios; 0, that they are independent of them.
     """
     ratio, found = ratio - ratio.mean(), found - found.mean()
     return (ratio * found).sum() / ratio.square().sum().clamp_min(1e-12)
@@ -280,5 +283,5 @@ def slope(ratio: Tensor, found: Tensor) -> Tensor:
 
 def spread(mask: Tensor) -> Tensor:
     """Return the spatial standard deviation of each mask, (K,)."""
-    # The square root's slope is infinite where a mask is flat.
+    # The gradient of the square root is infinite for a flat mask.
     return (mask.flatten(1).var(dim=1, unbiased=False) + 1e-12).sqrt()

@@ -28,11 +28,7 @@ from ssl_samix.reporting.study_table import (
     spread,
 )
 
-WIDTH, HEIGHT, LINE = (
-    4.4,
-    3.4,
-    0.22,
-)  # inches: width and height of a panel, height of a line of text
+WIDTH, HEIGHT, LINE = 4.4, 3.4, 0.22  # inches: size of a panel, height of a line of text
 DPI = 110
 PER_ROW = 3  # panels per row
 LETTER, HANDLE = 0.08, 0.6  # inches: width of a letter and of a line sample in the legend
@@ -54,9 +50,7 @@ class Series:
 
     name: str
     points: Points  # (x, y)
-    errors: Sequence[
-        float
-    ] = ()  # half length of each point's error bar, in units of y; empty for none
+    errors: Sequence[float] = ()  # half length of each error bar, in units of y; empty for none
     joined: bool = True  # whether a line joins the points
 
 

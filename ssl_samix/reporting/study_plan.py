@@ -28,12 +28,7 @@ LAUNCHERS = ("local", "slurm")
 RESOURCE_NUMBERS = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
 RESOURCES = (*RESOURCE_NUMBERS, "partition", "account", "qos", "constraint")
 LENGTHS = {"epochs": "e", "cpu_seconds": "t"}  # kind -> its letter in a run's name
-OWN_WORDS = (
-    "seed",
-    "out",
-    "resume",
-    "trainer.max_epochs",
-)  # arguments that the study sets for every run
+OWN_WORDS = ("seed", "out", "resume", "trainer.max_epochs")  # set by the study for every run
 # Arguments that may differ between machines without changing the run.
 MACHINE_WORDS = ("data.root=", "data.workers=", "data.memory_gb=", "data.download=", "callbacks.")
 RunKey = tuple[str, str, str, str]

@@ -66,9 +66,7 @@ def latex(table: Table) -> str:
     tabular = frame.to_latex(
         index=False, escape=True, column_format=alignment, multicolumn_format="c"
     )
-    tabular = re.sub(
-        r"(?<![\w-])-(?=\d)", "$-$", tabular.strip()
-    )  # a minus sign instead of a hyphen
+    tabular = re.sub(r"(?<![\w-])-(?=\d)", "$-$", tabular.strip())  # minus signs, not hyphens
     # After a row end, LaTeX would parse a bracket or a star as an argument.
     tabular = re.sub(r"^([\[*])", r"{}\1", tabular, flags=re.MULTILINE)
     comments = [r"needs \usepackage{booktabs}", *map(_one_line, table.notes)]
