@@ -25,12 +25,12 @@ from typing import Any
 
 from common import exit_on_error, print_table, progress
 
-from ssl_samix.artifacts.results import read_rows
+from ssl_samix.artifacts.results import read_rows, write_rows
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.cli.main import main as samix
 from ssl_samix.errors import UserError
 from ssl_samix.reporting.study_pictures import Panel, Series, chart, write_figure
-from ssl_samix.reporting.study_table import paired, spread, write_table
+from ssl_samix.reporting.study_table import paired, spread
 
 COLUMNS = ("run", "seed", "measure", "value")
 CORRUPTIONS = {
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         while add(rows, runs, name, known[name]):
-            write_table(args.csv, COLUMNS, rows)
+            write_rows(args.csv, COLUMNS, rows)
     print("## Beyond the training set\n")
     print(f"top-1 in percent (calibration error likewise), differences to {args.reference}\n")
     header, *lines = table(rows, args.reference)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,12 @@ from PIL import Image
 
 import ssl_samix
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
-from ssl_samix.config.compose import compose
+from ssl_samix.config.compose import build, compose
 from ssl_samix.data.datamodule import auto_batch_size
 from ssl_samix.errors import ConfigError, UserError
+from ssl_samix.evaluation.training import FewLabels
 from ssl_samix.training.defaults import resolve_auto
+from ssl_samix.training.monitors import KNNMonitor
 
 SMALL = {"backbone.width": 4, "trainer.accelerator": "cpu", "trainer.precision": "32-true"}
 
@@ -116,3 +121,53 @@ def test_published_weights_are_of_the_published_network(photos, tmp_path):
             photos, out=tmp_path / "run", init="pretrained", **{"backbone.name": "resnet10"}
         )
     assert not (tmp_path / "run").exists()
+
+
+class Images:
+    """So many images."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("size", "jitter", "crop"), [(32, (0.4, 0.1), 0.2), (64, (0.8, 0.2), 0.08)]
+)
+def test_jitter_and_crops_follow_the_image_size(size, jitter, crop):
+    for spec in build(compose("pretrain", [])[0].views).specs(size, True, "auto"):
+        assert (spec.brightness, spec.hue) == jitter
+        assert spec.crop_min == crop
+    typed = compose("pretrain", ["views.a.brightness=0.7"])[0].views
+    assert build(typed).specs(size)[0].brightness == 0.7
+
+
+@pytest.mark.parametrize(
+    ("epochs", "limit", "before"), [(100, 1000, False), (200, 2300, True), (1000, 5000, True)]
+)
+def test_a_measurement_costs_one_percent_of_the_run(epochs, limit, before):
+    """An epoch makes 4 passes of 400 images; a measurement 900, and those of validation images."""
+    train, val = Images(400), Images(5000)
+    data = SimpleNamespace(splits=SimpleNamespace(train=train, bank=train, val=val))
+    monitor = KNNMonitor(val_limit="auto")
+    monitor._worth = lambda *_: {"untrained/rankme": 1.0}
+    trainer = SimpleNamespace(
+        datamodule=data, max_epochs=epochs, global_step=0, is_global_zero=True,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )  # fmt: skip
+    monitor.on_train_start(trainer, None)
+    assert monitor.val_limit == limit
+    assert bool(monitor.before) == before
+
+
+def test_few_images_that_choose_a_learning_rate_are_counted(caplog):
+    labels = torch.arange(200) % 2
+    task = SimpleNamespace(
+        labelled=[SimpleNamespace(labels=labels)], splits=SimpleNamespace(classes=("a", "b"))
+    )
+    few = FewLabels(task, torch.arange(200), None, 0.1, 0)
+    kept, held = few.split()
+    assert (len(kept), len(held)) == (180, 20)
+    assert "20 labelled images choose the learning rate: one right or wrong is 5.0" in caplog.text

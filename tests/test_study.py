@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from ssl_samix.artifacts.results import write_rows
 from ssl_samix.config.compose import compose, keys_set, parse, plain, quote_paths
 from ssl_samix.config.key_types import converted
 from ssl_samix.errors import ConfigError, Interrupted, UserError
@@ -52,7 +53,6 @@ from ssl_samix.reporting.study_table import (
     report,
     spread,
     write_report,
-    write_table,
 )
 from tests.conftest import samix_here
 
@@ -253,7 +253,7 @@ def test_rows_are_merged_and_compared_with_the_reference(study):
     none, samix = plan.runs()[:2]
     plan.csv.parent.mkdir()
     stranger = row(none) | {"policy": "gone"}
-    write_table(plan.csv, COLUMNS, [stranger])
+    write_rows(plan.csv, COLUMNS, [stranger])
     rows = add_row(plan, row(samix, cpu_ms_per_step=30))
     assert rows[samix.key]["step_ratio"] == ""
     rows = add_row(plan, row(none, cpu_ms_per_step=20))
@@ -399,7 +399,7 @@ class Samix:
             | {"images_per_second": 64, "mixer/mask_std": 0.1}
             for i in range(int(self.words["trainer.max_epochs"]))
         ]
-        write_table(out / "metrics.csv", ("epoch",), epochs)
+        write_rows(out / "metrics.csv", ("epoch",), epochs)
         (out / "environment.json").write_text('[{"precision": "64"}, {"precision": "bf16-mixed"}]')
         (out / "last.ckpt").touch()
 
@@ -489,7 +489,7 @@ def test_rows_count_without_folders(study, here):
     """A committed table is resumed on another machine."""
     plan = study()
     plan.csv.parent.mkdir()
-    write_table(plan.csv, COLUMNS, [row(run) for run in plan.runs()[1:]])
+    write_rows(plan.csv, COLUMNS, [row(run) for run in plan.runs()[1:]])
     main(["study.yaml"])
     assert [path.name for path in plan.out.glob("*-s0")] == ["moco-none-e2-s0"]
     assert len(read_table(plan)) == 4
@@ -612,7 +612,8 @@ STAND_INS = {
     "sbatch": """#!/bin/sh
 cp "$1" {here}/submitted
 export SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_PROCID=0
-sh "$1" > {here}/printed 2>&1 &
+# submitit names the job's file after this command has ended; a job that is earlier waits a minute
+(sleep 0.5; exec sh "$1") > {here}/printed 2>&1 &
 echo Submitted batch job $$
 """,
     "srun": """#!/bin/sh
@@ -744,7 +745,7 @@ def test_epochs_that_fit_a_budget(study):
         | {"settings": " ".join(sorted(plan.words("moco", name)))}
         for name in plan.policies
     ]
-    write_table(costs.path, COSTS, rows)
+    write_rows(costs.path, COSTS, rows)
     epochs = {run.name: costs.epochs(run) for run in plan.runs()}
     assert epochs["moco-none-t1-s0"] == 1
     assert epochs["moco-none-t240-s0"] == 6  # 39 seconds each

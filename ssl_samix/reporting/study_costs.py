@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ssl_samix.artifacts.results import read_rows
+from ssl_samix.artifacts.results import read_rows, write_rows
 from ssl_samix.errors import UserError
 from ssl_samix.reporting.study_jobs import Job, processor
 from ssl_samix.reporting.study_plan import Run, Study, settings_of
-from ssl_samix.reporting.study_table import Row, lock_of, write_table
+from ssl_samix.reporting.study_table import Row, lock_of
 
 COLUMNS = (
     "method", "policy", "cpu_ms_per_step", "ratio", "steps_per_epoch", "rounds", "processor",
@@ -135,4 +135,4 @@ class Costs:
             del new[method, names[0]]
         with lock_of(self.study):
             old = {(row["method"], row["policy"]): row for row in read_rows(self.path)}
-            write_table(self.path, COLUMNS, list({**old, **new}.values()))
+            write_rows(self.path, COLUMNS, list({**old, **new}.values()))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 from filelock import FileLock
 
-from ssl_samix.artifacts.results import read_rows
+from ssl_samix.artifacts.results import read_rows, write_rows
 from ssl_samix.errors import UserError
 from ssl_samix.files import write_atomically
 from ssl_samix.reporting.study_plan import RunKey, Study, differing_words
@@ -152,25 +150,8 @@ def add_row(study: Study, row: Row) -> dict[RunKey, Row]:
     order = {run.key: place for place, run in enumerate(study.runs())}
     ranked = sorted(rows.values(), key=lambda row: order.get(key_of(row), len(order)))
     ranked = _with_ratios(ranked, study.reference)
-    write_table(study.csv, COLUMNS, ranked)
+    write_rows(study.csv, COLUMNS, ranked)
     return {key_of(row): row for row in ranked}
-
-
-def write_table(path: Path, first: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows with all of their columns, those in ``first`` first.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
-    columns = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
 
 
 def _with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
