@@ -13,6 +13,18 @@ if TYPE_CHECKING:
         load_encoder,
     )
     from ssl_samix.artifacts.mixer import TrainedMixer, load_mixer
+    from ssl_samix.cli.functions import (
+        Embedded,
+        Measured,
+        compare,
+        embed,
+        export,
+        knn,
+        linear,
+        measures,
+        robustness,
+        semi,
+    )
     from ssl_samix.errors import UserError
     from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
@@ -28,7 +40,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "BarlowTwins",
+    "Embedded",
     "Encoder",
+    "Measured",
     "MoCo",
     "MoCoV3",
     "Run",
@@ -38,10 +52,18 @@ __all__ = [
     "TrainedClassifier",
     "TrainedMixer",
     "UserError",
+    "compare",
+    "embed",
+    "export",
+    "knn",
+    "linear",
     "load_classifier",
     "load_encoder",
     "load_mixer",
+    "measures",
     "pretrain",
+    "robustness",
+    "semi",
     "train_supervised",
 ]
 
@@ -49,7 +71,9 @@ __all__ = [
 _HOMES = {
     "BYOL": "ssl_samix.methods.byol",
     "BarlowTwins": "ssl_samix.methods.barlow_twins",
+    "Embedded": "ssl_samix.cli.functions",
     "Encoder": "ssl_samix.artifacts.encoder",
+    "Measured": "ssl_samix.cli.functions",
     "MoCo": "ssl_samix.methods.moco",
     "MoCoV3": "ssl_samix.methods.mocov3",
     "Run": "ssl_samix.training.logging",
@@ -59,10 +83,18 @@ _HOMES = {
     "TrainedClassifier": "ssl_samix.artifacts.encoder",
     "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",
+    "compare": "ssl_samix.cli.functions",
+    "embed": "ssl_samix.cli.functions",
+    "export": "ssl_samix.cli.functions",
+    "knn": "ssl_samix.cli.functions",
+    "linear": "ssl_samix.cli.functions",
     "load_classifier": "ssl_samix.artifacts.encoder",
     "load_encoder": "ssl_samix.artifacts.encoder",
     "load_mixer": "ssl_samix.artifacts.mixer",
+    "measures": "ssl_samix.cli.functions",
     "pretrain": "ssl_samix.training.pretrain",
+    "robustness": "ssl_samix.cli.functions",
+    "semi": "ssl_samix.cli.functions",
     "train_supervised": "ssl_samix.training.supervised",
 }
 

@@ -114,14 +114,15 @@ def _protocol(text: str, name: str, module: str) -> Subcommand:
         from ssl_samix.evaluation.request import parse_protocol
 
         request = parse_protocol(name, words)
-        protocol = _eval_protocols(module)
+        protocol = load_protocol(module)
         protocol.check(request.config)
         print(protocol.run(request))
 
     return Subcommand(text, name, check, job, late_keys=("data.",))
 
 
-def _eval_protocols(module: str) -> Any:
+def load_protocol(module: str) -> Any:
+    """Return the module of ``eval_protocols``."""
     from importlib import import_module
     from importlib.util import find_spec
 

@@ -233,7 +233,11 @@ def _fit(
             trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
         except SystemExit as stop:  # Lightning ends an interrupted fit this way
             resume = shlex.quote(f"resume={folder.path}")
-            raise Interrupted(f"interrupted: resume with samix {command} {resume}") from stop
+            call = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
+            raise Interrupted(
+                f"interrupted: resume with samix {command} {resume}, or in Python with "
+                f"ssl_samix.{call}(resume={str(folder.path)!r})"
+            ) from stop
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
