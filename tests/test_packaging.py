@@ -6,6 +6,7 @@ import configparser
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,15 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory):
+    source = tmp_path_factory.mktemp("source")
     files = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     for name in files:  # what a clone holds, and no build left-overs
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     # Built with the setuptools that is here: a test downloads nothing.
     options = ["--no-deps", "--no-build-isolation", "-q", "-w", folder]
     subprocess.run(
@@ -42,6 +48,18 @@ def test_every_module_and_configuration_is_in_the_wheel(wheel):
     for path in (ROOT / "eval_protocols").glob("*.py"):
         assert f"ssl_samix/eval_protocols/{path.name}" in inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks"))]
+
+
+def test_a_wheel_can_be_built_from_the_source_distribution(source, wheel, tmp_path):
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        inside = {name.split("/", 1)[-1] for name in archive.getnames()}
+    needed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    moved = ("configs/", "eval_protocols/")  # these stand beside the package in a checkout
+    homes = {n.removeprefix("ssl_samix/") if n[10:].startswith(moved) else n for n in needed}
+    assert homes <= inside
+    assert {"LICENSE", "README.md", "setup.cfg", "pyproject.toml"} <= inside
 
 
 @pytest.mark.slow
