@@ -219,6 +219,8 @@ def test_a_folder_may_be_given_as_a_data_set(tmp_path, monkeypatch):
     assert [config.data.root for config in swept] == ["photos", str(tmp_path)]
     with pytest.raises(ConfigError, match="folders and data sets: sweep over one of the two"):
         quote_paths(["data=photos,digits"], sweeping=True)
+    with pytest.raises(ConfigError, match="data=nowhere is neither a folder nor a data set"):
+        quote_paths(["data=photos,nowhere"], sweeping=True)
     with pytest.raises(ConfigError, match=r"is a folder, and so is data.root: give one"):
         quote_paths(["data=photos", "data.root=x"])
 

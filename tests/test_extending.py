@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 
 import ssl_samix
+from eval_protocols.measures import view_maker
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config import compose as composing
 from ssl_samix.config.compose import check, compose, groups
 from ssl_samix.errors import ConfigError, UserError
+from ssl_samix.evaluation.request import parse_protocol
 from ssl_samix.models.backbone import Backbone
 from tests.conftest import recipe, samix_here
+from tests.test_old_runs import OLD
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extending.md").read_text("utf-8")
 SMALL = [
@@ -130,6 +136,26 @@ def test_views_mixups_and_data_sets_of_ones_own(folder):
     assert (config.mixup.alpha, config.mixup.weight) == (4.0, 1.0)
     assert "shelf" in groups("knn", "mycfg")["data"]
     assert len(check("pretrain", [*words[:1], "method=align_uniform,simclr", "seed=0,1"])) == 4
+
+
+def test_evaluation_knows_the_data_and_asks_for_the_views(folder, tmp_path):
+    views = (composing.CONFIG_DIR / "views" / "byol.yaml").read_text("utf-8")
+    data = (composing.CONFIG_DIR / "data" / "folder.yaml").read_text("utf-8")
+    put(folder, "views/glance.yaml", views)
+    put(folder, "data/shelf.yaml", data.replace("root: null", "root: shelf"))
+    (tmp_path / "shelf").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "shelf" / "a.png")
+    run = RunFolder(shutil.copytree(OLD, tmp_path / "run"))
+    config, choices = compose("pretrain", ["config_dir=mycfg", "data=shelf", "views=glance"])
+    run.create(config, choices)
+    plainly = parse_protocol("measures", ["run=run"])
+    assert (plainly.data, plainly.config.data.root) == ("folder", str(tmp_path / "shelf"))
+    task = SimpleNamespace(encoder=SimpleNamespace(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3))
+    with pytest.raises(ConfigError, match=r"views=glance of your own: give the folder that holds"):
+        view_maker(plainly, task)
+    told = parse_protocol("measures", ["run=run", "config_dir=mycfg"])
+    assert (told.data, told.config.data.root) == ("shelf", str(tmp_path / "shelf"))
+    assert "byol" in view_maker(told, task)[0]
 
 
 REFUSED = {

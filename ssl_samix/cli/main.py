@@ -111,7 +111,10 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
 
     settings = [word for word in words if "=" in word and not word.startswith("-")]
     own = typed_config_dir(parse(settings))
-    words, folders = [*words, *search_path(own)], list[str]()
+    folders: list[str] = []
+    if own is not None:  # beside it, since Hydra allows no flag between settings
+        at = next(i for i, word in enumerate(words) if word.startswith("config_dir="))
+        words = [*words[:at], *search_path(own), *words[at:]]
 
     # Some keys exist only once the job composes its configuration, and Hydra would reject them.
     # They have been checked, so they are forced.
@@ -175,12 +178,10 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     if sweeping and not command.sweeps:
         raise ConfigError(f"{name} does one thing at a time and takes no --multirun")
     words = quote_paths(words, sweeping)
-    for flag in flags:
-        if re.match("--config-|-c[pnd]", flag):
-            raise ConfigError(f"{flag} is not an option: write config_dir=<folder of your choices>")
-    if any(flag not in ("--multirun", "-m") for flag in flags):  # for help or information
-        return words, "", ""
     settings = [word for word in words if word not in flags]
+    if any(flag not in ("--multirun", "-m") for flag in flags):
+        _check_help(command, flags, settings)
+        return words, "", ""
     launcher, out = _last(settings, GROUP) or "", _last(settings, "out")
     check_hydra(command.config, settings)
     if launcher:
@@ -192,6 +193,17 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
         settings.append(f"hydra.sweep.dir={quoted(out)}")
     sweep = _last(settings, "hydra.sweep.dir") or "runs"
     return [*flags, *settings], launcher, sweep  # Hydra allows no flag between settings
+
+
+def _check_help(command: Subcommand, flags: list[str], words: list[str]) -> None:
+    """Check the arguments of a command that asks for help or information."""
+    from ssl_samix.config.compose import check
+
+    for flag in flags:
+        if re.match("--config-|-c[pnd]", flag):
+            raise ConfigError(f"{flag} is not an option: write config_dir=<folder of your choices>")
+    if {"-h", "--help"} & {*flags}:
+        check(command.config, words)
 
 
 def _last(words: list[str], key: str) -> str | None:

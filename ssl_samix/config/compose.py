@@ -158,18 +158,20 @@ def _with_data_folders(arguments: Sequence[str], sweeping: bool) -> Iterator[str
     if "data" not in typed:
         yield from arguments
         return
-    known = {"", "null", *groups(None, _unquoted(typed.get("config_dir", "")) or None)["data"]}
+    known = {"null", *groups(None, _unquoted(typed.get("config_dir", "")) or None)["data"]}
     for word in arguments:
         key, _, value = word.partition("=")
         names = [_unquoted(value)]
         if sweeping and not os.path.exists(expanded(names[0])):
             names = value.split(",")
-        folders = [n for n in names if key == "data" and n not in known and expanded(n).is_dir()]
+        new = [name for name in names if key == "data" and name and name not in known]
+        folders = [name for name in new if expanded(name).is_dir()]
         if not folders:
             yield word
         elif "data.root" in typed:
             raise ConfigError(f"{word} is a folder, and so is data.root: give one of them")
-        elif len(folders) < len(names):
+        elif others := [name for name in names if name not in folders]:
+            _check_chosen("data", others[0], {"data": [*known - {"null"}]})
             raise ConfigError(f"{word} has folders and data sets: sweep over one of the two kinds")
         else:
             yield from ("data=folder", f"data.root={value}")
