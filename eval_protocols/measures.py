@@ -125,7 +125,13 @@ def view_maker(request: ProtocolRequest, task: Task) -> tuple[str, ViewMaker]:
     """Return the name and the maker of two views; SimCLR's if the run had no such pair."""
     views = request.config.get("views")
     if views is None and request.origin.run is not None:
-        views = request.origin.run.load_config()[0].get("views")
+        config, choices = request.origin.run.load_config(request.config.config_dir)
+        views = config.get("views")
+        if views is not None and "_target_" not in views:
+            raise ConfigError(
+                f"{request.origin.given} has views={choices['views']} of your own: give the folder "
+                f"that holds views/{choices['views']}.yaml, config_dir=<folder>, or other views"
+            )
     if views is None:
         views = OmegaConf.load(CONFIG_DIR / "views" / "simclr.yaml")
     data, encoder = request.config.data, task.encoder

@@ -69,19 +69,37 @@ def check_memory(what: str, numbers: int) -> None:
         )
 
 
+TYPO, SIMILAR = 0.8, 0.5  # ratios of difflib from which a name is meant, or may be meant
+MOST_LISTED = 20  # names in an error
+
+
 def nearest(name: str, known: Iterable[str], kind: str) -> str:
-    """Return the error message for an unknown ``name``, with the nearest known name or all names.
+    """Return the error message for an unknown ``name``, with the names that may be meant.
+
+    These are the nearest name or, of many names none of which is very near, the nearest three; or
+    all names, if they are few and none is similar.
 
     Args:
         name: The name given.
         known: The valid names.
         kind: What kind of name it is, such as ``"method"``.
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"unknown {kind} '{name}': did you mean '{close[0]}'?"
-    return f"unknown {kind} '{name}': choose from {', '.join(names)}"
+    names, wrong = sorted(known), f"unknown {kind} '{name}'"
+    alike = {other: _ratio(name, other) for other in names}
+    best = max(alike.values(), default=0.0)
+    if best >= (SIMILAR if len(names) <= MOST_LISTED else TYPO):
+        return f"{wrong}: did you mean '{max(names, key=lambda n: (alike[n], n))}'?"
+    if len(names) <= MOST_LISTED:
+        return f"{wrong}: choose from {', '.join(names)}"
+    # The group of a key is often left out: lr is optimizer.lr.
+    last = name.rpartition(".")[2]
+    score = {n: max(alike[n], _ratio(last, n.rpartition(".")[2]) * 0.9) for n in names}
+    first, second, third = (f"'{n}'" for n in sorted(names, key=lambda n: -score[n])[:3])
+    return f"{wrong}: did you mean {first}, {second} or {third}?"
+
+
+def _ratio(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, other, name).ratio()
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def build_trainer(
     sync_batchnorm: bool | str,
     wants_sync_batchnorm: bool,
     compile: bool | str = False,
+    extra: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> pl.Trainer:
     """Build the trainer from its configuration.
@@ -116,6 +118,7 @@ def build_trainer(
         sync_batchnorm: true, false or ``auto``.
         wants_sync_batchnorm: What ``auto`` means for this method; GPUs only.
         compile: Checked here; ``compiling.compile_if_wanted`` does it.
+        extra: The user's further arguments of ``pytorch_lightning.Trainer``, by name.
         **arguments: Further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
@@ -145,6 +148,7 @@ def build_trainer(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
             **arguments,
+            **(extra or {}),
         )
     except (
         ValueError,

@@ -126,8 +126,10 @@ def test_a_run_is_resumed_and_prolonged_from_python(run, tmp_path):
     assert {"torch", "lightly", "ssl_samix"} <= starts[0]["packages"].keys()
     again = ssl_samix.pretrain(resume=copy)
     assert again.metrics == longer.metrics, "a finished run is left alone"
-    shorter = ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 1})
-    assert shorter.metrics == longer.metrics, "nothing is taken back"
+    before = (copy / "metrics.csv").read_bytes()
+    with pytest.raises(ssl_samix.UserError, match="is finished after 3 epochs"):
+        ssl_samix.pretrain(resume=copy, trainer={"max_epochs": 1})
+    assert (copy / "metrics.csv").read_bytes() == before, "nothing is taken back"
 
 
 def test_a_worse_epoch_after_a_resume_does_not_become_the_best(run, tmp_path):

@@ -72,7 +72,15 @@ def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
     words = ["--multirun", "method=simclr,byol", "seed=0,1", *TINY[1:-1], "out=sweep"]
-    samix_here("pretrain", *words, cwd=tmp_path)
+    printed = samix_here("pretrain", *words, cwd=tmp_path)
+    header, _, *rows, _, note = printed.split("\n\nrun ")[1].strip().split("\n")
+    assert header.split() == ["method", "seed", "state", "epochs", "kNN", "top-1", "%"]
+    cells = [[cell for cell in row.split() if cell != "*"] for row in rows]
+    assert [row[1:5] for row in cells] == [
+        [method, seed, "finished", "1/1"] for method in ("simclr", "byol") for seed in "01"
+    ]
+    assert all((tmp_path / row[0] / "encoder.safetensors").exists() for row in cells)
+    assert note == "*: the highest of runs on the same images"
     runs = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
     assert len(runs) == 4
     assert all((run / "encoder.safetensors").exists() for run in runs)
@@ -97,18 +105,34 @@ def test_a_folder_with_any_name_is_typed_as_it_is(photos, tmp_path):
     assert f"{out}, resumed from last.ckpt" in again
 
 
-def test_a_mistake_is_told_before_heavy_imports(tmp_path):
+def test_mistakes_are_told_before_heavy_imports(tmp_path):
+    """Each in one sentence, and all of them in one process."""
+    old = Path(__file__).parent / "old_run"
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "a.png")
+    run = shutil.copytree(old, tmp_path / "run")
+    rows = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("\n".join([*rows, "1" + rows[1][1:], ""]))
+    mistakes = {
+        "pretrain methd=moco": "unknown key 'methd': did you mean 'method'?",
+        "pretrain data=flats": "data=flats is neither a folder nor a data set: choose from cifar10",
+        "pretrain trainer.extra.benchmrk=1": "Trainer 'benchmrk': did you mean 'benchmark'?",
+        f"knn run={old} data=flat": "this protocol needs labelled images to train and to test on",
+        f"linear run={old} data=flat": "this protocol needs labelled images",
+        "pretrain resume=run trainer.max_epochs=1": "run is finished after 2 epochs",
+    }
     code = (
-        "import sys; sys.argv = ['samix', 'pretrain', 'methd=moco']\n"
-        "from ssl_samix.cli.main import main\n"
-        "try:\n    main()\n"
-        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
+        "import sys\nfrom ssl_samix.cli.main import main\n"
+        f"for line in {[*mistakes]!r}:\n"
+        "    try:\n        main(line.split())\n"
+        "    except SystemExit as stop:\n        print(stop.code, 'torch' in sys.modules)\n"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert shown.stdout.split() == ["2", "False"]
-    assert shown.stderr == "samix: unknown key 'methd': did you mean 'method'?\n"
+    assert shown.stdout.split() == ["2", "False"] * len(mistakes)
+    for told, sentence in zip(shown.stderr.splitlines(), mistakes.values(), strict=True):
+        assert sentence in told
 
 
 @pytest.mark.parametrize(
@@ -191,16 +215,16 @@ def test_bounds_that_are_used_instead_are_said(tmp_path, caplog):
     assert "callbacks.knn.k=5000: the bank has 90 images, so all of them vote" in caplog.messages
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_nothing_left_to_do_is_said(epochs, tmp_path):
-    """``old_run`` has done one epoch; of two, the second is done first."""
+def test_nothing_left_to_do_is_said(tmp_path, fails):
+    """``old_run`` has done one epoch, and does a second one."""
     folder, words = tmp_path / "run", ["pretrain", f"resume={tmp_path}/run"]
     shutil.copytree(Path(__file__).parent / "old_run", folder)
-    if epochs == 2:
-        assert "nothing is left" not in samix_here(*words, "trainer.max_epochs=2", cwd=tmp_path)
+    one, two = ([*words, f"trainer.max_epochs={epochs}"] for epochs in (1, 2))
+    sentence = "nothing is left to do: 1 epochs are done and trainer.max_epochs=1"
+    assert sentence in samix_here(*one, cwd=tmp_path)
+    assert "nothing is left" not in samix_here(*two, cwd=tmp_path)
     before = (folder / "metrics.csv").read_bytes()
-    told = samix_here(*words, "trainer.max_epochs=1", cwd=tmp_path)
-    assert f"nothing is left to do: {epochs} epochs are done and trainer.max_epochs=1" in told
+    assert "is finished after 2 epochs and trainer.max_epochs=1: give a larger" in fails(*one)
     assert (folder / "metrics.csv").read_bytes() == before
 
 

@@ -269,6 +269,17 @@ def test_a_folder_of_runs_stands_for_them(five, run, tmp_path):
     assert main(as_a_shell_gives_them) == main(five)
 
 
+def test_a_run_that_has_not_been_measured_has_blanks(run):
+    measured = run("measured", ["mixup=none"], [{"top1": 80.0}])
+    bare = run("bare", ["mixup=cutmix"])
+    table = main([measured, bare])
+    assert lines(table) == [["none", "80.00"], ["cutmix", "–"]]
+    assert table.splitlines()[-1] == f"not measured yet: {bare}"
+    for shape in ("text", "markdown", "latex"):
+        assert "cutmix" in main([bare, f"format={shape}"])
+    assert lines(main([bare])) == [["moco", "cutmix"]]
+
+
 def test_a_file_takes_the_table(five, tmp_path):
     out = tmp_path / "table.md"
     assert main([*five, "format=markdown", f"out={out}"]) == str(out)
@@ -288,8 +299,7 @@ def test_help_and_the_command(five, capsys):
         ([], "compare needs runs: samix compare <run folder>..."),
         (["nowhere"], "nowhere does not exist: give run folders"),
         (["{good}", "nowhere"], "nowhere does not exist"),
-        (["{bare}"], "bare holds no results.csv: measure it first, as samix knn run="),
-        (["empty"], "empty holds no results.csv"),
+        (["empty"], "empty holds neither a run nor a results.csv"),
         (["notes.txt"], "notes.txt is not a folder"),
         (["{good}", "formt=latex"], "unknown key 'formt': did you mean 'format'"),
         (["{good}", "format=html"], "unknown format 'html': choose from latex, markdown, text"),
@@ -308,7 +318,6 @@ def test_mistakes(words, sentence, run, fails, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("hello")
     runs = {
         "good": run("good", [], [{"top1": 1.0}]),
-        "bare": run("bare", []),
         "other": run("other", []),
         "number": run("number", [], [{"top1": "high"}]),
         "rowless": run("rowless", [], []),

@@ -17,10 +17,12 @@ from ssl_samix.config.compose import (
     groups,
     in_hydras_grammar,
     parse,
+    plain,
     quote_paths,
 )
-from ssl_samix.config.key_types import TYPES
+from ssl_samix.config.key_types import SET_HERE, TYPES
 from ssl_samix.errors import ConfigError
+from ssl_samix.trainer import build_trainer
 
 PRETRAIN = groups("pretrain")
 CHOICES = [(group, name) for group, names in PRETRAIN.items() for name in names]
@@ -74,6 +76,22 @@ def test_views_follow_the_method_unless_chosen():
         (["data.flip=perhaps"], "needs true or false, got 'perhaps'"),
         (["mixup=null"], "unknown mixup"),
         (["callbacks.knn=null"], "holds keys of its own"),
+        (["lr=0.1"], "unknown key 'lr': did you mean 'mixup.lr', 'optimizer.lr' or"),
+        (["max_epoch=5"], "did you mean 'trainer.max_epochs', 'optimizer.warmup_epochs' or"),
+        (
+            ["data=cifar11"],
+            "is neither a folder nor a data set: did you mean 'cifar10'",
+        ),
+        (
+            ["trainer.extra=5"],
+            "trainer.extra holds keys of its own: write trainer.extra.<key>",
+        ),
+        (["trainer.extra.deterministc=1"], "Trainer 'deterministc': did you mean 'deterministic'"),
+        (["trainer.extra={max_stepps:1}"], "did you mean 'max_steps'"),
+        (["trainer.extra.max_epochs=3"], "cannot be set: write trainer.max_epochs=<value>"),
+        (["trainer.extra.default_root_dir=x"], "cannot be set: write out=<value>"),
+        (["trainer.extra.plugins=x"], "ssl_samix sets this argument itself"),
+        (["trainer.extra.profiler={a:1}"], "trainer.extra.profiler needs a number, a text, or a"),
         (["+foo=1"], "neither added nor removed"),
         (["~mixup"], "neither added nor removed"),
         (["foo"], "not of the form key=value"),
@@ -161,6 +179,50 @@ def test_every_combination_of_a_sweep_is_checked():
     assert len(check("pretrain", ["method=moco,simclr,byol", "seed=0,1"])) == 6
     with pytest.raises(ConfigError, match="did you mean 'simclr'"):
         check("pretrain", ["method=moco,simclrr", "seed=0,1"])
+
+
+def test_an_unknown_key_is_told_in_a_line():
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain", ["zzz=1"])
+    assert str(caught.value).count("'") == 8  # it, and three others
+    assert len(str(caught.value)) < 150
+
+
+def test_any_argument_of_lightnings_trainer():
+    config, _ = compose("pretrain", ["trainer.extra.limit_train_batches=2"])
+    assert config.trainer.extra == {"limit_train_batches": 2}
+    assert compose("supervised", ["trainer.extra={benchmark:true}"])[0].trainer.extra.benchmark
+    assert compose("pretrain", [])[0].trainer.extra == {}
+
+
+def test_arguments_that_the_package_sets_are_listed(monkeypatch):
+    given = {}
+    monkeypatch.setattr("pytorch_lightning.Trainer", lambda **arguments: given.update(arguments))
+    settings = plain(compose("pretrain", ["trainer.max_epochs=1"])[0].trainer)
+    settings |= {"extra": {"benchmark": True}, "wants_sync_batchnorm": False}
+    del settings["_target_"]
+    build_trainer(**settings, callbacks=[], logger=None, plugins=[], default_root_dir="")
+    assert given.pop("benchmark") is True
+    assert set(given) == set(SET_HERE)
+
+
+def test_a_folder_may_be_given_as_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "a b, c", "digits", "d,e"):
+        (tmp_path / name).mkdir()
+    for typed in ("photos", "a b, c", str(tmp_path / "photos"), "'a b, c'", "d,e"):
+        for sweeping in (False, True):
+            config = check("pretrain", quote_paths([f"data={typed}", "seed=1"], sweeping))[0]
+            assert (config.data.name, config.data.root) == ("folder", typed.strip("'"))
+    assert quote_paths(["data=digits"]) == ["data=digits"]
+    swept = check("pretrain", quote_paths([f"data=photos,{tmp_path}"], sweeping=True))
+    assert [config.data.root for config in swept] == ["photos", str(tmp_path)]
+    with pytest.raises(ConfigError, match="folders and data sets: sweep over one of the two"):
+        quote_paths(["data=photos,digits"], sweeping=True)
+    with pytest.raises(ConfigError, match="data=nowhere is neither a folder nor a data set"):
+        quote_paths(["data=photos,nowhere"], sweeping=True)
+    with pytest.raises(ConfigError, match=r"is a folder, and so is data.root: give one"):
+        quote_paths(["data=photos", "data.root=x"])
 
 
 PATHS = [

@@ -23,9 +23,11 @@ from ssl_samix.config.compose import (
     keys_set,
     parse,
     plain,
+    quoted,
     set_key,
+    typed_config_dir,
 )
-from ssl_samix.config.saved import merged, read_plain
+from ssl_samix.config.saved import merged, read_plain, without_classes
 from ssl_samix.errors import CheckpointError, ConfigError, UserError, check_choice
 from ssl_samix.files import PARTIAL, expanded, make_folder, new_folder, write_atomically
 
@@ -34,7 +36,7 @@ _log = logging.getLogger(__name__)
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
-    "data.memory_gb", "data.download", "callbacks.",
+    "data.memory_gb", "data.download", "callbacks.", "config_dir",
 )  # fmt: skip
 
 
@@ -82,7 +84,8 @@ class RunFolder:
         A run without a checkpoint may be started again, since nothing is lost.
 
         Raises:
-            UserError: If it belongs to another run, holds other files, or cannot be read.
+            UserError: If it belongs to another run, holds other files, or cannot be read; or if a
+                finished run has more epochs than the configuration.
         """
         try:
             held = [n for n in os.listdir(self.path) if not n.endswith(PARTIAL)]
@@ -98,7 +101,8 @@ class RunFolder:
             )
         if not self.last.exists():
             return
-        old, _ = self.load_config()
+        self.check_epochs(config)
+        old, _ = self.load_config(config.get("config_dir"))
         now = dotted(plain(config))
         before = {k: v for k, v in DEFAULTS_FOR_OLD_RUNS.items() if k in now} | dotted(plain(old))
         before |= {key: "auto" for key in self.automatic() if now.get(key) == "auto"}
@@ -109,6 +113,19 @@ class RunFolder:
                     f"out={self.path} belongs to another run ({key} is {before.get(key)} there, "
                     f"{now.get(key)} here): choose another out"
                 )
+
+    def check_epochs(self, config: DictConfig) -> None:
+        """Raise ``UserError`` if this is a finished run with more epochs than a configuration."""
+        wanted = config.trainer.max_epochs
+        if not isinstance(wanted, int) or not (self.encoder.exists() or self.classifier.exists()):
+            return
+        rows = read_metrics(self.metrics)
+        done = int(rows[-1]["epoch"]) + 1 if rows else 0
+        if wanted < done:
+            raise UserError(
+                f"{self.path} is finished after {done} epochs and trainer.max_epochs={wanted}: "
+                "give a larger number to continue it, or another out"
+            )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -154,11 +171,15 @@ class RunFolder:
         said = read_plain(self.config).get("auto") if self.config.is_file() else None
         return said if isinstance(said, dict) else {}
 
-    def load_config(self) -> tuple[DictConfig, dict[str, str]]:
+    def load_config(self, config_dir: str | None = None) -> tuple[DictConfig, dict[str, str]]:
         """Return the run's configuration and its choices.
 
         Only values are read from the file. The classes are those of the installed configuration for
-        these choices, since the folder may come from an untrusted source.
+        these choices, since the folder may come from an untrusted source. Of choices from a user's
+        own folder, all but the classes is returned, unless that folder is given.
+
+        Args:
+            config_dir: A user's folder of choices, as typed; never what the file says.
 
         Raises:
             CheckpointError: If there is no run in the folder, or its configuration is damaged or
@@ -168,8 +189,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run folder: it has no config.yaml")
         said = read_plain(self.config)
         try:
-            choices = _choices(said)
-            whole = OmegaConf.create(merged(said, _installed(said, choices)))
+            choices = _choices(said, config_dir)
+            whole = OmegaConf.create(merged(said, _installed(said, choices, config_dir)))
         except ConfigError as error:
             reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder="...")
             raise CheckpointError(
@@ -179,21 +200,24 @@ class RunFolder:
         return whole, choices
 
 
-def _choices(said: dict[str, Any]) -> dict[str, str]:
+def _choices(said: dict[str, Any], config_dir: str | None) -> dict[str, str]:
     """Remove the choices from a saved configuration and return them.
 
     Raises:
-        ConfigError: If there are none, or a group or choice is not installed.
+        ConfigError: If there are none, or a group or choice is neither installed nor in a user's
+            folder.
     """
     said.pop("auto", None)  # these values are at their own keys, too
     choices = said.pop("choices", None)
     if not isinstance(choices, dict):
         raise ConfigError("it has no choices")
-    known = groups(_command(said, choices))
+    known = groups(_command(said, choices), config_dir)
+    has_own = isinstance(said.get("config_dir"), str)
     for group, name in choices.items():
         check_choice("group", group, known)
         if group != "experiment":  # its values are in the configuration; the recipe may be gone
-            check_choice(group, name, known[group])
+            if not (has_own and isinstance(name, str)):
+                check_choice(group, name, known[group])
         elif not isinstance(name, (str, type(None))):
             raise ConfigError("experiment needs a name")
     if unchosen := next((group for group in known if group in said and group not in choices), None):
@@ -205,19 +229,41 @@ def _command(said: dict[str, Any], choices: dict[str, Any]) -> str:
     return command_of({**said, **choices})
 
 
-def _installed(said: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+def _installed(
+    said: dict[str, Any], choices: dict[str, str], config_dir: str | None
+) -> dict[str, Any]:
     """Return the installed configuration for a run's choices, and check that the run has its parts.
+
+    Classes are removed from the run's parts whose choices are not installed.
 
     Raises:
         ConfigError: If the run lacks a part, or its choices cannot be combined.
     """
-    words = [f"{group}={name}" for group, name in choices.items() if group != "experiment"]
-    installed = _composed(_command(said, choices), *words)
+    command = _command(said, choices)
+    unknown = own_choices(command, choices, config_dir)
+    words = [f"{g}={n}" for g, n in choices.items() if g != "experiment" and g not in unknown]
+    said |= {group: without_classes(said.get(group)) for group in unknown}
+    if "data" in unknown:  # read by name, so the keys are those of an installed data set
+        name = said["data"].get("name")
+        check_choice("data.name", name, groups(command)["data"])
+        words.append(f"data={name}")
+    if config_dir is None:
+        installed = _composed(command, *words)
+    else:  # whose files may change between two calls in one process
+        installed = _composed.__wrapped__(command, *words, f"config_dir={quoted(config_dir)}")
     parts = [key for key, value in installed.items() if isinstance(value, dict)]
     for key in (*parts, *NEEDED):
         if _has(installed, key) and not _has(said, key):
             raise ConfigError(f"it has no {key}")
-    return installed
+    return {**installed, **{group: said[group] for group in unknown if group != "data"}}
+
+
+def own_choices(
+    command: str, choices: Mapping[str, str], config_dir: str | None = None
+) -> dict[str, str]:
+    """Return those of a run's choices that are neither installed nor in ``config_dir``."""
+    known = groups(command, config_dir)
+    return {g: n for g, n in choices.items() if g != "experiment" and n not in known[g]}
 
 
 @cache
@@ -306,6 +352,8 @@ def resumed_config(
 ) -> tuple[DictConfig, dict[str, str]]:
     """Return the saved configuration of a run and its choices, with the arguments of a resume.
 
+    Choices from a user's own folder need that folder among the arguments, since it runs code.
+
     Args:
         command: ``pretrain`` or ``supervised``.
         run: Its folder.
@@ -313,16 +361,25 @@ def resumed_config(
 
     Raises:
         CheckpointError: If there is no run of this command.
-        ConfigError: For an unknown key, or one that a resume cannot change.
+        ConfigError: For an unknown key, or one that a resume cannot change; or if ``config_dir`` is
+            missing.
+        UserError: If the run is finished and has more epochs than the arguments say.
     """
-    config, choices = RunFolder(run).load_config()
+    overrides = parse(arguments)
+    config_dir = typed_config_dir(overrides)
+    config, choices = RunFolder(run).load_config(config_dir)
     theirs = command_of(choices)
     if theirs != command:
         raise CheckpointError(f"{run} is a run of samix {theirs}: resume it with that")
+    for group, name in own_choices(command, choices, config_dir).items():
+        raise ConfigError(
+            f"{run} has a {group}={name} of your own: give the folder that holds "
+            f"{group}/{name}.yaml, config_dir=<folder>"
+        )
     before, own = config.copy(), []
-    for override in parse(arguments):
+    for override in overrides:
         key, value = override.key_or_group, override.value()
-        if key == "resume" or key.startswith("hydra"):
+        if key in ("resume", "config_dir") or key.startswith("hydra"):
             continue
         if key not in choices:
             own += keys_set(config, key, value, choices)
@@ -330,6 +387,8 @@ def resumed_config(
             raise ConfigError(f"{key} cannot be changed by a resume: start a new run with it")
         set_key(config, key, value)
     check_values(config, before, own)
+    OmegaConf.update(config, "config_dir", config_dir, force_add=True)
+    RunFolder(run).check_epochs(config)
     return config, choices
 
 

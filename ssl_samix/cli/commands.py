@@ -21,6 +21,7 @@ class Subcommand:
     job: Callable[[list[str]], None]  # runs with ``key=value`` arguments
     late_keys: tuple[str, ...] = ()  # prefixes of keys that only the job can compose
     sweeps: bool = True  # whether --multirun is allowed; ``out`` then holds all jobs
+    trains: bool = False  # whether each job has a run folder
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def _training(text: str, command: str, module: str) -> Subcommand:
 
         import_module(f"ssl_samix.{module}").train_from_words(words)
 
-    return Subcommand(text, command, check, job, late_keys=("backbone.options",))
+    late = ("backbone.options", "trainer.extra", "views.")
+    return Subcommand(text, command, check, job, late, trains=True)
 
 
 def _check_show_mixing(words: list[str], _sweeping: bool) -> None:
@@ -100,15 +102,26 @@ def _export(words: list[str]) -> None:
     print(done.usage, file=sys.stderr)  # stdout has the path only, for scripts
 
 
-def _protocol(text: str, name: str, module: str) -> Subcommand:
-    """Return the subcommand of ``eval_protocols/<module>.py`` with configuration ``name``."""
+def _protocol(text: str, name: str, module: str, labels: bool = True) -> Subcommand:
+    """Return the subcommand of ``eval_protocols/<module>.py`` with configuration ``name``.
+
+    Args:
+        text: Its line in the help.
+        name: Name of the configuration.
+        module: Name of the file.
+        labels: Whether it needs labelled images.
+    """
 
     def check(words: list[str], _sweeping: bool) -> None:
         from ssl_samix.config.compose import combinations
-        from ssl_samix.evaluation.request import parse_protocol
+        from ssl_samix.evaluation.request import check_labels, parse_protocol
 
-        for combination in combinations(words):
-            parse_protocol(name, combination)
+        sets = [
+            parse_protocol(name, combination).config.data for combination in combinations(words)
+        ]
+        if labels:  # each data set once: large folders take a second
+            for data in {(data.root, data.labels): data for data in sets}.values():
+                check_labels(data)
 
     def job(words: list[str]) -> None:
         from ssl_samix.evaluation.request import parse_protocol
@@ -133,6 +146,12 @@ def load_protocol(module: str) -> Any:
 
 def _compare(words: list[str]) -> str:
     from ssl_samix.reporting.compare import main
+
+    return main(words)
+
+
+def _runs(words: list[str]) -> str:
+    from ssl_samix.reporting.runs import main
 
     return main(words)
 
@@ -189,8 +208,12 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
         "measure a classifier, also under attack and corruptions", "robustness", "robustness"
     ),
     "measures": _protocol(
-        "measure an encoder without labels, and by clustering", "measures", "measures"
+        "measure an encoder without labels, and by clustering",
+        "measures",
+        "measures",
+        labels=False,
     ),
+    "runs": PlainSubcommand("list run folders", _runs),
     "compare": PlainSubcommand("put the results of several runs into one table", _compare),
     "study": PlainSubcommand("do a table of runs from one file", _study),
     "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),

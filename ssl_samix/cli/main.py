@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, Subcommand
@@ -98,8 +100,21 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
     import hydra
     from omegaconf import OmegaConf
 
-    from ssl_samix.config.compose import CONFIG_DIR, describe_groups
+    from ssl_samix.config.compose import (
+        CONFIG_DIR,
+        describe_groups,
+        parse,
+        search_path,
+        typed_config_dir,
+    )
     from ssl_samix.training.launch import COMMAND
+
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    own = typed_config_dir(parse(settings))
+    folders: list[str] = []
+    if own is not None:  # beside it, since Hydra allows no flag between settings
+        at = next(i for i, word in enumerate(words) if word.startswith("config_dir="))
+        words = [*words[:at], *search_path(own), *words[at:]]
 
     # Some keys exist only once the job composes its configuration, and Hydra would reject them.
     # They have been checked, so they are forced.
@@ -109,13 +124,14 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
     def app(_config: object) -> None:
         # Hides errors from Hydra, which would print a traceback and continue a sweep.
         try:
-            _run_job(command)
+            _run_job(command, folders)
         except (UserError, KeyboardInterrupt, OSError) as error:
             if os.environ.get(COMMAND) != str(os.getpid()):  # a job in another process
                 _stop(f"samix: {error}", 130 if isinstance(error, KeyboardInterrupt) else 2)
             raise _Stopped(error) from error
 
-    OmegaConf.register_new_resolver("samix.groups", describe_groups, replace=True)
+    describe = partial(describe_groups, config_dir=own)
+    OmegaConf.register_new_resolver("samix.groups", describe, replace=True)
     before = sys.argv
     sys.argv = [before[0], *words]
     try:
@@ -125,6 +141,25 @@ def _run_by_hydra(command: Subcommand, words: list[str], launcher: str, sweep: s
         raise stopped.error from None
     finally:
         sys.argv = before
+        if command.trains:
+            _print_runs(settings, folders)
+
+
+def _print_runs(words: list[str], folders: list[str]) -> None:
+    """Print the table of a sweep's runs.
+
+    Args:
+        words: ``key=value`` arguments of the sweep.
+        folders: Run folders of jobs in this process; else those in ``out`` are listed.
+    """
+    from ssl_samix.config.compose import parse
+    from ssl_samix.reporting.runs import listed, run_folders
+
+    varied = [o.key_or_group for o in parse(words) if o.is_sweep_override()]
+    out = _last(words, "out")
+    found = [Path(folder) for folder in folders] or (run_folders(Path(out)) if out else [])
+    if found:
+        print(f"\n{listed(found, varied)}", flush=True)
 
 
 def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str], str, str]:
@@ -143,9 +178,10 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
     if sweeping and not command.sweeps:
         raise ConfigError(f"{name} does one thing at a time and takes no --multirun")
     words = quote_paths(words, sweeping)
-    if any(flag not in ("--multirun", "-m") for flag in flags):  # for help or information
-        return words, "", ""
     settings = [word for word in words if word not in flags]
+    if any(flag not in ("--multirun", "-m") for flag in flags):
+        _check_help(command, flags, settings)
+        return words, "", ""
     launcher, out = _last(settings, GROUP) or "", _last(settings, "out")
     check_hydra(command.config, settings)
     if launcher:
@@ -157,6 +193,17 @@ def _checked(name: str, command: Subcommand, words: list[str]) -> tuple[list[str
         settings.append(f"hydra.sweep.dir={quoted(out)}")
     sweep = _last(settings, "hydra.sweep.dir") or "runs"
     return [*flags, *settings], launcher, sweep  # Hydra allows no flag between settings
+
+
+def _check_help(command: Subcommand, flags: list[str], words: list[str]) -> None:
+    """Check the arguments of a command that asks for help or information."""
+    from ssl_samix.config.compose import check
+
+    for flag in flags:
+        if re.match("--config-|-c[pnd]", flag):
+            raise ConfigError(f"{flag} is not an option: write config_dir=<folder of your choices>")
+    if {"-h", "--help"} & {*flags}:
+        check(command.config, words)
 
 
 def _last(words: list[str], key: str) -> str | None:
@@ -185,12 +232,13 @@ class _Stopped(BaseException):
         self.error = error
 
 
-def _run_job(command: Subcommand) -> None:
+def _run_job(command: Subcommand, folders: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from ssl_samix.config.compose import parse, quoted
+    from ssl_samix.artifacts.run_folder import default_out
+    from ssl_samix.config.compose import compose, quoted
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = HydraConfig.get()
@@ -198,11 +246,17 @@ def _run_job(command: Subcommand) -> None:
     given: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
     words = [word.removeprefix(FORCED) for word in given]
     if job.mode == RunMode.MULTIRUN:
-        out = [o.value() for o in parse(words) if o.key_or_group == "out"]
+        out = _last(words, "out")
         words = [word for word in words if not word.startswith("out=")]
         print(f"job {job.job.num}: {' '.join(words)}", flush=True)
         if out:
-            words.append(f"out={quoted(f'{out[-1]}/{job_name(words)}')}")
+            out = f"{out}/{job_name(words)}"
+        elif command.trains and not _last(words, "resume"):
+            config, choices = compose(command.config, words)
+            out = str(default_out(choices, config.seed))
+        if out:
+            words.append(f"out={quoted(out)}")
+            folders.append(out)
     command.job(words)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +26,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.config.key_types import PATHS, check_options, converted, is_plain
+from ssl_samix.config.key_types import OPEN, PATHS, converted, is_plain
+from ssl_samix.config.source import check_target
 from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
 from ssl_samix.files import expanded
 
@@ -34,11 +37,15 @@ CONFIG_DIR = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 RECIPES = CONFIG_DIR / "experiment"
 
 
-def groups(config_name: str | None = None) -> dict[str, list[str]]:
+def groups(config_name: str | None = None, config_dir: str | None = None) -> dict[str, list[str]]:
     """Return the config groups, each with the names of its choices.
 
     Args:
         config_name: Return only the groups in this configuration's defaults list; None: all.
+        config_dir: A user's own folder, whose choices are added.
+
+    Raises:
+        ConfigError: If that is not a folder with choices of its own.
     """
     folders = sorted(d for d in CONFIG_DIR.iterdir() if d.is_dir() and not d.name.startswith("_"))
     if config_name is not None:
@@ -51,16 +58,54 @@ def groups(config_name: str | None = None) -> dict[str, list[str]]:
     found = {d.name: sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in folders}
     if "experiment" in found:
         found["experiment"] = recipe_names(RECIPES, config_name)
+    for group, name in [] if config_dir is None else _own_choices(config_dir):
+        if group in found:
+            found[group] = sorted([*found[group], name])
     return found
 
 
-def describe_groups(config_name: str) -> str:
+def _own_choices(config_dir: str) -> list[tuple[str, str]]:
+    """Return group and name of each YAML file in a user's folder, such as ``method/mine.yaml``."""
+    folder = expanded(config_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"config_dir={config_dir} is not a folder")
+    own = []
+    for file in sorted(folder.glob("*/*.yaml")):
+        if (CONFIG_DIR / file.parent.name / file.name).exists():
+            raise ConfigError(f"{file} has the name of one of ssl_samix's own files: rename it")
+        if file.parent.name in groups() and not file.name.startswith("_"):
+            own.append((file.parent.name, file.stem))
+    if not own:
+        raise ConfigError(
+            f"config_dir={config_dir} has no <group>/<name>.yaml, such as method/mine.yaml"
+        )
+    return own
+
+
+def typed_config_dir(overrides: Iterable[Override]) -> str | None:
+    """Return the value of ``config_dir`` among the arguments of a command; None if there is none.
+
+    Code runs from that folder, so it is taken from arguments only, never from a saved run.
+    """
+    values = [o.value() for o in overrides if o.key_or_group == "config_dir"]
+    return str(values[-1]) if values and values[-1] is not None else None
+
+
+def search_path(config_dir: str | None) -> list[str]:
+    """Return the argument with which Hydra finds the choices of a user's folder, if given."""
+    if config_dir is None:
+        return []
+    return [f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(expanded(config_dir))}')}]"]
+
+
+def describe_groups(config_name: str, config_dir: str | None = None) -> str:
     """Return the lines of a configuration's help that list its groups and their choices."""
-    return "\n".join(f"{group}: {', '.join(n)}" for group, n in groups(config_name).items() if n)
+    found = groups(config_name, config_dir)
+    return "\n".join(f"{group}: {', '.join(n)}" for group, n in found.items() if n)
 
 
 PRETRAINED = "pretrained"  # a value of init: published weights
-OPEN_KEYS = ("backbone.options",)  # accept any argument of a library's function
+OPEN_KEYS = tuple(OPEN)  # accept any argument of a library's function
 MOST_SHOWN = 200  # characters of an argument, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
@@ -86,12 +131,18 @@ def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
     """Return the arguments with paths quoted, since Hydra's grammar forbids some characters.
 
+    A folder that is given as a data set's name, ``data=photos``, becomes ``data=folder`` with this
+    ``data.root``.
+
     Args:
         arguments: ``key=value`` arguments, as typed.
         sweeping: Whether a comma separates values; an existing path with a comma stays one value.
+
+    Raises:
+        ConfigError: If a folder is given twice, or beside a data set; or as ``groups``.
     """
     words = []
-    for word in arguments:
+    for word in _with_data_folders(arguments, sweeping):
         key, equals, value = word.partition("=")
         if key in PATHS and equals and value not in ("null", "") and value[0] not in "'\"":
             whole = not sweeping or "," not in value or os.path.exists(expanded(value))
@@ -100,6 +151,35 @@ def quote_paths(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _with_data_folders(arguments: Sequence[str], sweeping: bool) -> Iterator[str]:
+    typed = dict(word.partition("=")[::2] for word in arguments)
+    if "data" not in typed:
+        yield from arguments
+        return
+    known = {"null", *groups(None, _unquoted(typed.get("config_dir", "")) or None)["data"]}
+    for word in arguments:
+        key, _, value = word.partition("=")
+        names = [_unquoted(value)]
+        if sweeping and not os.path.exists(expanded(names[0])):
+            names = value.split(",")
+        new = [name for name in names if key == "data" and name and name not in known]
+        folders = [name for name in new if expanded(name).is_dir()]
+        if not folders:
+            yield word
+        elif "data.root" in typed:
+            raise ConfigError(f"{word} is a folder, and so is data.root: give one of them")
+        elif others := [name for name in names if name not in folders]:
+            _check_chosen("data", others[0], {"data": [*known - {"null"}]})
+            raise ConfigError(f"{word} has folders and data sets: sweep over one of the two kinds")
+        else:
+            yield from ("data=folder", f"data.root={value}")
+
+
+def _unquoted(value: str) -> str:
+    quotes = value[:1] in ("'", '"') and value[-1:] == value[:1]
+    return value[1:-1] if quotes else value
 
 
 def parse(arguments: Sequence[str]) -> list[Override]:
@@ -176,19 +256,18 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             wrong type.
     """
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
-    known = groups(config_name)
+    own_folder = typed_config_dir(overrides)
+    known = groups(config_name, own_folder)
     chosen = [o for o in overrides if o.key_or_group in known]
     for override in chosen:
-        name = str(override.value())
-        optional = override.key_or_group == "experiment" and override.value() is None
-        if not optional and name not in known[override.key_or_group]:
-            if override.key_or_group == "experiment" and name in groups()["experiment"]:
-                theirs = recipe_command(RECIPES / f"{name}.yaml")
-                raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
-            raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
+        _check_chosen(override.key_or_group, override.value(), known)
     names = {o.key_or_group: o.value() for o in chosen}
     words = expanded_arguments(RECIPES, names) or [str(o.input_line) for o in chosen]
-    unresolved, choices = _composed(config_name, tuple(words))
+    if "views" not in names and "method" in names and names["method"] not in known["views"]:
+        words.append(f"views={VIEWS_OF_OWN_METHODS}")
+    # A user's own files may change between two calls in one process.
+    compose_once = _composed if own_folder is None else _composed.__wrapped__
+    unresolved, choices = compose_once(config_name, (*words, *search_path(own_folder)))
     base = _resolved(unresolved, config_name, words)
     whole, own = unresolved.copy(), []
     for override in overrides:
@@ -203,7 +282,54 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
             set_key(whole, key, value)
     whole = _resolved(whole, config_name, words)
     check_values(whole, base, own)
+    if own_folder is not None:
+        _check_parts(whole, {**choices, **names})
+        _admit(whole, own_folder)
     return whole, {**choices, **names}
+
+
+def _check_chosen(group: str, value: Any, known: Mapping[str, list[str]]) -> None:
+    """Raise ``ConfigError`` unless a group has this choice; ``experiment`` may be null."""
+    name = str(value)
+    if name in known[group] or (group == "experiment" and value is None):
+        return
+    if group == "experiment" and name in groups()["experiment"]:
+        theirs = recipe_command(RECIPES / f"{name}.yaml")
+        raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
+    message = nearest(name, known[group], group)
+    if group == "data":
+        message = f"data={name} is neither a folder nor a data set: {message.partition(': ')[2]}"
+    raise ConfigError(message)
+
+
+def _check_parts(config: DictConfig, choices: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` if a user's file is not a mapping, or lacks its group's class."""
+    installed = groups()
+    for group, name in choices.items():
+        theirs = name is not None and name not in installed[group]
+        files = (CONFIG_DIR / group).glob("*.yaml") if theirs else ()
+        if any("_target_:" in file.read_text("utf-8") for file in files):
+            part = config.get(group)
+            if not isinstance(part, DictConfig) or "_target_" not in part:
+                raise ConfigError(f"{group}/{name}.yaml in config_dir has no _target_: <class>")
+
+
+def _admit(config: DictConfig, config_dir: str) -> None:
+    """Let ``build`` instantiate the classes that a user's own files name in a configuration.
+
+    They are imported from the current folder, the user's, or what is installed.
+
+    Raises:
+        ConfigError: If one of them does not exist; found without importing it.
+    """
+    # At the end: a file of theirs must not replace a module that others import.
+    for folder in (os.getcwd(), os.path.abspath(expanded(config_dir))):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    for name in map(str, _classes(plain(config))):
+        if name not in _installed_classes():
+            check_target(name, config_dir)
+            _own_classes.add(name)
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:
@@ -226,6 +352,8 @@ def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()
         ConfigError: For a key that ``config`` does not have, with the nearest one.
     """
     keys = list(keys_of(config))
+    if open_key := next((k for k in OPEN_KEYS if key.startswith(f"{k}.") and k in keys), None):
+        return [open_key]
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     if not isinstance(OmegaConf.select(config, key), DictConfig):
@@ -287,8 +415,8 @@ def check_fit(key: str, value: Any, default: Any) -> None:
 
 def _fitted(key: str, value: Any, default: Any) -> Any:
     """Return the value of a single key, checked and converted to the type of its key."""
-    if key in OPEN_KEYS:
-        check_options(value)
+    if key in OPEN:
+        OPEN[key](value)
         return value
     if not is_plain(value):
         raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")
@@ -323,6 +451,8 @@ def _composed(config_name: str, words: tuple[str, ...]) -> tuple[DictConfig, dic
                 del whole["hydra"]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
+    except (yaml.YAMLError, UnicodeError) as error:  # in a file of the user's own folder
+        raise ConfigError(f"config_dir: {' '.join(str(error).split())}") from error
     finally:
         GlobalHydra.instance().hydra = taken
     return whole, choices
@@ -344,7 +474,7 @@ def _resolved(config: DictConfig, config_name: str, words: Sequence[str]) -> Dic
 
 def absolute(config: DictConfig) -> DictConfig:
     """Make the input paths of a run absolute, in place, and return the configuration."""
-    for key in ("data.root", "mixup.mixer", "init"):
+    for key in ("data.root", "mixup.mixer", "init", "config_dir"):
         path = OmegaConf.select(config, key)
         # shards may be URLs; an empty path is an error and not the current folder
         if path and "://" not in str(path) and (key, path) != ("init", PRETRAINED):
@@ -355,6 +485,10 @@ def absolute(config: DictConfig) -> DictConfig:
 def plain(config: Any) -> dict[str, Any]:
     """Return a configuration as plain dicts, lists and values."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+VIEWS_OF_OWN_METHODS = "simclr"  # of a user's own method that has no views of its name
+_own_classes: set[str] = set()  # named by files of the folders that were typed in this process
 
 
 @cache
@@ -376,18 +510,22 @@ def build(config: DictConfig, **arguments: Any) -> Any:
     """Return the object of a config node, made with plain arguments.
 
     Raises:
-        ConfigError: If the node names a class that none of the installed configurations names.
+        ConfigError: If the node names a class that none of the installed configurations names, nor
+            a file in the user's ``config_dir``, or a module that it imports is missing.
             A name in ``ssl_samix`` is not enough: modules have ``os`` as an attribute.
         UserError: If the constructor raises one.
     """
     for name in map(str, _classes(plain(config))):
-        if name not in _installed_classes():
+        if name not in _installed_classes() | _own_classes:
             raise ConfigError(f"{name} is not built: no installed configuration names it")
     try:
         return instantiate(config, _partial_=True, _convert_="all")(**arguments)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        reason = error.__cause__ and error.__cause__.__cause__
+        if isinstance(error.__cause__, ImportError) and isinstance(reason, ImportError):
+            raise ConfigError(f"{config.get('_target_')} cannot be imported: {reason}") from error
         raise
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ssl_samix.errors import ConfigError
+from ssl_samix.config.source import arguments_of
+from ssl_samix.errors import ConfigError, nearest
 
 Auto = Literal["auto"]
 TYPES: dict[str, Any] = {
@@ -21,6 +22,7 @@ TYPES: dict[str, Any] = {
     "out": Path | None,
     "resume": Path | None,
     "init": Path | None,
+    "config_dir": Path | None,
     "run": Path | None,
     "images": Path | None,
     "split": Path | None,
@@ -181,8 +183,53 @@ def check_options(options: Any) -> None:
             raise ConfigError(f"{KEY}.{name} needs a number, a text, or a list of these")
 
 
+EXTRA = "trainer.extra"
+TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
+_OURS = (
+    "accelerator", "accumulate_grad_batches", "devices", "gradient_clip_val", "max_epochs",
+    "num_nodes", "precision", "sync_batchnorm",
+)  # fmt: skip
+# Arguments of Lightning's Trainer that this package sets -> the key for it, if there is one.
+SET_HERE: dict[str, str | None] = {
+    **{name: f"trainer.{name}" for name in _OURS},
+    "callbacks": "callbacks.<name>",
+    "default_root_dir": "out",
+    "enable_model_summary": None,
+    "enable_progress_bar": None,
+    "logger": None,
+    "num_sanity_val_steps": None,
+    "plugins": None,
+    "use_distributed_sampler": None,
+}
+
+
+def check_trainer_arguments(extra: Any) -> None:
+    """Check further arguments of Lightning's Trainer: their names and that their values are plain.
+
+    Raises:
+        ConfigError: Names the nearest argument, or the key that sets this one.
+    """
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"{EXTRA} holds keys of its own: write {EXTRA}.<argument>=<value>")
+    for name, value in extra.items():
+        if name in SET_HERE:
+            key = SET_HERE[name]
+            way = f"write {key}=<value>" if key else "ssl_samix sets this argument itself"
+            raise ConfigError(f"{EXTRA}.{name} cannot be set: {way}")
+        known = arguments_of(TRAINER)
+        if name not in known:
+            free = known.difference(SET_HERE)
+            raise ConfigError(nearest(str(name), free, "argument of Lightning's Trainer"))
+        if not is_plain(value):
+            raise ConfigError(f"{EXTRA}.{name} needs a number, a text, or a list of these")
+
+
 def is_plain(value: Any) -> bool:
     """Return whether a value is a number, string, bool, None, or a list of these or their lists."""
     parts = value if isinstance(value, LISTS) else [value]
     inner = (part if isinstance(part, LISTS) else [part] for part in parts)
     return all(isinstance(one, VALUES) for ones in inner for one in ones)
+
+
+# Keys that hold any argument of a library's function -> the check of their values.
+OPEN: dict[str, Callable[[Any], None]] = {KEY: check_options, EXTRA: check_trainer_arguments}

@@ -88,6 +88,18 @@ def merged(
     return config
 
 
+def without_classes(part: Any) -> dict[str, Any]:
+    """Return a part of a file's configuration without classes and other keys of Hydra.
+
+    Raises:
+        ConfigError: If it does not consist of keys and values.
+    """
+    if not isinstance(part, dict):
+        raise ConfigError(f"{part} is where keys and values belong")
+    inner = {k: without_classes(v) if isinstance(v, dict) else v for k, v in part.items()}
+    return {key: value for key, value in inner.items() if not is_hydras(key)}
+
+
 def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     config = {key: value for key, value in installed.items() if is_hydras(key)}
     for key, value in said.items():

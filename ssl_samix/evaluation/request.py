@@ -14,11 +14,17 @@ from ssl_samix.artifacts.description import META, described
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import absolute, compose, groups, parse, plain
 from ssl_samix.config.saved import merged
+from ssl_samix.data.folder import scan, wanted_labels
 from ssl_samix.data.layout import check_layout
-from ssl_samix.errors import CheckpointError, ConfigError, check_choice, check_range
+from ssl_samix.data.shards import index, is_url, numbered
+from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_choice, check_range
 from ssl_samix.files import expanded
 
 WEIGHTS = ("own", "random", "pretrained")
+UNLABELLED = (
+    "this protocol needs labelled images to train and to test on: give class folders, best under "
+    "train/ and val/, or another data set"
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def parse_protocol(protocol: str, words: list[str]) -> ProtocolRequest:
     if "data" not in given:
         # First composed with an arbitrary data set, to report mistyped keys before missing ones.
         config, _ = compose(protocol, ["data=digits", *words])
-        choice, own = _own_data(_origin(protocol, config))
+        choice, own = _own_data(_origin(protocol, config), config.get("config_dir"))
         words = [f"data={choice}", *words]
     config, choices = compose(protocol, words)
     origin = _origin(protocol, config)
@@ -126,6 +132,27 @@ def parse_protocol(protocol: str, words: list[str]) -> ProtocolRequest:
     check_range("chunk", config.chunk, 1)
     check_layout(config.data.name, config.data.root, config.data.download)
     return ProtocolRequest(protocol, absolute(config), choices["data"], origin)
+
+
+def check_labels(data: DictConfig) -> None:
+    """Raise unless the images of a checked data set have labels; no image is opened.
+
+    Args:
+        data: Its configuration. Shards behind a URL are not read.
+
+    Raises:
+        DataError: If they have none; or for folders as ``scan``, for shards as ``index``.
+    """
+    wanted, labelled = wanted_labels(data.labels), True
+    if data.name == "folder":
+        labelled = bool(scan(data.root, data.labels).classes)
+    elif data.name == "webdataset" and wanted is None and not is_url(data.root):
+        found = [label for _, members in index(data.root) for label in members.labels]
+        labelled = bool(numbered(found, data.labels)[1])
+    elif data.name == "webdataset":
+        labelled = wanted is not False
+    if not labelled:
+        raise DataError(UNLABELLED)
 
 
 def _origin(protocol: str, config: DictConfig) -> Origin:
@@ -147,19 +174,21 @@ def _settings(own: dict[str, Any], config: DictConfig, origin: Origin) -> dict[s
         ) from error
 
 
-def _own_data(origin: Origin) -> tuple[str, dict[str, Any]]:
+def _own_data(origin: Origin, config_dir: str | None) -> tuple[str, dict[str, Any]]:
     """Return the data set and the data settings that an encoder was trained with.
 
-    For a classifier from ``samix linear``, those of the logistic regression.
+    For a classifier from ``samix linear``, those of the logistic regression. For a data set of the
+    user's own folder, unless it is given, the one that its settings are of.
     """
     meta = _described(origin.path)
-    known = groups()["data"]
+    known = groups(None, config_dir)["data"]
     if "data_settings" in meta:
         check_choice("data", meta.get("data"), known)
         return meta["data"], meta["data_settings"]
     if origin.run is not None:
-        config, choices = origin.run.load_config()
-        return choices["data"], plain(config.data)
+        config, choices = origin.run.load_config(config_dir)
+        choice = choices["data"] if choices["data"] in known else config.data.name
+        return choice, plain(config.data)
     if meta.get("data") in known:
         return meta["data"], {}
     raise ConfigError(

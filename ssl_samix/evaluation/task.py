@@ -19,7 +19,7 @@ from ssl_samix.data.images import FileImages, ImageSet, MemoryImages
 from ssl_samix.errors import ConfigError, DataError
 from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import check_finite
-from ssl_samix.evaluation.request import ProtocolRequest
+from ssl_samix.evaluation.request import UNLABELLED, ProtocolRequest
 from ssl_samix.evaluation.source import fingerprint, load_source
 
 _log = logging.getLogger(__name__)
@@ -56,10 +56,7 @@ class Task:
                 "give class folders under train/ and val/"
             )
         if self.splits.bank is None or self.splits.val is None:
-            raise DataError(
-                "this protocol needs labelled images to train and to test on: give class folders, "
-                "best under train/ and val/, or another data set"
-            )
+            raise DataError(UNLABELLED)
         return self.splits.bank, self.splits.val
 
     def embed(self, images: ImageSet, what: str, picks: Sequence[int] | None = None) -> Tensor:

@@ -146,7 +146,7 @@ class Evaluated:
 
     Attributes:
         folder: Path of the folder.
-        rows: Rows of its results.csv, oldest first.
+        rows: Rows of its results.csv, oldest first; none if the run has not been measured.
         configuration: That of the run; None if the results are of external weights.
     """
 
@@ -168,14 +168,14 @@ class Line(NamedTuple):
 
 
 def read_evaluated(folder: Path) -> Evaluated:
-    """Return the results in a folder.
+    """Return the results in a folder; those of a run that has not been measured are empty.
 
     Raises:
         UserError: If the results are damaged or empty, or the configuration is damaged.
     """
     path, run = folder / "results.csv", RunFolder(folder)
     rows = read_rows(path)
-    if not rows:
+    if not rows and path.exists():
         raise CheckpointError(f"{path} is empty: measure the run first")
     missing = [name for name in NEEDED if any(row.get(name) is None for row in rows)]
     if missing:
@@ -184,13 +184,13 @@ def read_evaluated(folder: Path) -> Evaluated:
     return Evaluated(folder, rows, configuration)
 
 
-def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = ()) -> Table:
+def compared(runs: Sequence[Evaluated], every: bool) -> Table:
     """Return one table of all results.
 
     Args:
-        runs: Results to compare, without duplicates.
+        runs: Results to compare, without duplicates. Runs without results are lines of blanks, and
+            listed below the table.
         every: Show all rows of an evaluation, not only the first row of each number.
-        without: Runs without results so far, listed below the table.
 
     Raises:
         UserError: If a value is not a number.
@@ -219,8 +219,8 @@ def compared(runs: Sequence[Evaluated], every: bool, without: Sequence[Path] = (
     named = dict.fromkeys(" ".join(of[:3]) for of in columns if unlike[of])
     if named:
         notes.append(f"not all measured on the same images at the same size: {', '.join(named)}")
-    if without:
-        notes.append(f"not measured yet: {', '.join(map(str, without))}")
+    if without := [str(run.folder) for run in runs if not run.rows]:
+        notes.append(f"not measured yet: {', '.join(without)}")
     if apart:
         notes.append("after a data set: data_fingerprint of results.csv, by which images differ")
     return Table(header, rows, len(kinds) + len(keys), notes)
@@ -235,6 +235,8 @@ def _measured(
     found: list[tuple[Any, ...]] = []
     lines: dict[Line, Configuration | None] = {}
     for run in runs:
+        if not run.rows:
+            lines.setdefault(*_line(run, "own"))
         for row in run.rows:
             line, configuration = _line(run, row["weights"])
             lines.setdefault(line, configuration)
@@ -313,10 +315,11 @@ HELP = """samix compare: the results of several runs as one table.
 
 Usage: samix compare <run>... [key=value]...
 
-A run is a folder with a results.csv, which samix knn, linear, semi and measures write; a folder of
-such folders stands for all of them. Runs that differ in their seeds alone are one line: the mean
-over the runs, the standard deviation of the sample (n - 1), and how many they are. The other lines
-are named by the keys in which they differ. Untrained networks (weights=random) are lines of their
+A run is a run folder, or a folder with a results.csv, which samix knn, linear, semi and measures
+write; a folder of such folders stands for all of them. Of a run that has not been measured all
+numbers are blank. Runs that differ in their seeds alone are one line: the mean over the runs, the
+standard deviation of the sample (n - 1), and how many they are. The other lines are named by the
+keys in which they differ. Untrained networks (weights=random) are lines of their
 own. Of a run that was measured several times the newest numbers count; those of several seeds of an
 evaluation are averaged before runs are counted.
 
@@ -351,8 +354,8 @@ def main(words: list[str]) -> str:
     if {"-h", "--help"} & set(words):
         return HELP.rstrip()
     wanted = parse_comparison(words)
-    runs, without = find_results(wanted.paths)
-    text = FORMATS[wanted.format](compared(runs, wanted.variants == "all", without))
+    runs = find_results(wanted.paths)
+    text = FORMATS[wanted.format](compared(runs, wanted.variants == "all"))
     if wanted.out is None:
         return text
     write_atomically(wanted.out, lambda temporary: temporary.write_text(text + "\n", "utf-8"))
@@ -384,41 +387,34 @@ def parse_comparison(words: list[str]) -> Comparison:
     return Comparison(paths, given["format"], out, given["variants"])
 
 
-def find_results(paths: Sequence[Path]) -> tuple[list[Evaluated], list[Path]]:
-    """Return the results in given run folders and in given folders of runs.
+def find_results(paths: Sequence[Path]) -> list[Evaluated]:
+    """Return the results in given run folders and in given folders of runs, one per folder.
 
     Files are ignored, because the shell expands ``runs/*`` to files, too.
 
-    Returns:
-        The results, one per folder; and the runs in folders of runs that have no results yet.
-
     Raises:
-        UserError: If a path does not exist, or a folder holds no results.
+        UserError: If a path does not exist, or a folder holds neither results nor runs.
     """
     found: dict[Path, Path] = {}
-    without: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give run folders, or a folder of them")
         if path.is_dir():
-            inside = [path] if _has_results(path) else _runs_in(path)
-            for run in inside:
-                (found if _has_results(run) else without).setdefault(run.resolve(), run)
+            for run in [path] if _is_shown(path) else _runs_in(path):
+                found.setdefault(run.resolve(), run)
     if not found:
         raise CheckpointError(f"{paths[0]} is not a folder: give run folders, or a folder of them")
-    return [read_evaluated(run) for run in found.values()], list(without.values())
+    return [read_evaluated(run) for run in found.values()]
 
 
-def _has_results(folder: Path) -> bool:
-    return (folder / "results.csv").is_file()
+def _is_shown(folder: Path) -> bool:
+    """Return whether a folder holds a run or results."""
+    return (folder / "results.csv").is_file() or RunFolder(folder).config.exists()
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Return the runs directly inside a folder, or raise if none of them has results."""
-    inside = sorted(child for child in folder.iterdir() if child.is_dir())
-    is_run = RunFolder(folder).config.exists()
-    if is_run or not any(map(_has_results, inside)):
-        raise CheckpointError(
-            f"{folder} holds no results.csv: measure it first, as samix knn run={folder}"
-        )
-    return [run for run in inside if _has_results(run) or RunFolder(run).config.exists()]
+    """Return the runs and results directly inside a folder, or raise if there are none."""
+    inside = sorted(child for child in folder.iterdir() if child.is_dir() and _is_shown(child))
+    if not inside:
+        raise CheckpointError(f"{folder} holds neither a run nor a results.csv")
+    return inside

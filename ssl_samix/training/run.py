@@ -105,7 +105,8 @@ def as_words(
         **choices: Further choices; None is left out.
     """
     given = {**choices, **dotted(overrides)}
-    if isinstance(data, str) and data in groups()["data"]:
+    own = overrides.get("config_dir")
+    if isinstance(data, str) and data in groups(None, own and os.fspath(own))["data"]:
         given["data"] = data
     elif data is not None:
         given |= {"data": "folder", "data.root": data}
@@ -165,7 +166,7 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
     announce(trainer, config, folder, module, data, meta, mode.purpose, automatic)
-    _fit(mode.command, trainer, module, data, folder)
+    _fit(mode.command, trainer, module, data, folder, config.get("config_dir"))
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the checkpoint interval skipped the last epochs
     if trainer.is_global_zero:
@@ -225,18 +226,30 @@ def build_optimizer(config: DictConfig) -> OptimizerRecipe:
 
 
 def _fit(
-    command: str, trainer: pl.Trainer, module: BaseMethod, data: DataModule, folder: RunFolder
+    command: str,
+    trainer: pl.Trainer,
+    module: BaseMethod,
+    data: DataModule,
+    folder: RunFolder,
+    config_dir: str | None,
 ) -> None:
     # Processes that Lightning starts for further devices find the run by its folder.
-    with relaunched_as(folder.path, command, f"resume={quoted(str(folder.path))}"):
+    words = [f"resume={quoted(str(folder.path))}"]
+    words += [] if config_dir is None else [f"config_dir={quoted(config_dir)}"]
+    with relaunched_as(folder.path, command, *words):
         try:
             trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
         except SystemExit as stop:  # Lightning ends an interrupted fit this way
-            resume = shlex.quote(f"resume={folder.path}")
-            call = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
+            given = {
+                "resume": str(folder.path),
+                **({"config_dir": config_dir} if config_dir else {}),
+            }
+            words = shlex.join(f"{key}={value}" for key, value in given.items())
+            function = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
+            call = ", ".join(f"{key}={value!r}" for key, value in given.items())
             raise Interrupted(
-                f"interrupted: resume with samix {command} {resume}, or in Python with "
-                f"ssl_samix.{call}(resume={str(folder.path)!r})"
+                f"interrupted: resume with samix {command} {words}, or in Python with "
+                f"ssl_samix.{function}({call})"
             ) from stop
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
