@@ -139,7 +139,7 @@ def test_a_run_from_before_there_were_two_heads_goes_on_with_one(tmp_path, fails
         "supervised", *words, "data.limit=128", "trainer.precision=32-true", "trainer.max_epochs=2",
         f"out={run.out}",
     )  # fmt: skip
-    assert "(classifier.heads is one there, auto here)" in said
+    assert "(classifier.heads is one there, two here)" in said
 
 
 def test_a_picture_becomes_a_class(run):

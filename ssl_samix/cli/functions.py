@@ -154,8 +154,7 @@ def compare(*runs: Source, variants: str = "headline") -> DataFrame:
     from ssl_samix.reporting.compare import compared, find_results, parse_comparison
 
     wanted = parse_comparison([*map(_path, runs), f"variants={variants}"])
-    found, without = find_results(wanted.paths)
-    table = compared(found, wanted.variants == "all", without)
+    table = compared(find_results(wanted.paths), wanted.variants == "all")
     return DataFrame(table.rows, columns=[" ".join(filter(None, name)) for name in table.header])
 
 

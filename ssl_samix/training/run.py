@@ -244,11 +244,11 @@ def _fit(
                 "resume": str(folder.path),
                 **({"config_dir": config_dir} if config_dir else {}),
             }
-            words = shlex.join(f"{key}={value}" for key, value in given.items())
+            said = shlex.join(f"{key}={value}" for key, value in given.items())
             function = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
             call = ", ".join(f"{key}={value!r}" for key, value in given.items())
             raise Interrupted(
-                f"interrupted: resume with samix {command} {words}, or in Python with "
+                f"interrupted: resume with samix {command} {said}, or in Python with "
                 f"ssl_samix.{function}({call})"
             ) from stop
         except RuntimeError as error:

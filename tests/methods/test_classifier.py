@@ -241,8 +241,8 @@ def test_auto_gives_a_second_head_where_a_policy_learns_beside_plain_images(mixi
     assert [found.shape for found in logits] == [(8, 4 * heads)] * 2
 
 
-def test_the_configuration_says_auto_and_python_one():
-    assert compose("supervised", [])[0].classifier.heads == "auto"
+def test_one_head_is_the_default():
+    assert compose("supervised", [])[0].classifier.heads == "one"
     method = classifier("samix")
     known = ("backbone.", "projector.", "twin.module.0.", "twin.module.1.", "mixing.")
     assert all(key.startswith(known) for key in method.state_dict()), "as old checkpoints have it"
