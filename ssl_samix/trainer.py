@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from torch import nn
 
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import breaks_in_channels_last
+from ssl_samix.processes import started_by
 
 PACKAGES = (
     "ssl_samix", "torch", "torchvision", "lightly", "pytorch_lightning", "timm", "faiss-cpu",
@@ -105,6 +113,8 @@ def build_trainer(
     sync_batchnorm: bool | str,
     wants_sync_batchnorm: bool,
     compile: bool | str = False,
+    strategy: str = "auto",
+    plugins: Sequence[Any] = (),
     **arguments: Any,
 ) -> pl.Trainer:
     """Build the trainer from its configuration.
@@ -115,7 +125,9 @@ def build_trainer(
         devices: Lightning's.
         sync_batchnorm: true, false or ``auto``.
         wants_sync_batchnorm: What ``auto`` means for this method; GPUs only.
-        compile: Checked here; ``compiling.compile_if_wanted`` does it.
+        compile: Checked here; ``compile_if_wanted`` does it.
+        strategy: One of ``STRATEGIES``.
+        plugins: Lightning's.
         **arguments: Further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
@@ -127,7 +139,12 @@ def build_trainer(
         check_range(f"trainer.{key}", arguments.get(key, 1), 1, MOST_EPOCHS)
     if arguments.get("gradient_clip_val") is not None:
         check_range("trainer.gradient_clip_val", arguments["gradient_clip_val"], 0)
-    check_setting(compile)
+    if check_setting(compile) == "reduce-overhead" and arguments["accumulate_grad_batches"] > 1:
+        raise ConfigError(
+            "trainer.compile=reduce-overhead overwrites the outputs of a step in the next one, and "
+            "trainer.accumulate_grad_batches keeps them: choose trainer.compile=true"
+        )
+    _check_strategy(strategy)
     if str(precision) not in PRECISIONS:
         raise ConfigError(nearest(str(precision), PRECISIONS, "trainer.precision"))
     if precision == "auto":
@@ -139,6 +156,8 @@ def build_trainer(
             precision=precision,  # type: ignore[arg-type]
             accelerator=accelerator,
             devices=devices,
+            strategy=strategy,
+            plugins=[*plugins, *_environment(devices)],
             sync_batchnorm=bool(sync_batchnorm),
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -154,6 +173,35 @@ def build_trainer(
     ) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the trainer's settings do not work here: {reason}") from error
+
+
+STRATEGIES = ("auto", "ddp")
+
+
+def _check_strategy(name: str) -> None:
+    if name in STRATEGIES:
+        return
+    if "fsdp" in name or "deepspeed" in name:
+        raise ConfigError(
+            f"trainer.strategy={name} splits weights between devices, but the momentum encoder and "
+            "the frozen teacher need whole ones in each step: use ddp, and for larger networks "
+            "backbone.checkpointing=true"
+        )
+    raise ConfigError(nearest(name, STRATEGIES, "trainer.strategy"))
+
+
+def _environment(devices: int | str | list[int]) -> list[ClusterEnvironment]:
+    """Return the plugin that makes Lightning start the processes, where SLURM has not.
+
+    Lightning takes the variables of a SLURM job for those of tasks, and would wait for tasks that
+    nobody started, or train on one device only. A single task on a single device keeps SLURM's
+    plugin, which requeues jobs.
+    """
+    several = str(devices) != "1" and (devices != "auto" or torch.cuda.device_count() > 1)
+    is_task = "SLURM_PROCID" in os.environ
+    if started_by() is not None or not SLURMEnvironment.detect() or (is_task and not several):
+        return []
+    return [LightningEnvironment()]
 
 
 def silence_lightning() -> None:

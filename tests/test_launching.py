@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,8 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sentence", ["DataLoader worker (pid 7) exited", "of another kind"])
 def test_a_worker_that_ended_is_a_sentence_and_other_faults_are_not(sentence, tmp_path):
     class Trainer:
+        strategy = SimpleNamespace(launcher=None)
+
         def fit(self, *given, **named):
             raise RuntimeError(sentence)
 

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 # Keys that a resume may change; the network, data and training settings must stay the same.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
-    "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
-    "data.memory_gb", "data.download", "callbacks.",
+    "trainer.precision", "trainer.num_nodes", "trainer.strategy", "trainer.compile", "data.root",
+    "data.workers", "data.memory_gb", "data.download", "callbacks.",
 )  # fmt: skip
 
 

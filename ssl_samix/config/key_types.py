@@ -62,6 +62,7 @@ TYPES: dict[str, Any] = {
     "trainer.devices": int | str | list[int],
     "trainer.gradient_clip_val": float | None,
     "trainer.precision": int | str,
+    "trainer.strategy": str,
     "trainer.sync_batchnorm": bool | Auto,
     "views.device": str,
     "augment.device": str,

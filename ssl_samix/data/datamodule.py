@@ -5,7 +5,6 @@ Images and random numbers of a batch depend on seed, step and rank only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -19,6 +18,7 @@ from ssl_samix.data.images import ImageSet, MemoryImages
 from ssl_samix.data.view_spec import Recipes, ViewSpec, smallest_crop
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
+from ssl_samix.processes import worker_count
 from ssl_samix.types import Batch
 
 
@@ -231,13 +231,14 @@ class DataModule(StepData):
         """Whether all images are in memory."""
         return isinstance(self.images, MemoryImages)
 
-    def worker_count(self, ranks: int = 1) -> int:
-        """Return the number of worker processes per rank."""
+    def worker_count(self) -> int:
+        """Return the number of worker processes of this rank."""
         if self.workers != "auto":
             return int(self.workers)
         if self.in_memory and self.views.per_image is None:
             return 0  # pickling a batch to another process costs more than indexing it
-        return max(1, min(16, (os.cpu_count() or 1) // ranks))
+        # Ranks of this machine: others have cores of their own.
+        return worker_count(1 if self.trainer is None else self.trainer.num_devices)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this rank's part of each batch."""
@@ -250,7 +251,7 @@ class DataModule(StepData):
             )
         order, size = self.images.order, len(self.images)
         sampler = StepSampler(size, self.batch_size, self.seed, rank, ranks, order=order)
-        return self.loader(sampler, self.worker_count(ranks), rank)
+        return self.loader(sampler, self.worker_count(), rank)
 
 
 # Random crops and flips only: the usual augmentation of frozen probes and fine-tuning.
