@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +31,7 @@ from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import breaks_in_channels_last
 from ssl_samix.processes import started_by
 
+Answer = TypeVar("Answer")
 PACKAGES = (
     "ssl_samix", "torch", "torchvision", "lightly", "pytorch_lightning", "timm", "faiss-cpu",
     "hydra-core", "numpy",
@@ -59,8 +62,23 @@ def describe_environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": before_a_fork(_device_names),
     }
+
+
+def before_a_fork(question: Callable[[], Answer]) -> Answer:
+    """Return the answer to a question to CUDA, which must not be in use when a process forks.
+
+    Lightning forks in a notebook, for several devices. There a process of its own asks.
+    """
+    if not hasattr(sys, "ps1") or not torch.cuda.is_available() or torch.cuda.is_initialized():
+        return question()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(question)
+
+
+def _device_names() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _version(name: str) -> str | None:
@@ -92,7 +110,8 @@ def choose_precision(accelerator: str = "auto") -> str:
     On a CPU without bfloat16 instructions autocast would be far slower than float32.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+        supported = before_a_fork(partial(torch.cuda.is_bf16_supported, False))
+        return "bf16-mixed" if supported else "16-mixed"
     if accelerator in ("auto", "mps", "gpu") and torch.backends.mps.is_available():
         return "32-true"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -15,7 +15,7 @@ import torch
 from ssl_samix import processes
 from ssl_samix.errors import ConfigError
 from ssl_samix.processes import cores, fit_to_launcher, is_main_process, started_by
-from ssl_samix.trainer import build_trainer
+from ssl_samix.trainer import before_a_fork, build_trainer
 from tests.conftest import samix_here
 
 NAMES = (
@@ -214,3 +214,15 @@ def test_a_signal_to_another_rank_ends_all_and_leaves_a_checkpoint(number, tmp_p
     assert "Traceback" not in said
     assert "resume with samix pretrain resume=run" in said
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def asked_in() -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_cuda_is_asked_in_another_process_before_a_notebook_forks(notebook, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if notebook:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert (before_a_fork(asked_in) == os.getpid()) is not notebook

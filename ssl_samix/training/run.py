@@ -145,8 +145,9 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     check_range("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data: DataModule = build(
-        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
-    )
+        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled,
+        accelerator=config.trainer.accelerator,
+    )  # fmt: skip
     automatic = resolve_auto(config, choices, len(data.images), known_of(data))
     backbone = build(config.backbone, image_size=data.splits.image_size)
     init = config.get("init")  # a run from before pretraining had it has no such key
