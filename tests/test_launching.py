@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,20 @@ def test_a_worker_that_ended_is_a_sentence_and_other_faults_are_not(sentence, tm
     expected = UserError if "DataLoader" in sentence else RuntimeError
     with pytest.raises(expected, match=r"of another kind|data.workers=0 uses no workers"):
         _fit("pretrain", Trainer(), None, None, RunFolder(tmp_path))
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path):
+    killed = []
+
+    class Trainer:
+        strategy = SimpleNamespace(launcher=SimpleNamespace(kill=killed.append))
+
+        def fit(self, *given, **named):
+            raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    with pytest.raises(UserError, match=r"another process of this run ended.*samix pretrain resum"):
+        _fit("pretrain", Trainer(), None, None, RunFolder(tmp_path))
+    assert killed == [signal.SIGKILL]
 
 
 def test_a_run_goes_on_without_the_folder_of_tensorboard(tmp_path, monkeypatch):
