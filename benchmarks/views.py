@@ -96,10 +96,10 @@ def from_files(pictures: Pictures, method: str, device: str) -> list[tuple[Calla
     every = range(len(files))
     return [
         (lambda: [theirs(decoded(path)) for path in pictures.paths], len(files)),
-        (lambda: [single(files.original(i)) for i in every], len(files)),
+        (lambda: [single(files.picture(i)) for i in every], len(files)),
         (lambda: batched(files.load(every).to(device)), len(files)),
         (
-            lambda: batched.finish(stack([crops(files.original(i)) for i in every]).to(device)),
+            lambda: batched.finish(stack([crops(files.picture(i)) for i in every]).to(device)),
             len(files),
         ),
     ]

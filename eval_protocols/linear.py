@@ -20,7 +20,7 @@ from torch import nn
 from ssl_samix.artifacts.encoder import save_classifier
 from ssl_samix.config.compose import plain
 from ssl_samix.errors import ConfigError, check_choice, check_range
-from ssl_samix.evaluation.linear import logistic_regression, probe
+from ssl_samix.evaluation.linear import logistic_regression, near, probe
 from ssl_samix.evaluation.request import ProtocolRequest
 from ssl_samix.evaluation.results import Report, Row, table
 from ssl_samix.evaluation.task import Task, open_task
@@ -71,7 +71,11 @@ def cached(request: ProtocolRequest, task: Task, report: Report) -> Found:
         features = task.embed(train, "training"), task.embed(test, "test")
     given = (features[0], train.labels, features[1], test.labels, len(task.splits.classes))
     with report.timed("heads"):
-        heads = probe(*given, seed=config.seed, held_out_share=config.held_out)
+        train_rows, test_rows = (near(part, task.device) for part in features)
+        heads = probe(
+            train_rows, train.labels, test_rows, test.labels, len(task.splits.classes),
+            seed=config.seed, held_out_share=config.held_out,
+        )  # fmt: skip
     with report.timed("lbfgs"):
         lbfgs = logistic_regression(*given, seed=config.seed, held_out_share=config.held_out)
     found = {"heads": heads, "lbfgs": lbfgs}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightly.utils import lars
 from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ MIXER = "mixing."  # parameter prefix of the mixing objective
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups: encoder with weight decay, encoder without it, and Mixer.
 
-    Weight matrices have weight decay; biases, normalisation and the Mixer have none. lightly's LARS
+    Weight matrices have weight decay; biases, normalisation and the Mixer have none. LARS
     also leaves groups without decay unscaled, as SimCLR and BYOL require.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -117,6 +118,45 @@ class JointOptimizer(Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+class LARS(lars.LARS):
+    """lightly's LARS with the same updates, but no decision on the host.
+
+    lightly's asks for the norms of each weight matrix, which waits for the device twice. As there,
+    parameters without weight decay are not scaled.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+        return loss
+
+    def _update(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        change, decay, momentum = weight.grad, group["weight_decay"], group["momentum"]
+        assert change is not None
+        if decay != 0:
+            size, slope = torch.norm(weight), torch.norm(change)
+            rate = size / (slope + size * decay + group["eps"]) * group["trust_coefficient"]
+            scaled = change.add(weight, alpha=decay) * rate
+            change = torch.where((size != 0) & (slope != 0), scaled, change)
+        if momentum != 0:
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = change.clone()
+            else:
+                state["momentum_buffer"].mul_(momentum).add_(change, alpha=1 - group["dampening"])
+            buffer = state["momentum_buffer"]
+            change = change.add(buffer, alpha=momentum) if group["nesterov"] else buffer
+        weight.add_(change, alpha=-group["lr"])
 
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for it (arXiv 1706.02677, section 2.1)

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from torch import nn
 
 from ssl_samix.errors import ConfigError, check_choice, check_range, nearest
 from ssl_samix.files import write_atomically
 from ssl_samix.models.backbone import breaks_in_channels_last
+from ssl_samix.processes import started_by
 
+Answer = TypeVar("Answer")
 PACKAGES = (
     "ssl_samix", "torch", "torchvision", "lightly", "pytorch_lightning", "timm", "faiss-cpu",
     "hydra-core", "numpy",
@@ -52,8 +62,23 @@ def describe_environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": before_a_fork(_device_names),
     }
+
+
+def before_a_fork(question: Callable[[], Answer]) -> Answer:
+    """Return the answer to a question to CUDA, which must not be in use when a process forks.
+
+    Lightning forks in a notebook, for several devices. There a process of its own asks.
+    """
+    if not hasattr(sys, "ps1") or not torch.cuda.is_available() or torch.cuda.is_initialized():
+        return question()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(question)
+
+
+def _device_names() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _version(name: str) -> str | None:
@@ -85,7 +110,8 @@ def choose_precision(accelerator: str = "auto") -> str:
     On a CPU without bfloat16 instructions autocast would be far slower than float32.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+        supported = before_a_fork(partial(torch.cuda.is_bf16_supported, False))
+        return "bf16-mixed" if supported else "16-mixed"
     if accelerator in ("auto", "mps", "gpu") and torch.backends.mps.is_available():
         return "32-true"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -98,7 +124,7 @@ def memory_format(module: nn.Module) -> torch.memory_format:
     return torch.contiguous_format if breaks_in_channels_last(module) else torch.channels_last
 
 
-def build_trainer(
+def build_trainer(  # noqa: PLR0913 - one argument per configuration key
     *,
     precision: str,
     accelerator: str,
@@ -106,6 +132,8 @@ def build_trainer(
     sync_batchnorm: bool | str,
     wants_sync_batchnorm: bool,
     compile: bool | str = False,
+    strategy: str = "auto",
+    plugins: Sequence[Any] = (),
     extra: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> pl.Trainer:
@@ -117,7 +145,9 @@ def build_trainer(
         devices: Lightning's.
         sync_batchnorm: true, false or ``auto``.
         wants_sync_batchnorm: What ``auto`` means for this method; GPUs only.
-        compile: Checked here; ``compiling.compile_if_wanted`` does it.
+        compile: Checked here; ``compile_if_wanted`` does it.
+        strategy: One of ``STRATEGIES``.
+        plugins: Lightning's.
         extra: The user's further arguments of ``pytorch_lightning.Trainer``, by name.
         **arguments: Further arguments of ``pytorch_lightning.Trainer``.
 
@@ -130,7 +160,12 @@ def build_trainer(
         check_range(f"trainer.{key}", arguments.get(key, 1), 1, MOST_EPOCHS)
     if arguments.get("gradient_clip_val") is not None:
         check_range("trainer.gradient_clip_val", arguments["gradient_clip_val"], 0)
-    check_setting(compile)
+    if check_setting(compile) == "reduce-overhead" and arguments["accumulate_grad_batches"] > 1:
+        raise ConfigError(
+            "trainer.compile=reduce-overhead overwrites the outputs of a step in the next one, and "
+            "trainer.accumulate_grad_batches keeps them: choose trainer.compile=true"
+        )
+    _check_strategy(strategy)
     if str(precision) not in PRECISIONS:
         raise ConfigError(nearest(str(precision), PRECISIONS, "trainer.precision"))
     if precision == "auto":
@@ -142,6 +177,8 @@ def build_trainer(
             precision=precision,  # type: ignore[arg-type]
             accelerator=accelerator,
             devices=devices,
+            strategy=strategy,
+            plugins=[*plugins, *_environment(devices)],
             sync_batchnorm=bool(sync_batchnorm),
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -158,6 +195,35 @@ def build_trainer(
     ) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the trainer's settings do not work here: {reason}") from error
+
+
+STRATEGIES = ("auto", "ddp")
+
+
+def _check_strategy(name: str) -> None:
+    if name in STRATEGIES:
+        return
+    if "fsdp" in name or "deepspeed" in name:
+        raise ConfigError(
+            f"trainer.strategy={name} splits weights between devices, but the momentum encoder and "
+            "the frozen teacher need whole ones in each step: use ddp, and for larger networks "
+            "backbone.checkpointing=true"
+        )
+    raise ConfigError(nearest(name, STRATEGIES, "trainer.strategy"))
+
+
+def _environment(devices: int | str | list[int]) -> list[ClusterEnvironment]:
+    """Return the plugin that makes Lightning start the processes, where SLURM has not.
+
+    Lightning takes the variables of a SLURM job for those of tasks, and would wait for tasks that
+    nobody started, or train on one device only. A single task on a single device keeps SLURM's
+    plugin, which requeues jobs.
+    """
+    several = str(devices) != "1" and (devices != "auto" or torch.cuda.device_count() > 1)
+    is_task = "SLURM_PROCID" in os.environ
+    if started_by() is not None or not SLURMEnvironment.detect() or (is_task and not several):
+        return []
+    return [LightningEnvironment()]
 
 
 def silence_lightning() -> None:

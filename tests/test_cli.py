@@ -233,8 +233,12 @@ def test_slurm_variables_that_do_not_fit(fails, tmp_path, monkeypatch):
     for name, value in {**job, "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}.items():
         monkeypatch.setenv(name, value)
     sentence = fails("pretrain", *TINY, f"out={tmp_path}/run")
-    assert "settings do not work here: You set `--ntasks=4`" in sentence
-    assert "Use `--ntasks-per-node=4`" in sentence
+    assert "SLURM started 4 tasks" in sentence
+    assert "start them with --ntasks-per-node" in sentence
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    sentence = fails("pretrain", *TINY, "trainer.devices=2", f"out={tmp_path}/run")
+    assert "SLURM started 4 processes, 4 of them here" in sentence
+    assert "trainer.devices=2" in sentence
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ import torch.multiprocessing as mp
 
 from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.data.datamodule import StepSampler
+from ssl_samix.data.images import MemoryImages
+from ssl_samix.evaluation import features
 from ssl_samix.models.backbone import Backbone
+from ssl_samix.training.monitors import KNNMonitor
 from tests.conftest import METHODS, samix_here
 
 BATCH = 8
@@ -57,7 +60,28 @@ def worker(rank, port, folder):
             dist.all_reduce(gradient)
             gradient.div_(2)
         torch.save((losses, gradients, queue), f"{folder}/{name}-{rank}.pt")
+    torch.save((knn(), embedded(folder)), f"{folder}/knn-{rank}.pt")
     dist.destroy_process_group()
+
+
+def knn():
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(60) % 3
+    bank = torch.randn(60, 8, generator=generator) + torch.eye(8)[labels]
+    query = torch.randn(31, 8, generator=generator) + torch.eye(8)[labels[:31]]
+    monitor = KNNMonitor(k=(5, 20))
+    return monitor._accuracy(bank, labels, query, labels[:31], 3, torch.device("cpu"))
+
+
+def embedded(folder):
+    """More rows per rank than are gathered at once, of a number that two does not divide."""
+    features.GATHERED = 3
+    pixels = torch.arange(15, dtype=torch.uint8)[:, None, None, None].expand(15, 3, 2, 2)
+    images = MemoryImages(pixels, torch.zeros(15).long(), [""] * 15)
+    zeros, ones = (0.0,) * 3, (1.0,) * 3
+    return features.extract(
+        torch.nn.Flatten(), images, range(15), zeros, ones, device=torch.device("cpu"), chunk=4
+    )
 
 
 def free_port():
@@ -85,6 +109,16 @@ def test_two_processes_equal_one_with_the_whole_batch(name, two_ranks):
         if queue is not None:
             # The same keys in the same order: the queue of every rank is the whole batch's.
             torch.testing.assert_close(queue, whole_queue, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_measure_what_one_measures(two_ranks, tmp_path):
+    accuracy, rows = knn(), embedded(tmp_path)
+    for rank in (0, 1):
+        theirs, their_rows = torch.load(two_ranks / f"knn-{rank}.pt")
+        assert their_rows.shape == (15, 12)
+        torch.testing.assert_close(their_rows, rows)
+        for k, values in accuracy.items():
+            assert theirs[k] == pytest.approx(values, abs=1e-3)
 
 
 def test_ranks_share_each_batch_without_overlap():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,12 +30,28 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sentence", ["DataLoader worker (pid 7) exited", "of another kind"])
 def test_a_worker_that_ended_is_a_sentence_and_other_faults_are_not(sentence, tmp_path):
     class Trainer:
+        strategy = SimpleNamespace(launcher=None)
+
         def fit(self, *given, **named):
             raise RuntimeError(sentence)
 
     expected = UserError if "DataLoader" in sentence else RuntimeError
     with pytest.raises(expected, match=r"of another kind|data.workers=0 uses no workers"):
         _fit("pretrain", Trainer(), None, None, RunFolder(tmp_path))
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path):
+    killed = []
+
+    class Trainer:
+        strategy = SimpleNamespace(launcher=SimpleNamespace(kill=killed.append))
+
+        def fit(self, *given, **named):
+            raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    with pytest.raises(UserError, match=r"another process of this run ended.*samix pretrain resum"):
+        _fit("pretrain", Trainer(), None, None, RunFolder(tmp_path))
+    assert killed == [signal.SIGKILL]
 
 
 def test_a_run_goes_on_without_the_folder_of_tensorboard(tmp_path, monkeypatch):

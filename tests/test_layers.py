@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ssl_samix"
-EVERYWHERE = {"types", "errors", "files"}
+EVERYWHERE = {"types", "errors", "files", "processes"}
 # room or single module -> rooms and modules of this package that it may import beside itself
 ALLOWED = {
     "losses": set(),

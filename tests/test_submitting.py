@@ -59,6 +59,7 @@ def test_a_job_of_two_tasks_makes_one_run(slurm, tmp_path):
     submitted = (tmp_path / "submitted").read_text().splitlines()
     for option in ("nodes=1", "ntasks-per-node=2", "gpus-per-node=2", "time=7", "job-name=samix"):
         assert f"#SBATCH --{option}" in submitted
+    assert "export SLURM_KILL_BAD_EXIT=1" in submitted, "one task that fails ends the others"
     (run,) = (p for p in (tmp_path / "all").iterdir() if p.is_dir() and p.name[0] != ".")
     assert (run / "encoder.safetensors").exists()
     assert "2 x cpu" in (tmp_path / "printed").read_text()

@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 # Keys that a resume may change; the network, data and training settings must stay the same.
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
-    "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
-    "data.memory_gb", "data.download", "callbacks.", "config_dir",
+    "trainer.precision", "trainer.num_nodes", "trainer.strategy", "trainer.compile", "data.root",
+    "data.workers", "data.memory_gb", "data.download", "callbacks.", "config_dir",
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         from ssl_samix.config.compose import absolute, check, parse
         from ssl_samix.data.layout import check_layout
         from ssl_samix.errors import ConfigError
-        from ssl_samix.training.launch import is_main_process
+        from ssl_samix.processes import is_main_process
 
         roots = sum(override.key_or_group == "data.root" for override in parse(words))
         if roots > 1:  # only the last would be used, one shard of many

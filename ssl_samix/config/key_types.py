@@ -64,6 +64,7 @@ TYPES: dict[str, Any] = {
     "trainer.devices": int | str | list[int],
     "trainer.gradient_clip_val": float | None,
     "trainer.precision": int | str,
+    "trainer.strategy": str,
     "trainer.sync_batchnorm": bool | Auto,
     "views.device": str,
     "augment.device": str,
@@ -187,7 +188,7 @@ EXTRA = "trainer.extra"
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 _OURS = (
     "accelerator", "accumulate_grad_batches", "devices", "gradient_clip_val", "max_epochs",
-    "num_nodes", "precision", "sync_batchnorm",
+    "num_nodes", "precision", "strategy", "sync_batchnorm",
 )  # fmt: skip
 # Arguments of Lightning's Trainer that this package sets -> the key for it, if there is one.
 SET_HERE: dict[str, str | None] = {
@@ -196,7 +197,7 @@ SET_HERE: dict[str, str | None] = {
     "default_root_dir": "out",
     "enable_model_summary": None,
     "enable_progress_bar": None,
-    "logger": None,
+    "logger": "logger",
     "num_sanity_val_steps": None,
     "plugins": None,
     "use_distributed_sampler": None,

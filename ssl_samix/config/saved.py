@@ -22,6 +22,8 @@ LARGEST = 64 * 1024  # bytes; a run's file has about 4,000
 DEEPEST = 8  # levels of nesting; a run's file has 4
 # Classes of the package may move between versions; the choices identify them.
 PACKAGE_PREFIX = "ssl_samix."
+# Classes of libraries in older runs, and those of the package that do the same.
+REPLACED = {("lightly.utils.lars.LARS", "ssl_samix.optim.LARS")}
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) 
 def _check_class(key: str, theirs: Any, own: Any) -> None:
     """Check that a class is the installed one; if both are of this package, it may have moved."""
     moved = str(theirs).startswith(PACKAGE_PREFIX) and str(own).startswith(PACKAGE_PREFIX)
+    moved |= (theirs, own) in REPLACED
     if theirs != own and not moved:
         instead = "nothing is built" if own is None else f"{own} is built"
         raise ConfigError(f"{key} is {theirs}, where {instead}")

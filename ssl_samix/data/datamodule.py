@@ -5,12 +5,12 @@ Images and random numbers of a batch depend on seed, step and rank only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -19,14 +19,15 @@ from ssl_samix.data.images import ImageSet, MemoryImages
 from ssl_samix.data.view_spec import Recipes, ViewSpec, smallest_crop
 from ssl_samix.data.views import ViewMaker
 from ssl_samix.errors import DataError, check_range
+from ssl_samix.processes import worker_count
 from ssl_samix.types import Batch
 
 
 class PerImageViews(Protocol):
     """Interface of a callable that draws the views of one image in a worker process."""
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Return the views (V, 3, S, S) of an image (3, h, w), both uint8."""
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the views, (V, 3, S, S) uint8, of an RGB picture."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -108,7 +109,7 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
             pixels = self.images.load(indices)  # (B, 3, S, S)
         else:
             torch.manual_seed(step_seed(self.seed, step, self.rank))
-            pixels = torch.stack([self.views(self.images.original(i)) for i in indices])
+            pixels = torch.stack([self.views(self.images.picture(i)) for i in indices])
         return pixels, self.images.labels[index], index, step
 
 
@@ -129,6 +130,7 @@ class StepData(pl.LightningDataModule):
     images: ImageSet
     views: ViewMaker
     seed: int
+    accelerator = "auto"
 
     def loader(
         self, sampler: Sampler[tuple[int, list[int]]], workers: int, rank: int = 0
@@ -140,7 +142,7 @@ class StepData(pl.LightningDataModule):
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.accelerator != "cpu" and torch.cuda.is_available(),
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
@@ -181,6 +183,7 @@ class DataModule(StepData):
         flip: Whether views may be mirrored.
         crop_min: Smallest area of a crop, if larger than that of the method's views.
         workers: Processes that decode images, or ``auto``: none if all images are in memory.
+        accelerator: Lightning's, of the run.
         **data: The images, as arguments of ``load_splits``.
 
     Raises:
@@ -196,13 +199,14 @@ class DataModule(StepData):
         flip: bool,
         crop_min: float | Literal["auto"],
         workers: int | Literal["auto"],
+        accelerator: str = "auto",
         **data: Any,
     ) -> None:
         super().__init__()
         check_range("seed", seed, 0)
         if workers != "auto":
             check_range("data.workers", workers, 0)
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers, self.accelerator = seed, workers, accelerator
         self.splits: Splits = load_splits(**data)
         self.images = self.splits.train
         images = len(self.images)
@@ -211,7 +215,7 @@ class DataModule(StepData):
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
         self.crop_min = smallest_crop(size, crop_min)
         self.specs = views.specs(size, flip, self.crop_min)
-        self.views = ViewMaker(self.specs, size, mean, std, views.device)
+        self.views = ViewMaker(self.specs, size, mean, std, views.device, accelerator)
 
     def _check_batch(self) -> None:
         images = len(self.images)
@@ -231,13 +235,14 @@ class DataModule(StepData):
         """Whether all images are in memory."""
         return isinstance(self.images, MemoryImages)
 
-    def worker_count(self, ranks: int = 1) -> int:
-        """Return the number of worker processes per rank."""
+    def worker_count(self) -> int:
+        """Return the number of worker processes of this rank."""
         if self.workers != "auto":
             return int(self.workers)
         if self.in_memory and self.views.per_image is None:
             return 0  # pickling a batch to another process costs more than indexing it
-        return max(1, min(16, (os.cpu_count() or 1) // ranks))
+        # Ranks of this machine: others have cores of their own.
+        return worker_count(1 if self.trainer is None else self.trainer.num_devices)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this rank's part of each batch."""
@@ -250,7 +255,7 @@ class DataModule(StepData):
             )
         order, size = self.images.order, len(self.images)
         sampler = StepSampler(size, self.batch_size, self.seed, rank, ranks, order=order)
-        return self.loader(sampler, self.worker_count(ranks), rank)
+        return self.loader(sampler, self.worker_count(), rank)
 
 
 # Random crops and flips only: the usual augmentation of frozen probes and fine-tuning.

@@ -250,6 +250,10 @@ class ImageSet(Dataset[tuple[Tensor, int]], ABC):
     def original(self, index: int) -> Tensor:
         """Return one image before fitting, (3, h, w) uint8, for crops from the full picture."""
 
+    def picture(self, index: int) -> Image.Image:
+        """Return one image before fitting in RGB; decoded pictures are not copied."""
+        return Image.fromarray(self.original(index).permute(1, 2, 0).numpy())
+
     def order(self, generator: torch.Generator) -> Tensor:
         """Return the order of an epoch, (N,) int64, as the source prefers it."""
         if self.source is None:
@@ -339,7 +343,15 @@ class FileImages(ImageSet):
         Raises:
             DataError: Every image of a class is damaged.
         """
-        return to_tensor(self._decode(index, None))
+        return to_tensor(self.picture(index))
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one decoded image in RGB.
+
+        Raises:
+            DataError: Every image of a class is damaged.
+        """
+        return self._decode(index, None)
 
     def _decode(self, index: int, at_least: int | None) -> Image.Image:
         """Return the picture at ``index``, or the next readable one with the same label."""

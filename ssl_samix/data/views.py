@@ -260,13 +260,14 @@ class ViewMaker:
         mean: Mean of the normalisation, per channel.
         std: Standard deviation of the normalisation, per channel.
         device: ``auto``, ``batched`` or ``workers``.
+        accelerator: Lightning's, of the run: with ``cpu`` a GPU of this machine is not used.
 
     Raises:
         ConfigError: If a policy is to be batched.
 
     Attributes:
         specs: Settings of each view.
-        per_image: Maps one original, uint8 (3, h, w), to its views (V, 3, S, S), complete or only
+        per_image: Maps one whole picture to its views, (V, 3, S, S) uint8, complete or only
             cropped; None if views are computed from the batch.
     """
 
@@ -277,15 +278,17 @@ class ViewMaker:
         mean: Sequence[float],
         std: Sequence[float],
         device: str = "auto",
+        accelerator: str = "auto",
     ) -> None:
         self.specs = tuple(specs)
+        gpu = accelerator != "cpu" and torch.cuda.is_available()
         policy = any(spec.policy != "none" for spec in specs)
         if policy and device == "batched":
             raise ConfigError(
                 "an augmentation policy is drawn image by image: set device to workers or auto"
             )
         large = size > BATCHED_UP_TO
-        if device == "auto" and (policy or (large and not torch.cuda.is_available())):
+        if device == "auto" and (policy or (large and not gpu)):
             device = "workers"
         self._batched: BatchedViews | None = None
         self.per_image: WorkerViews | None = None
@@ -307,21 +310,38 @@ class ViewMaker:
             pixels: Fitted images (B, 3, S, S), or output of ``per_image``, (B, V, 3, S, S); uint8.
         """
         if self._batched is None:
-            mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
-            views = tuple(normalize(view, mean, std) for view in pixels.unbind(dim=1))
+            if self._mean.device != pixels.device:  # the first batch: each copy is a wait
+                self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
+            views = tuple(normalize(v, self._mean, self._std) for v in pixels.unbind(dim=1))
         else:
             batched = self._batched.to(pixels.device)
             views = batched(pixels) if self.per_image is None else batched.finish(pixels)
         return tuple(
-            view if erase is None else _each(erase, view)
+            view if erase is None else _erased(view, erase)
             for view, erase in zip(views, self._erasing, strict=True)
         )
 
 
-def _each(change: v2.Transform, images: Tensor) -> Tensor:
-    """Apply a transform to each image: on a batch, torchvision would draw once for all."""
-    changed = torch.stack([change(image) for image in images])
-    return changed.contiguous(memory_format=torch.channels_last)
+def _erased(views: Tensor, erasing: v2.RandomErasing) -> Tensor:
+    """Return views (B, 3, S, S) with rectangles of noise, drawn for each image, in place.
+
+    Equals torchvision's transform of each image, but copies the noise of all of them at once.
+    """
+    drawn = [(i, erasing.make_params([v])) for i, v in enumerate(views) if _happens(erasing.p)]
+    boxes = [(i, box) for i, box in drawn if box["v"] is not None]
+    if boxes:
+        noise = torch.cat([box["v"].flatten() for _, box in boxes])
+        noise = noise.pin_memory() if views.device.type == "cuda" else noise
+        sizes = [box["v"].numel() for _, box in boxes]
+        parts = transforms.sent(noise, views.device).split(sizes)
+        for (image, box), part in zip(boxes, parts, strict=True):
+            i, j, h, w = (box[name] for name in "ijhw")
+            views[image, :, i : i + h, j : j + w] = part.view_as(box["v"])
+    return views
+
+
+def _happens(probability: float) -> bool:
+    return bool(torch.rand(1) < probability)
 
 
 class WorkerViews:
@@ -336,18 +356,22 @@ class WorkerViews:
         """Build one torchvision pipeline per view."""
         self._pipelines = [self._pipeline(spec, size) for spec in specs]
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Return the V views of one uint8 (3, h, w) ``image`` as uint8 (V, 3, size, size).
+    def __call__(self, image: Tensor | Image.Image) -> Tensor:
+        """Return the V views of an RGB picture, or uint8 (3, h, w), as uint8 (V, 3, size, size).
 
         Raises:
             DataError: If the image has another type or shape.
         """
+        if isinstance(image, Image.Image):
+            return self._views(image)
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise DataError(
                 "views are drawn from a uint8 image (3, h, w), "
                 f"got {image.dtype} {tuple(image.shape)}"
             )
-        picture = TF.to_pil_image(image)
+        return self._views(TF.to_pil_image(image))
+
+    def _views(self, picture: Image.Image) -> Tensor:
         return torch.stack([TF.pil_to_tensor(pipeline(picture)) for pipeline in self._pipelines])
 
     def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:

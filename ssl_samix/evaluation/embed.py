@@ -6,7 +6,6 @@ Modules that need torch are imported inside functions, so that errors are report
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ssl_samix.data.layout import is_there
 from ssl_samix.errors import ConfigError, DataError, UserError, check_choice, check_range
 from ssl_samix.evaluation.request import WEIGHTS, Origin, find_origin
 from ssl_samix.files import expanded, new_folder
+from ssl_samix.processes import worker_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +149,7 @@ def _pictures(request: EmbedRequest, size: int) -> Pictures:
 def _workers(config: DictConfig, total: int) -> int:
     if config.workers != "auto":
         return int(config.workers)
-    return 0 if total <= config.chunk else max(1, min(16, os.cpu_count() or 1))
+    return 0 if total <= config.chunk else worker_count()
 
 
 def _sheet(

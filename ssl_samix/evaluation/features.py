@@ -72,27 +72,31 @@ def extract(  # noqa: PLR0913 - data and preprocessing
     rows = []
     with evaluating(encoder):
         for pixels in loader:
-            rows.append(encoder(normalize(pixels.to(device), *channels)).float())
+            rows.append(encoder(normalize(pixels.to(device), *channels)).float().cpu())
             if progress is not None:
                 progress(len(pixels))
-    features = torch.cat(rows) if rows else None
-    return _joined(features, share, len(picks), device) if ranks > 1 else _checked(features)
+    assert rows or ranks > 1, "there is nothing to embed"
+    features = torch.cat(rows) if rows else torch.empty(0, 0)
+    return _joined(features, share, device)[: len(picks)] if ranks > 1 else features
 
 
-def _checked(features: Tensor | None) -> Tensor:
-    assert features is not None, "there is nothing to embed"
-    return features.cpu()
+GATHERED = 4096  # rows per rank that are on the device at once
 
 
-def _joined(features: Tensor | None, share: int, total: int, device: torch.device) -> Tensor:
-    """Return the rows of all ranks; padding of ranks with fewer than ``share`` rows is removed."""
+def _joined(features: Tensor, share: int, device: torch.device) -> Tensor:
+    """Return ``share`` rows of each rank on the CPU; ranks with fewer rows are padded with 0."""
     import torch.distributed as dist
 
-    width = torch.tensor([0 if features is None else features.shape[1]], device=device)
+    width = torch.tensor([features.shape[1]], device=device)
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
-    padded = torch.zeros(share, int(width), device=device)
-    if features is not None:
-        padded[: len(features)] = features
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[:total].cpu()
+    every = torch.empty(dist.get_world_size(), share, int(width))
+    for begin in range(0, share, GATHERED):
+        mine = features[begin : begin + GATHERED]
+        part = torch.zeros(min(GATHERED, share - begin), int(width), device=device)
+        if len(mine):
+            part[: len(mine)] = mine.to(device)
+        parts = [torch.empty_like(part) for _ in every]
+        dist.all_gather(parts, part)
+        for rows, given in zip(every, parts, strict=True):
+            rows[begin : begin + len(part)] = given
+    return every.flatten(0, 1)

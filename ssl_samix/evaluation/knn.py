@@ -29,16 +29,19 @@ def check_finite(name: str, features: Tensor) -> None:
         raise DataError(f"the {name} features hold NaN or infinity: the encoder has diverged")
 
 
-def neighbours(bank: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def neighbours(
+    bank: Tensor, query: Tensor, k: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k nearest bank rows of each query by cosine similarity, exactly.
 
     Args:
         bank: (N, D) features.
         query: (Q, D) features.
         k: Number of neighbours; at most N.
+        device: A GPU that searches; without one, faiss does on the CPU.
 
     Returns:
-        Similarities (Q, k), in descending order, and bank row indices (Q, k).
+        Similarities (Q, k), in descending order, and bank row indices (Q, k); on the CPU.
 
     Raises:
         DataError: If ``k`` exceeds the bank, or a feature is not finite.
@@ -47,11 +50,49 @@ def neighbours(bank: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise DataError(f"kNN with k={k} needs a bank of at least {k} images, got {len(bank)}")
     check_finite("bank", bank)
     check_finite("query", query)
+    if device is not None and device.type == "cuda":
+        return by_products(bank, query, k, device)
     bank_rows, query_rows = (_unit_rows(features) for features in (bank, query))
     index = faiss.IndexFlatIP(bank_rows.shape[1])
     index.add(bank_rows)
     similarity, rows = index.search(query_rows, k)
     return torch.from_numpy(similarity), torch.from_numpy(rows)
+
+
+def by_products(
+    bank: Tensor,
+    query: Tensor,
+    k: int,
+    device: torch.device,
+    bank_rows: int = 16384,
+    query_rows: int = 4096,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``neighbours`` does, by matrix products in float32 on any device.
+
+    Args:
+        bank: (N, D).
+        query: (Q, D).
+        k: Number of neighbours; at most N.
+        device: Where the products are.
+        bank_rows: Rows of the bank that are there at once.
+        query_rows: Queries that are there at once.
+    """
+    found = []
+    # Autocast would round the similarities to 8 bits.
+    with torch.autocast(device.type, enabled=False):
+        for asked in query.split(query_rows):
+            wanted = F.normalize(asked.to(device).float(), dim=1)
+            near = wanted.new_empty(len(wanted), 0)
+            rows = near.long()
+            for begin in range(0, len(bank), bank_rows):
+                part = F.normalize(bank[begin : begin + bank_rows].to(device).float(), dim=1)
+                close, places = (wanted @ part.T).topk(min(k, len(part)), dim=1)
+                near, rows = torch.cat([near, close], 1), torch.cat([rows, places + begin], 1)
+                near, kept = near.topk(min(k, near.shape[1]), dim=1)
+                rows = rows.gather(1, kept)
+            found.append((near.cpu(), rows.cpu()))
+    similarity, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return similarity, places
 
 
 def _unit_rows(features: Tensor) -> np.ndarray:
@@ -85,6 +126,7 @@ def knn_accuracy(
     classes: int,
     ks: Sequence[int] = (20, 200),
     temperature: float = 0.07,
+    device: torch.device | None = None,
 ) -> dict[int, tuple[float, float]]:
     """Return the accuracy of weighted kNN classification.
 
@@ -97,6 +139,7 @@ def knn_accuracy(
         ks: Numbers of neighbours; a k above the bank's size is left out. If every k is above it,
             all rows vote.
         temperature: Temperature of the weights.
+        device: As in ``neighbours``.
 
     Returns:
         k -> (top-1, top-5) in percent.
@@ -105,7 +148,7 @@ def knn_accuracy(
         DataError: If a feature is not finite.
     """
     fitting = [k for k in ks if k <= len(bank)] or [len(bank)]
-    similarity, rows = neighbours(bank, query, max(fitting))
+    similarity, rows = neighbours(bank, query, max(fitting), device)
     votes = vote_grid(similarity, bank_labels[rows], query_labels, classes, fitting, [temperature])
     return {vote.k: (vote.top1, vote.top5) for vote in votes}
 

@@ -472,6 +472,16 @@ def probe(
     return ProbeResult(top1.item(), top5.item(), setting, held_out)
 
 
+def near(features: Tensor, device: torch.device) -> Tensor:
+    """Return the features on a GPU, if they take less than a quarter of its free memory.
+
+    Otherwise they are returned unchanged, and the heads are trained where they are.
+    """
+    if device.type != "cuda" or 4 * features.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return features
+    return features.to(device)
+
+
 def logistic_regression(  # noqa: PLR0913 - the data, and how they are learned
     train: Tensor,
     train_labels: Tensor,

@@ -59,10 +59,10 @@ def embed_two_views(
 
 
 def _pixels(images: ImageSet, picks: Sequence[int], draw: Any) -> Tensor:
-    """Return resized images, (B, 3, S, S) uint8, or views of originals, (B, V, 3, S, S) uint8."""
+    """Return resized images, (B, 3, S, S) uint8, or views of pictures, (B, V, 3, S, S) uint8."""
     if draw is None:
         return images.load(picks)
-    return torch.stack([draw(images.original(i)) for i in picks])
+    return torch.stack([draw(images.picture(i)) for i in picks])
 
 
 ITERATIONS = 20

@@ -21,6 +21,7 @@ from ssl_samix.evaluation.features import extract
 from ssl_samix.evaluation.knn import check_finite
 from ssl_samix.evaluation.request import UNLABELLED, ProtocolRequest
 from ssl_samix.evaluation.source import fingerprint, load_source
+from ssl_samix.processes import worker_count
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _workers(wanted: int | str, splits: Splits) -> int:
     if wanted != "auto":
         return int(wanted)
     images = splits.val or splits.train
-    return 0 if isinstance(images, MemoryImages) else max(1, min(16, os.cpu_count() or 1))
+    return 0 if isinstance(images, MemoryImages) else worker_count()
 
 
 def choose_device(name: str) -> torch.device:

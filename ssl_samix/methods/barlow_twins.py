@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import BarlowTwinsProjectionHead
 from torch import Tensor
@@ -61,4 +62,5 @@ class BarlowTwins(BaseMethod):
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of the two views, (B,), the same for each sample of the batch."""
         first, second = self.query(views[0]), self.query(views[1])
-        return self.criterion(first, second).expand(len(first))
+        with torch.autocast(first.device.type, enabled=False):  # the matrix product would be halved
+            return self.criterion(first, second).expand(len(first))

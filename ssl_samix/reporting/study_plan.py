@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from yaml import YAMLError
 
 from ssl_samix.errors import ConfigError, check_choice, nearest
 from ssl_samix.files import expanded
+from ssl_samix.processes import cores
 
 KEYS = (
     "command", "base", "methods", "policies", "seeds", "length", "evaluate", "workers",
@@ -266,8 +266,7 @@ def _workers(value: object, launcher: str) -> int:
     if value == "auto" and launcher == "slurm":
         return 2**31  # the cluster's queue sets the limit
     if value == "auto":
-        affinity = getattr(os, "sched_getaffinity", None)  # exists on Linux only
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        return cores()
     return _whole("workers", value, 1, "auto or ")
 
 

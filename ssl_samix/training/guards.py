@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.nn.parallel import DistributedDataParallel
 
 from ssl_samix.errors import ConfigError, UserError, check_range
 
@@ -55,6 +59,38 @@ class RunCheckpoint(ModelCheckpoint):
 EVERY = 100  # steps between two checks: each synchronises host and device
 
 
+class SeveralProcesses(pl.Callback):
+    """Makes a run of several processes end together, and send and wait for less in each step.
+
+    Nothing is done for a run of one process.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace Lightning's handling of SIGTERM, and DDP's sending of buffers in each step.
+
+        Lightning's handler waits for all processes, which hangs if only one got the signal; and
+        for it every step sends a flag to all devices and reads it back. Here the signal ends the
+        process that gets it, and that ends the others.
+        """
+        if trainer.world_size == 1:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.broadcast_buffers = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the buffers of rank 0, such as BatchNorm's statistics, before they are used."""
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 class FiniteLoss(pl.Callback):
     """Stops the run if a loss was NaN or infinite; checks every 100 steps and after each epoch.
 
@@ -79,6 +115,9 @@ class FiniteLoss(pl.Callback):
         """
         done = trainer.current_epoch
         kept = "last.ckpt holds the last complete epoch" if done else "no epoch was completed"
+        for name, step in module.named_buffers():
+            if name.endswith("bad_step"):  # if one rank has found it, all end
+                step.copy_(trainer.strategy.reduce(step.clone(), reduce_op="max"))
         error_message = None if module.mixing is None else module.mixing.error_message()
         if error_message is not None:
             raise UserError(f"{error_message} ({kept})")

@@ -1,4 +1,4 @@
-"""Runs of several processes: which process this is, and how Lightning starts the others."""
+"""Runs of several processes: how Lightning starts the others, and how they find the run folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+from ssl_samix.processes import is_main_process
+
 # Lightning sets these for the processes that it starts, and does not remove most of them: a second
 # fit in the same process would take itself for one of those.
 _LEFT_BEHIND = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOLDER = "SSL_SAMIX_RUN"  # passes the run folder to the other processes
 COMMAND = "SSL_SAMIX_COMMAND"  # process id, set by the command line
-
-
-def is_main_process() -> bool:
-    """Return whether this process writes the shared files (global rank 0)."""
-    for name in _RANKS:
-        if os.environ.get(name, "").isdigit():
-            return os.environ[name] == "0"
-    return True
 
 
 def given_folder() -> str | None:
@@ -37,12 +30,6 @@ def imported_by_a_worker() -> bool:
     starts again in each of them.
     """
     return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
-
-
-def launched_outside() -> bool:
-    """Return whether torchrun or SLURM started several processes of the same command."""
-    number = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", ""))
-    return number.isdigit() and int(number) > 1
 
 
 @contextmanager

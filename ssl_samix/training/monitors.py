@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from lightly.utils.dist import rank, world_size
 from torch import Tensor
 
 from ssl_samix.data.datamodule import DataModule
@@ -51,7 +52,8 @@ class Monitor(pl.Callback, ABC):
 
     Args:
         every_n_epochs: The interval; ``auto`` chooses the shortest one that is expected to cost at
-            most 5% of the training, counted in passes of the network.
+            most 5% of the training, counted in passes of the network. A search for neighbours is
+            a few percent of the passes (2 Q N D operations; docs/scaling.md) and left out.
 
     Raises:
         ConfigError: For an interval below 1.
@@ -319,10 +321,8 @@ class KNNMonitor(Monitor):
         if splits.bank is not None and splits.val is not None:
             bank, bank_labels = self._embed(encoder, data, splits.bank, self.bank_limit, device)
             val, val_labels = self._embed(encoder, data, splits.val, self.val_limit, device)
-            accuracy = knn_accuracy(
-                bank, bank_labels, val, val_labels, len(splits.classes), self.k, self.temperature
-            )
-            for position, (k, (top1, top5)) in enumerate(accuracy.items()):
+            found = self._accuracy(bank, bank_labels, val, val_labels, len(splits.classes), device)
+            for position, (k, (top1, top5)) in enumerate(found.items()):
                 suffix = f"_k{k}" if position else ""
                 result |= {f"knn/top1{suffix}": top1, f"knn/top5{suffix}": top5}
         if bank is None or splits.bank is not splits.train:
@@ -335,6 +335,34 @@ class KNNMonitor(Monitor):
             "alignment": alignment(first, second),
             "uniformity": uniformity(sample),
         }
+
+    def _accuracy(
+        self,
+        bank: Tensor,
+        bank_labels: Tensor,
+        val: Tensor,
+        val_labels: Tensor,
+        classes: int,
+        device: torch.device,
+    ) -> dict[int, tuple[float, float]]:
+        """Return k -> (top-1, top-5) in percent; each rank searches for its share of ``val``."""
+
+        def searched(part: slice) -> dict[int, tuple[float, float]]:
+            query, labels = val[part], val_labels[part]
+            return knn_accuracy(
+                bank, bank_labels, query, labels, classes, self.k, self.temperature, device
+            )
+
+        if world_size() == 1:
+            return searched(slice(None))
+        share = slice(rank() % len(val), None, world_size())  # of few images some are asked twice
+        mine, count = searched(share), len(val[share])
+        hits = torch.tensor([*mine.values()], dtype=torch.float32, device=device) * count
+        total = torch.tensor(float(count), device=device)
+        torch.distributed.all_reduce(hits)
+        torch.distributed.all_reduce(total)
+        every = (hits / total).tolist()
+        return {k: (top1, top5) for k, (top1, top5) in zip(mine, every, strict=True)}
 
     def _embed(
         self,

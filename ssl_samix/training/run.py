@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.distributed import DistError
 
 from ssl_samix.artifacts.checkpoints import AtomicCheckpointIO, describe
 from ssl_samix.artifacts.encoder import load_encoder, save_encoder
@@ -36,16 +39,11 @@ from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.optim import OptimizerRecipe
+from ssl_samix.processes import fit_to_launcher, is_main_process, started_world
 from ssl_samix.trainer import compile_if_wanted, memory_format, record_start
 from ssl_samix.training.defaults import known_of, resolve_auto
-from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint
-from ssl_samix.training.launch import (
-    given_folder,
-    imported_by_a_worker,
-    is_main_process,
-    launched_outside,
-    relaunched_as,
-)
+from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint, SeveralProcesses
+from ssl_samix.training.launch import given_folder, imported_by_a_worker, relaunched_as
 from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
 from ssl_samix.training.monitors import Monitor, Recluster
 
@@ -127,7 +125,9 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
     config, choices = compose(command, arguments)
     absolute(config)
     out = config.out or given_folder()
-    if out is None and launched_outside():
+    fit_to_launcher(config.trainer.devices, config.trainer.num_nodes)  # raises if they do not
+    world, _ = started_world() or (config.trainer.num_nodes, 1)
+    if out is None and world > 1:
         raise ConfigError("a run of several processes needs a run folder: give out=<folder>")
     folder = RunFolder(out or default_out(choices, config.seed))
     if is_main_process():
@@ -146,8 +146,9 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
     check_range("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data: DataModule = build(
-        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled
-    )
+        config.data, views=mode.views(config), seed=config.seed, labelled=mode.labelled,
+        accelerator=config.trainer.accelerator,
+    )  # fmt: skip
     automatic = resolve_auto(config, choices, len(data.images), known_of(data))
     backbone = build(config.backbone, image_size=data.splits.image_size)
     init = config.get("init")  # a run from before pretraining had it has no such key
@@ -225,6 +226,26 @@ def build_optimizer(config: DictConfig) -> OptimizerRecipe:
     return recipe
 
 
+@contextmanager
+def _none_left_behind(trainer: pl.Trainer) -> Iterator[None]:
+    """End the processes that Lightning has started if this one fails: they would wait for it."""
+    try:
+        yield
+    except BaseException:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+        raise
+
+
+def _how_to_resume(command: str, folder: RunFolder, config_dir: str | None) -> str:
+    given = {"resume": str(folder.path), **({"config_dir": config_dir} if config_dir else {})}
+    words = shlex.join(f"{key}={value}" for key, value in given.items())
+    function = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
+    call = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f"resume with samix {command} {words}, or in Python with ssl_samix.{function}({call})"
+
+
 def _fit(
     command: str,
     trainer: pl.Trainer,
@@ -233,25 +254,19 @@ def _fit(
     folder: RunFolder,
     config_dir: str | None,
 ) -> None:
+    again = _how_to_resume(command, folder, config_dir)
     # Processes that Lightning starts for further devices find the run by its folder.
     words = [f"resume={quoted(str(folder.path))}"]
     words += [] if config_dir is None else [f"config_dir={quoted(config_dir)}"]
     with relaunched_as(folder.path, command, *words):
         try:
-            trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
+            with _none_left_behind(trainer):
+                trainer.fit(module, data, ckpt_path=folder.last if folder.last.exists() else None)
         except SystemExit as stop:  # Lightning ends an interrupted fit this way
-            given = {
-                "resume": str(folder.path),
-                **({"config_dir": config_dir} if config_dir else {}),
-            }
-            said = shlex.join(f"{key}={value}" for key, value in given.items())
-            function = {"pretrain": "pretrain", "supervised": "train_supervised"}[command]
-            call = ", ".join(f"{key}={value!r}" for key, value in given.items())
-            raise Interrupted(
-                f"interrupted: resume with samix {command} {said}, or in Python with "
-                f"ssl_samix.{function}({call})"
-            ) from stop
+            raise Interrupted(f"interrupted: {again}") from stop
         except RuntimeError as error:
+            if isinstance(error, DistError) or "gloo" in str(error):
+                raise UserError(f"another process of this run ended, see above; {again}") from error
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
@@ -294,7 +309,7 @@ def _trainer(
     checkpoints.append(
         RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
     )
-    watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
+    watchers: list[pl.Callback] = [FiniteLoss(), SeveralProcesses(), Pace(), Recluster(), monitor]
     watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
     pictures = config.callbacks.get("pictures")  # older runs have no such key
     if pictures is not None:
@@ -305,6 +320,7 @@ def _trainer(
         callbacks=[*watchers, *checkpoints],
         logger=RunLogger(folder.path, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO(meta)],
+        **fit_to_launcher(config.trainer.devices, config.trainer.num_nodes),
         default_root_dir=folder.path,
     )
     return trainer

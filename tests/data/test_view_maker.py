@@ -8,7 +8,7 @@ import torch
 from ssl_samix.config.compose import compose, groups
 from ssl_samix.data.folder import empty_classes
 from ssl_samix.data.view_spec import OneView
-from ssl_samix.data.views import ViewMaker
+from ssl_samix.data.views import ViewMaker, WorkerCrops, WorkerViews, _erased
 from ssl_samix.errors import ConfigError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -81,6 +81,36 @@ def test_erasing_draws_for_every_image_and_leaves_others_alone():
     assert areas.max() < 0.4
     assert len(areas.unique()) > 10
     assert views.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_erasing_is_torchvisions_of_each_image():
+    images = pictures(60)
+    make = maker("shift_flip", pad=0.0, crop_min=1.0, flip=0.0, erasing=0.5)
+    (plain,) = maker("shift_flip", pad=0.0, crop_min=1.0, flip=0.0, erasing=0.0)(images)
+    torch.manual_seed(5)
+    theirs = torch.stack([make._erasing[0](view) for view in plain])
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(_erased(plain.clone(), make._erasing[0]), theirs)
+    assert torch.equal(torch.rand(1), drawn), "as many random numbers"
+
+
+def test_mean_and_deviation_are_copied_to_the_device_once():
+    make = maker("randaugment", erasing=0.0)
+    pixels = torch.empty(4, 1, 3, 16, 16, dtype=torch.uint8, device="meta")
+    make(pixels)
+    kept = make._mean
+    assert kept.is_meta
+    make(pixels)
+    assert make._mean is kept
+
+
+def test_a_run_on_the_cpu_does_not_use_the_gpu_of_its_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    specs = OneView(**compose("supervised", [])[0].augment).specs(224)
+    for accelerator, kind in (("cpu", WorkerViews), ("auto", WorkerCrops), ("gpu", WorkerCrops)):
+        make = ViewMaker(specs, 224, MEAN, STD, accelerator=accelerator)
+        assert type(make.per_image) is kind
 
 
 def test_the_files_say_what_they_are_called():

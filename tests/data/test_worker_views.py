@@ -8,6 +8,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from ssl_samix.data.images import FileImages
+from ssl_samix.data.sources import PathSource
 from ssl_samix.data.views import (
     BatchedViews,
     SeparableBlur,
@@ -199,3 +201,19 @@ def test_normalize_maps_0_and_255_to_the_ends():
     result = normalize(pixels, torch.full((3,), 0.5), torch.full((3,), 0.25))
     assert result.dtype == torch.float32
     torch.testing.assert_close(result[:, 0, 0, 0], torch.tensor([-2.0, 2.0]))
+
+
+def test_a_decoded_picture_is_cropped_without_a_copy(tmp_path, monkeypatch):
+    tv.to_pil_image(picture()).save(tmp_path / "0.png")
+    images = FileImages(PathSource([str(tmp_path / "0.png")]), torch.zeros(1).long(), 24)
+    make, seen = WorkerViews((SPEC,), 24), []
+    torch.manual_seed(0)
+    expected = make(images.original(0))
+    monkeypatch.setattr(tv, "to_pil_image", lambda *given: seen.append(given))
+    monkeypatch.setattr("ssl_samix.data.images.to_tensor", lambda *given: seen.append(given))
+    crops = WorkerCrops((SPEC,), 24)
+    assert crops(images.picture(0)).shape == (1, 3, 24, 24)
+    assert not seen
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    assert torch.equal(make(images.picture(0)), expected)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ssl_samix.errors import DataError
 from ssl_samix.evaluation.knn import (
+    by_products,
     knn_accuracy,
     leave_one_out,
     neighbours,
@@ -22,6 +23,16 @@ def test_neighbours_are_exact():
     expected = (F.normalize(query) @ F.normalize(bank).T).topk(10)
     torch.testing.assert_close(similarity, expected.values, rtol=1e-5, atol=1e-5)
     assert (rows == expected.indices).float().mean() > 0.99  # ties apart
+
+
+def test_products_find_what_faiss_finds():
+    """In parts that divide neither the bank nor the queries, and hold fewer rows than k."""
+    bank, query = torch.randn(200, 16), torch.randn(30, 16)
+    expected, rows = neighbours(bank, query, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, places = by_products(bank, query, 40, torch.device("cpu"), 33, 7)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (places == rows).float().mean() > 0.99  # ties apart
 
 
 def test_a_planted_duplicate_is_the_nearest():

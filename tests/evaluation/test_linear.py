@@ -21,9 +21,22 @@ from ssl_samix.evaluation.linear import (
     choose,
     logistic_regression,
     measure,
+    near,
     probe,
     train_heads,
 )
+
+
+@pytest.mark.parametrize(("free", "moved"), [(4 * 64, True), (4 * 64 - 1, False)])
+def test_heads_are_trained_on_a_gpu_with_room_for_them(free, moved, monkeypatch):
+    """A meta tensor is moved in name only."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**6))
+    device = type("Device", (), {"type": "cuda"})()
+    monkeypatch.setattr(torch.Tensor, "to", lambda given, where: (given, where))
+    features = torch.ones(4, 4)  # 64 bytes
+    assert near(features, torch.device("cpu")) is features
+    assert (near(features, device) == (features, device)) is moved
+
 
 FEW = Grid(learning_rates=(1.0, 10.0, 100.0), weight_decays=(0.0, 1e-5), epochs=20)
 

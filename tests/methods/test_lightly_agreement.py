@@ -133,6 +133,18 @@ def test_barlow_twins(backbone, views):
     same_gradients(method, example)
 
 
+def test_barlow_twins_loss_is_in_full_precision_under_autocast(backbone):
+    method = BarlowTwins(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32)
+    first, second = torch.randn(2, 16, 32)
+    losses = []
+    for mixed in (False, True):
+        given = iter([first, second])
+        method.query = lambda _, given=given: next(given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            losses.append(method.own_loss((first, second)))
+    assert torch.equal(*losses)
+
+
 def test_barlow_twins_sample_by_sample(backbone, views):
     """The mean of what each sample adds has the loss's value and gradient."""
     method = BarlowTwins(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from lightly.utils import lars
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from ssl_samix.config.saved import merged
 from ssl_samix.errors import ConfigError
-from ssl_samix.optim import MixerOptimizer, parameter_groups
+from ssl_samix.optim import LARS, MixerOptimizer, parameter_groups
 from tests.conftest import mixed_method, recipe
 
 
@@ -91,8 +95,6 @@ def test_settings_outside_their_range(settings):
 
 
 def test_lars_leaves_biases_unscaled():
-    from lightly.utils.lars import LARS
-
     module = nn.Linear(2, 2)
     optimizer = LARS(parameter_groups(module, 1e-4), lr=1.0)
     module.weight.grad, module.bias.grad = torch.ones(2, 2), torch.ones(2)
@@ -100,6 +102,29 @@ def test_lars_leaves_biases_unscaled():
     optimizer.step()
     torch.testing.assert_close(module.bias, before[0] - 1)
     assert (module.weight - before[1]).abs().max() < 0.01  # trust coefficient 0.001
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {}])
+def test_lars_makes_lightlys_steps_without_a_question_to_the_device(settings):
+    weights = []
+    for kind in (lars.LARS, LARS):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+        nn.init.zeros_(module[1].weight)  # of norm 0, which is not scaled
+        optimizer = kind(parameter_groups(module, 1e-2), lr=0.3, **settings)
+        for step in range(3):
+            for weight in module.parameters():
+                weight.grad = torch.randn_like(weight) if step else torch.zeros_like(weight)
+            optimizer.step()
+        weights.append([w.detach() for w in module.parameters()])
+    for theirs, ours in zip(*weights, strict=True):
+        assert torch.equal(theirs, ours)
+    told = pytest.raises(DataDependentOutputException)
+    for kind, answer in ((lars.LARS, told), (LARS, nullcontext())):
+        with FakeTensorMode(), answer:
+            weight = nn.Parameter(torch.ones(3, 2))
+            weight.grad = torch.ones(3, 2)
+            kind([weight], lr=0.3, weight_decay=0.1).step()
 
 
 def test_the_mixer_may_share_the_encoders_optimizer_without_decay():
@@ -116,3 +141,9 @@ def test_the_mixer_may_share_the_encoders_optimizer_without_decay():
     assert {id(p) for p in groups["mixer"]["params"]} == mixer
     twin = {id(p) for p in method.twin.parameters()}
     assert not any(id(p) in twin for group in groups.values() for p in group["params"])
+
+
+def test_an_old_run_with_lightlys_lars_goes_on_with_ours():
+    installed = {"_target_": "ssl_samix.optim.LARS", "momentum": 0.9}
+    saved = {"_target_": "lightly.utils.lars.LARS", "momentum": 0.8}
+    assert merged(saved, installed) == {**installed, "momentum": 0.8}
