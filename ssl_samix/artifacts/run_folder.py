@@ -21,6 +21,7 @@ from ssl_samix.config.compose import (
     dotted,
     groups,
     keys_set,
+    names_in,
     parse,
     plain,
     set_key,
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "trainer.precision", "trainer.num_nodes", "trainer.compile", "data.root", "data.workers",
-    "data.memory_gb", "data.download", "callbacks.",
+    "data.memory_gb", "data.download", "callbacks.", "logger.",
 )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ NEEDED = (
     "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
     "callbacks.accuracy", "optimizer.optimizer",
 )  # fmt: skip
+LATER_GROUPS = ("logger",)  # runs from before have no such choice
 LONGEST_REASON = 300  # characters
 
 
@@ -75,6 +77,7 @@ class RunFolder:
         self.classifier = self.path / "classifier.safetensors"
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
+        self.tensorboard = self.path / "tensorboard"
 
     def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
@@ -193,7 +196,8 @@ def _choices(said: dict[str, Any]) -> dict[str, str]:
     for group, name in choices.items():
         check_choice("group", group, known)
         if group != "experiment":  # its values are in the configuration; the recipe may be gone
-            check_choice(group, name, known[group])
+            for each in names_in(group, name):
+                check_choice(group, each, known[group])
         elif not isinstance(name, (str, type(None))):
             raise ConfigError("experiment needs a name")
     if unchosen := next((group for group in known if group in said and group not in choices), None):
@@ -213,7 +217,8 @@ def _installed(said: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
     """
     words = [f"{group}={name}" for group, name in choices.items() if group != "experiment"]
     installed = _composed(_command(said, choices), *words)
-    parts = [key for key, value in installed.items() if isinstance(value, dict)]
+    later = [group for group in LATER_GROUPS if group not in choices]
+    parts = [k for k, v in installed.items() if isinstance(v, dict) and k not in later]
     for key in (*parts, *NEEDED):
         if _has(installed, key) and not _has(said, key):
             raise ConfigError(f"it has no {key}")

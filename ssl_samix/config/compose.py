@@ -61,6 +61,7 @@ def describe_groups(config_name: str) -> str:
 
 PRETRAINED = "pretrained"  # a value of init: published weights
 OPEN_KEYS = ("backbone.options",)  # accept any argument of a library's function
+SEVERAL = ("logger",)  # groups of which several choices may be made, as a list
 MOST_SHOWN = 200  # characters of an argument, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
@@ -178,15 +179,14 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     overrides = [o for o in parse(arguments) if not o.key_or_group.startswith("hydra")]
     known = groups(config_name)
     chosen = [o for o in overrides if o.key_or_group in known]
-    for override in chosen:
-        name = str(override.value())
+    for override, name in [(o, n) for o in chosen for n in names_in(o.key_or_group, o.value())]:
         optional = override.key_or_group == "experiment" and override.value() is None
         if not optional and name not in known[override.key_or_group]:
             if override.key_or_group == "experiment" and name in groups()["experiment"]:
                 theirs = recipe_command(RECIPES / f"{name}.yaml")
                 raise ConfigError(f"experiment={name} is a recipe of samix {theirs}")
             raise ConfigError(nearest(name, known[override.key_or_group], override.key_or_group))
-    names = {o.key_or_group: o.value() for o in chosen}
+    names = {o.key_or_group: _choice(o.value()) for o in chosen}
     words = expanded_arguments(RECIPES, names) or [str(o.input_line) for o in chosen]
     unresolved, choices = _composed(config_name, tuple(words))
     base = _resolved(unresolved, config_name, words)
@@ -204,6 +204,18 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     whole = _resolved(whole, config_name, words)
     check_values(whole, base, own)
     return whole, {**choices, **names}
+
+
+def names_in(group: str, choice: Any) -> list[str]:
+    """Return the names of a choice; a group of ``SEVERAL`` takes a list, or its text ``[a,b]``."""
+    if group in SEVERAL and str(choice).startswith("["):
+        return str(_choice(choice))[1:-1].split(",")
+    return [str(choice)]
+
+
+def _choice(value: Any) -> Any:
+    """Return a choice as it is saved and compared: several names as text, ``[a,b]``."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:

@@ -288,6 +288,7 @@ def _table(rows: list[dict[str, Any]], found: list[tuple[str, str]], folder: Run
     lines.append(("encoder", str(folder.encoder)))
     if folder.best.exists():
         lines.append(("best", str(folder.best)))
-    lines.append(("curves", f"{folder.metrics}, tensorboard --logdir {folder.path}"))
+    board = f", tensorboard --logdir {folder.path}" if folder.tensorboard.is_dir() else ""
+    lines.append(("curves", f"{folder.metrics}{board}"))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ssl_samix.artifacts.checkpoints import AtomicCheckpointIO, describe
@@ -29,6 +28,7 @@ from ssl_samix.config.compose import (
     parse,
     quoted,
 )
+from ssl_samix.config.extras import check_extras
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.view_spec import Recipes
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
@@ -48,16 +48,7 @@ from ssl_samix.training.launch import (
 )
 from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
 from ssl_samix.training.monitors import Monitor, Recluster
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger; it creates its folder again if that is removed during a run."""
-
-    @property
-    def experiment(self) -> Any:
-        """Return the writer; its thread would fail if the folder were missing."""
-        os.makedirs(self.log_dir, exist_ok=True)
-        return super().experiment
+from ssl_samix.training.trackers import build_loggers, tracking
 
 
 class Mode(ABC):
@@ -122,9 +113,11 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
     resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
     if resume and resume[-1] is not None:
         config, choices = resumed_config(command, resume[-1], arguments)
+        check_extras(config)
         return config, choices, RunFolder(resume[-1])
     config, choices = compose(command, arguments)
     absolute(config)
+    check_extras(config)
     out = config.out or given_folder()
     if out is None and launched_outside():
         raise ConfigError("a run of several processes needs a run folder: give out=<folder>")
@@ -165,7 +158,8 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
     announce(trainer, config, folder, module, data, meta, mode.purpose, automatic)
-    _fit(mode.command, trainer, module, data, folder)
+    with tracking(trainer, config, folder.path):
+        _fit(mode.command, trainer, module, data, folder)
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the checkpoint interval skipped the last epochs
     if trainer.is_global_zero:
@@ -286,7 +280,7 @@ def _trainer(
         config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
         callbacks=[*watchers, *checkpoints],
-        logger=RunLogger(folder.path, name="", version="tensorboard"),
+        logger=build_loggers(config, folder.path) or False,
         plugins=[AtomicCheckpointIO(meta)],
         default_root_dir=folder.path,
     )
