@@ -77,6 +77,7 @@ class RunFolder:
         self.classifier = self.path / "classifier.safetensors"
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
+        self.views = self.path / "views"
         self.tensorboard = self.path / "tensorboard"
 
     def check_same_run(self, config: DictConfig) -> None:

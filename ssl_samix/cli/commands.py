@@ -73,7 +73,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
 
         import_module(f"ssl_samix.{module}").train_from_words(words)
 
-    return Subcommand(text, command, check, job, late_keys=("backbone.options",))
+    return Subcommand(text, command, check, job, late_keys=("backbone.options", "callbacks.extra"))
 
 
 def _check_show_mixing(words: list[str], _sweeping: bool) -> None:

@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.config.key_types import PATHS, check_options, converted, is_plain
+from ssl_samix.config.key_types import OPEN_KEYS, PATHS, converted, is_plain
 from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
 from ssl_samix.files import expanded
 
@@ -60,7 +60,6 @@ def describe_groups(config_name: str) -> str:
 
 
 PRETRAINED = "pretrained"  # a value of init: published weights
-OPEN_KEYS = ("backbone.options",)  # accept any argument of a library's function
 SEVERAL = ("logger",)  # groups of which several choices may be made, as a list
 MOST_SHOWN = 200  # characters of an argument, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
@@ -74,10 +73,10 @@ def quoted(text: str) -> str:
 
 
 def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts flattened to dotted keys; ``options`` of a backbone stay a dict."""
+    """Return nested dicts flattened to dotted keys; the dicts of ``OPEN_KEYS`` stay dicts."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        if isinstance(value, dict) and key.rpartition(".")[2] != "options":
+        if isinstance(value, dict) and f"{prefix}{key}" not in OPEN_KEYS:
             flat.update(dotted(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -225,8 +224,8 @@ def set_key(config: DictConfig, key: str, value: Any) -> None:
         ConfigError: If OmegaConf cannot hold the value, such as a dict with unusable keys.
     """
     try:
-        # Options of a backbone are arguments of a library's function: any key may be new.
-        OmegaConf.update(config, key, value, force_add=key.startswith(OPEN_KEYS))
+        # They hold arguments of a library's function: any key may be new.
+        OmegaConf.update(config, key, value, force_add=key.startswith(tuple(OPEN_KEYS)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
@@ -238,13 +237,16 @@ def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()
         ConfigError: For a key that ``config`` does not have, with the nearest one.
     """
     keys = list(keys_of(config))
+    for opened in OPEN_KEYS:
+        if opened in keys and key.startswith(f"{opened}."):
+            return [opened]
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     if not isinstance(OmegaConf.select(config, key), DictConfig):
         return [key]
     if not isinstance(value, dict):
         raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
-    if key.startswith(OPEN_KEYS):
+    if key in OPEN_KEYS:
         return [key]
     return [k for name, each in value.items() for k in keys_set(config, f"{key}.{name}", each)]
 
@@ -300,7 +302,7 @@ def check_fit(key: str, value: Any, default: Any) -> None:
 def _fitted(key: str, value: Any, default: Any) -> Any:
     """Return the value of a single key, checked and converted to the type of its key."""
     if key in OPEN_KEYS:
-        check_options(value)
+        OPEN_KEYS[key](value)
         return value
     if not is_plain(value):
         raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ssl_samix.errors import ConfigError
+from ssl_samix.errors import ConfigError, check_choice
 
 Auto = Literal["auto"]
 TYPES: dict[str, Any] = {
@@ -191,3 +191,38 @@ def is_plain(value: Any) -> bool:
     parts = value if isinstance(value, LISTS) else [value]
     inner = (part if isinstance(part, LISTS) else [part] for part in parts)
     return all(isinstance(one, VALUES) for ones in inner for one in ones)
+
+
+# Lightning's callbacks that callbacks.extra may name: those that need no function as an argument,
+# and write no file where the configuration says.
+CALLBACKS = (
+    "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "SpikeDetection",
+    "StochasticWeightAveraging", "Timer",
+)  # fmt: skip
+
+
+def check_callbacks(value: Any) -> None:
+    """Check that ``callbacks.extra`` names callbacks of Lightning, with plain arguments.
+
+    Raises:
+        ConfigError: Names the callback or the argument.
+    """
+    form = "{<callback of Lightning>: {<argument>: <value>}}"
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"callbacks.extra holds keys of its own: write callbacks.extra={form}")
+    for name, arguments in value.items():
+        check_choice("callback in callbacks.extra", name, CALLBACKS)
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"callbacks.extra.{name} holds arguments: write {{}} for none")
+        for key, given in arguments.items():
+            if str(key).startswith("_") or not is_plain(given):
+                raise ConfigError(
+                    f"callbacks.extra.{name}.{key} needs a number, a text, or a list of these"
+                )
+
+
+# Keys that hold any keys -> the check of their value.
+OPEN_KEYS: dict[str, Callable[[Any], None]] = {
+    KEY: check_options,
+    "callbacks.extra": check_callbacks,
+}

@@ -105,6 +105,7 @@ class BaseMethod(pl.LightningModule, ABC):
     # Default weights of a Mixer's local and global term (measured: docs/results/mixer.md).
     mixer_weights = (1.0, 0.0)
     projector: nn.Module
+    last_loss: Tensor  # of the newest step, without the Mixer's
     bad_step: Tensor  # first step with a NaN or infinite loss; -1 if none
 
     def __init__(
@@ -276,6 +277,7 @@ class BaseMethod(pl.LightningModule, ABC):
         losses = {name: value.detach() for name, value in terms.losses.items()}
         learner = losses.pop("mixer", None)  # a separate loss of separate weights
         values = {"loss": torch.stack(list(losses.values())).sum(), **terms.logs}
+        self.last_loss = values["loss"]  # on the device; read back from time to time
         if len(losses) > 1:
             values |= {f"loss/{name}": value for name, value in losses.items()}
         if learner is not None and terms.logs:

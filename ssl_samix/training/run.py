@@ -26,9 +26,11 @@ from ssl_samix.config.compose import (
     groups,
     in_hydras_grammar,
     parse,
+    plain,
     quoted,
 )
 from ssl_samix.config.extras import check_extras
+from ssl_samix.config.key_types import check_callbacks
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.view_spec import Recipes
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
@@ -46,9 +48,18 @@ from ssl_samix.training.launch import (
     launched_outside,
     relaunched_as,
 )
-from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
+from ssl_samix.training.logging import (
+    MetricsCSV,
+    Pace,
+    Readings,
+    Run,
+    RunProgress,
+    announce,
+    finish,
+)
 from ssl_samix.training.monitors import Monitor, Recluster
 from ssl_samix.training.trackers import build_loggers, tracking
+from ssl_samix.training.view_picture import ViewPicture
 
 
 class Mode(ABC):
@@ -229,6 +240,8 @@ def _fit(
             resume = shlex.quote(f"resume={folder.path}")
             raise Interrupted(f"interrupted: resume with samix {command} {resume}") from stop
         except RuntimeError as error:
+            if "conditioned on metric" in str(error):
+                raise ConfigError(f"callbacks.extra.EarlyStopping: {error}") from error
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
@@ -272,10 +285,13 @@ def _trainer(
         RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
     )
     watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
-    watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
+    readings = Readings()
+    watchers += [MetricsCSV(folder.metrics, monitor), readings, RunProgress(monitor, readings)]
+    watchers.append(MixerHealth())
     pictures = config.callbacks.get("pictures")  # older runs have no such key
     if pictures is not None:
-        watchers.append(build(pictures, folder=folder.pictures))
+        watchers += [build(pictures, folder=folder.pictures), ViewPicture(folder.views)]
+    watchers += _extra_callbacks(config)
     trainer: pl.Trainer = build(
         config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
@@ -285,3 +301,20 @@ def _trainer(
         default_root_dir=folder.path,
     )
     return trainer
+
+
+def _extra_callbacks(config: DictConfig) -> list[pl.Callback]:
+    """Return the callbacks of Lightning that ``callbacks.extra`` names.
+
+    Raises:
+        ConfigError: For one that is not allowed, or an argument that it does not take.
+    """
+    wanted: dict[str, dict[str, Any]] = plain(config.callbacks).get("extra") or {}
+    check_callbacks(wanted)
+    built = []
+    for name, arguments in wanted.items():
+        try:
+            built.append(getattr(pl.callbacks, name)(**arguments))
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"callbacks.extra.{name}: {error}") from error
+    return built
