@@ -51,6 +51,7 @@ TYPES: dict[str, Any] = {
     "optimizer.warmup_epochs": float | Auto,
     "trainer.max_epochs": int | Auto,
     "callbacks.accuracy.every_n_epochs": int | Auto,
+    "callbacks.ema": float | Literal["teacher"] | None,
     "callbacks.knn.every_n_epochs": int | Auto,
     "callbacks.knn.bank_limit": int | None,
     "callbacks.knn.val_limit": int | Auto | None,

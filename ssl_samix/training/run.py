@@ -39,6 +39,7 @@ from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
 from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.trainer import compile_if_wanted, memory_format, record_start
+from ssl_samix.training.averaging import ExportedAverage
 from ssl_samix.training.defaults import known_of, resolve_auto
 from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint
 from ssl_samix.training.launch import (
@@ -57,7 +58,8 @@ from ssl_samix.training.logging import (
     announce,
     finish,
 )
-from ssl_samix.training.monitors import Monitor, Recluster
+from ssl_samix.training.monitors import KNNMonitor, Monitor, Recluster
+from ssl_samix.training.probe import OnlineProbe
 from ssl_samix.training.trackers import build_loggers, tracking
 from ssl_samix.training.view_picture import ViewPicture
 
@@ -90,8 +92,14 @@ class Mode(ABC):
         """Return the mode's metadata of the run's files: at least its ``method``."""
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
-        """Write the encoder, and the Mixer if there is one."""
-        save_encoder(folder.encoder, module.backbone, meta)
+        """Write the encoder, or its average if wanted, and the Mixer if there is one."""
+        trainer: Any = module.trainer
+        average = next((c for c in trainer.callbacks if isinstance(c, ExportedAverage)), None)
+        if average is None:
+            save_encoder(folder.encoder, module.backbone, meta)
+        else:
+            said = {**meta, "ema": average.momentum}
+            save_encoder(folder.encoder, average.backbone(module), said)
         if module.mixing is not None and module.mixing.learns:
             save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
 
@@ -285,6 +293,11 @@ def _trainer(
         RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
     )
     watchers: list[pl.Callback] = [FiniteLoss(), Pace(), Recluster(), monitor]
+    if config.callbacks.get("probe") and isinstance(monitor, KNNMonitor):
+        monitor.probe = OnlineProbe()
+        watchers.append(monitor.probe)
+    if config.callbacks.get("ema") is not None:
+        watchers.append(ExportedAverage(config.callbacks.ema))
     readings = Readings()
     watchers += [MetricsCSV(folder.metrics, monitor), readings, RunProgress(monitor, readings)]
     watchers.append(MixerHealth())
