@@ -5,6 +5,7 @@ Legend: B images, D features, C classes.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from ssl_samix.models.distributed import gathered
 
 LR, MOMENTUM = 8.0, 0.9  # of SGD; divided by D, the squared norm of standardised features
 UNLABELLED = -1
+_log = logging.getLogger(__name__)
 
 
 class OnlineProbe(pl.Callback):
@@ -87,6 +89,14 @@ class OnlineProbe(pl.Callback):
         (loss / len(labels)).backward()
         self._optimizer.step()
         self.learned = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Warn after an epoch without plain views, from which the probe could have learned."""
+        if not self.learned and trainer.is_global_zero:
+            _log.warning(
+                "callbacks.probe: mixtures replaced all plain views of the encoder in epoch %d, so "
+                "the probe did not learn; mixup.placement=add keeps them", trainer.current_epoch + 1
+            )  # fmt: skip
 
     @torch.no_grad()
     def top1(self, features: Tensor, labels: Tensor) -> float:

@@ -152,3 +152,10 @@ def test_a_probe_learns_what_is_linear_and_ignores_what_has_no_label():
     module.on_features(features[:60], torch.full((60,), -1))
     assert torch.equal(probe.head[1].weight, nothing)
     assert TINY
+
+
+def test_mixtures_in_place_of_all_views_leave_nothing_to_learn(tmp_path, caplog):
+    settings = {"mixup": "mixup", "mixup.placement": "replace", "callbacks.probe": True}
+    run = train(tmp_path / "run", method="byol", **settings)
+    assert "mixtures replaced all plain views of the encoder in epoch 1" in caplog.text
+    assert "probe/top1" not in untimed(run)[0]
