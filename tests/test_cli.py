@@ -56,7 +56,7 @@ def test_a_run_in_another_folder_leaves_what_it_should(tmp_path):
     names = {p.name for p in run.iterdir()}
     assert names == {
         "config.yaml", "environment.json", "metrics.csv", "tensorboard", "last.ckpt", "best.ckpt",
-        "encoder.safetensors", "mixer.safetensors", "mixing",
+        "encoder.safetensors", "mixer.safetensors", "mixing", "views",
     }  # fmt: skip
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"epoch", "loss", "knn/top1", "knn/top5", "rankme", "alignment", "uniformity"} <= set(

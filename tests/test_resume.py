@@ -32,7 +32,9 @@ RUNS = {
 # Every way to end a run in one of them, the hardest in all.
 WAYS = [(name, signal.SIGKILL) for name in sorted(RUNS)]
 WAYS += [("moco", signal.SIGTERM), ("moco", signal.SIGINT)]
-TIMING = {"seconds", "cpu_seconds", "images_per_second", "knn/seconds", "val/seconds"}
+TIMING = {
+    "seconds", "cpu_seconds", "images_per_second", "data_wait", "knn/seconds", "val/seconds"
+}  # fmt: skip
 
 
 def start(cwd, *words):

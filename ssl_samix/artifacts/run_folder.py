@@ -21,6 +21,7 @@ from ssl_samix.config.compose import (
     dotted,
     groups,
     keys_set,
+    names_in,
     parse,
     plain,
     quoted,
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "trainer.precision", "trainer.num_nodes", "trainer.strategy", "trainer.compile", "data.root",
-    "data.workers", "data.memory_gb", "data.download", "callbacks.", "config_dir",
+    "data.workers", "data.memory_gb", "data.download", "callbacks.", "logger.", "config_dir",
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ NEEDED = (
     "backbone.name", "trainer.max_epochs", "callbacks.checkpoint.every_n_epochs", "callbacks.knn",
     "callbacks.accuracy", "optimizer.optimizer",
 )  # fmt: skip
+LATER_GROUPS = ("logger",)  # runs from before have no such choice
 LONGEST_REASON = 300  # characters
 
 
@@ -77,6 +79,8 @@ class RunFolder:
         self.classifier = self.path / "classifier.safetensors"
         self.mixer = self.path / "mixer.safetensors"
         self.pictures = self.path / "mixing"
+        self.views = self.path / "views"
+        self.tensorboard = self.path / "tensorboard"
 
     def check_same_run(self, config: DictConfig) -> None:
         """Check that the folder is new, or holds a run with the same configuration.
@@ -216,8 +220,8 @@ def _choices(said: dict[str, Any], config_dir: str | None) -> dict[str, str]:
     for group, name in choices.items():
         check_choice("group", group, known)
         if group != "experiment":  # its values are in the configuration; the recipe may be gone
-            if not (has_own and isinstance(name, str)):
-                check_choice(group, name, known[group])
+            for each in [] if has_own and isinstance(name, str) else names_in(group, name):
+                check_choice(group, each, known[group])
         elif not isinstance(name, (str, type(None))):
             raise ConfigError("experiment needs a name")
     if unchosen := next((group for group in known if group in said and group not in choices), None):
@@ -251,7 +255,8 @@ def _installed(
         installed = _composed(command, *words)
     else:  # whose files may change between two calls in one process
         installed = _composed.__wrapped__(command, *words, f"config_dir={quoted(config_dir)}")
-    parts = [key for key, value in installed.items() if isinstance(value, dict)]
+    later = [group for group in LATER_GROUPS if group not in choices]
+    parts = [k for k, v in installed.items() if isinstance(v, dict) and k not in later]
     for key in (*parts, *NEEDED):
         if _has(installed, key) and not _has(said, key):
             raise ConfigError(f"it has no {key}")
@@ -263,7 +268,10 @@ def own_choices(
 ) -> dict[str, str]:
     """Return those of a run's choices that are neither installed nor in ``config_dir``."""
     known = groups(command, config_dir)
-    return {g: n for g, n in choices.items() if g != "experiment" and n not in known[g]}
+    return {
+        g: n for g, n in choices.items()
+        if g != "experiment" and not {*names_in(g, n)} <= {*known[g]}
+    }  # fmt: skip
 
 
 @cache

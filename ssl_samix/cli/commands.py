@@ -47,6 +47,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         """
         from ssl_samix.artifacts.run_folder import RunFolder, resumed_config
         from ssl_samix.config.compose import absolute, check, parse
+        from ssl_samix.config.extras import check_extras
         from ssl_samix.data.layout import check_layout
         from ssl_samix.errors import ConfigError
         from ssl_samix.processes import is_main_process
@@ -63,6 +64,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
         else:
             configs = check(command, words)
         for config in configs:
+            check_extras(config)
             check_layout(config.data.name, config.data.root, config.data.download)
             if config.out is not None and not (sweeping or resume) and is_main_process():
                 RunFolder(config.out).check_same_run(absolute(config))
@@ -72,7 +74,7 @@ def _training(text: str, command: str, module: str) -> Subcommand:
 
         import_module(f"ssl_samix.{module}").train_from_words(words)
 
-    late = ("backbone.options", "trainer.extra", "views.")
+    late = ("backbone.options", "trainer.extra", "callbacks.extra", "views.")
     return Subcommand(text, command, check, job, late, trains=True)
 
 

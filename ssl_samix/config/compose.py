@@ -26,7 +26,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ssl_samix.config.key_types import OPEN, PATHS, converted, is_plain
+from ssl_samix.config.key_types import OPEN_KEYS, PATHS, converted, is_plain
 from ssl_samix.config.source import check_target
 from ssl_samix.errors import ConfigError, UserError, check_choice, nearest
 from ssl_samix.files import expanded
@@ -105,7 +105,7 @@ def describe_groups(config_name: str, config_dir: str | None = None) -> str:
 
 
 PRETRAINED = "pretrained"  # a value of init: published weights
-OPEN_KEYS = tuple(OPEN)  # accept any argument of a library's function
+SEVERAL = ("logger",)  # groups of which several choices may be made, as a list
 MOST_SHOWN = 200  # characters of an argument, in an error
 MOST_COMBINATIONS = 64  # of a sweep, checked before it starts
 
@@ -118,10 +118,10 @@ def quoted(text: str) -> str:
 
 
 def dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts flattened to dotted keys; ``options`` of a backbone stay a dict."""
+    """Return nested dicts flattened to dotted keys; the dicts of ``OPEN_KEYS`` stay dicts."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        if isinstance(value, dict) and key.rpartition(".")[2] != "options":
+        if isinstance(value, dict) and f"{prefix}{key}" not in OPEN_KEYS:
             flat.update(dotted(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -260,8 +260,9 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     known = groups(config_name, own_folder)
     chosen = [o for o in overrides if o.key_or_group in known]
     for override in chosen:
-        _check_chosen(override.key_or_group, override.value(), known)
-    names = {o.key_or_group: o.value() for o in chosen}
+        for name in names_in(override.key_or_group, override.value()):
+            _check_chosen(override.key_or_group, name, known)
+    names = {o.key_or_group: _choice(o.value()) for o in chosen}
     words = expanded_arguments(RECIPES, names) or [str(o.input_line) for o in chosen]
     if "views" not in names and "method" in names and names["method"] not in known["views"]:
         words.append(f"views={VIEWS_OF_OWN_METHODS}")
@@ -288,10 +289,9 @@ def compose(config_name: str, arguments: Sequence[str]) -> tuple[DictConfig, dic
     return whole, {**choices, **names}
 
 
-def _check_chosen(group: str, value: Any, known: Mapping[str, list[str]]) -> None:
+def _check_chosen(group: str, name: str, known: Mapping[str, list[str]]) -> None:
     """Raise ``ConfigError`` unless a group has this choice; ``experiment`` may be null."""
-    name = str(value)
-    if name in known[group] or (group == "experiment" and value is None):
+    if name in known[group] or (group == "experiment" and name == "None"):
         return
     if group == "experiment" and name in groups()["experiment"]:
         theirs = recipe_command(RECIPES / f"{name}.yaml")
@@ -306,7 +306,7 @@ def _check_parts(config: DictConfig, choices: Mapping[str, str]) -> None:
     """Raise ``ConfigError`` if a user's file is not a mapping, or lacks its group's class."""
     installed = groups()
     for group, name in choices.items():
-        theirs = name is not None and name not in installed[group]
+        theirs = name is not None and group not in SEVERAL and name not in installed[group]
         files = (CONFIG_DIR / group).glob("*.yaml") if theirs else ()
         if any("_target_:" in file.read_text("utf-8") for file in files):
             part = config.get(group)
@@ -332,6 +332,18 @@ def _admit(config: DictConfig, config_dir: str) -> None:
             _own_classes.add(name)
 
 
+def names_in(group: str, choice: Any) -> list[str]:
+    """Return the names of a choice; a group of ``SEVERAL`` takes a list, or its text ``[a,b]``."""
+    if group in SEVERAL and str(choice).startswith("["):
+        return str(_choice(choice))[1:-1].split(",")
+    return [str(choice)]
+
+
+def _choice(value: Any) -> Any:
+    """Return a choice as it is saved and compared: several names as text, ``[a,b]``."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
+
+
 def set_key(config: DictConfig, key: str, value: Any) -> None:
     """Set a key of the configuration to a user's value.
 
@@ -339,8 +351,8 @@ def set_key(config: DictConfig, key: str, value: Any) -> None:
         ConfigError: If OmegaConf cannot hold the value, such as a dict with unusable keys.
     """
     try:
-        # Options of a backbone are arguments of a library's function: any key may be new.
-        OmegaConf.update(config, key, value, force_add=key.startswith(OPEN_KEYS))
+        # They hold arguments of a library's function: any key may be new.
+        OmegaConf.update(config, key, value, force_add=key.startswith(tuple(OPEN_KEYS)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
@@ -352,15 +364,16 @@ def keys_set(config: DictConfig, key: str, value: Any, known: Iterable[str] = ()
         ConfigError: For a key that ``config`` does not have, with the nearest one.
     """
     keys = list(keys_of(config))
-    if open_key := next((k for k in OPEN_KEYS if key.startswith(f"{k}.") and k in keys), None):
-        return [open_key]
+    for opened in OPEN_KEYS:
+        if opened in keys and key.startswith(f"{opened}."):
+            return [opened]
     if key not in keys:
         raise ConfigError(nearest(key, [*keys, *known], "key"))
     if not isinstance(OmegaConf.select(config, key), DictConfig):
         return [key]
     if not isinstance(value, dict):
         raise ConfigError(f"{key} holds keys of its own: write {key}.<key>=<value>")
-    if key.startswith(OPEN_KEYS):
+    if key in OPEN_KEYS:
         return [key]
     return [k for name, each in value.items() for k in keys_set(config, f"{key}.{name}", each)]
 
@@ -415,8 +428,8 @@ def check_fit(key: str, value: Any, default: Any) -> None:
 
 def _fitted(key: str, value: Any, default: Any) -> Any:
     """Return the value of a single key, checked and converted to the type of its key."""
-    if key in OPEN:
-        OPEN[key](value)
+    if key in OPEN_KEYS:
+        OPEN_KEYS[key](value)
         return value
     if not is_plain(value):
         raise ConfigError(f"{key} needs a value or a list of values, and has no keys of its own")

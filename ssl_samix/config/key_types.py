@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ssl_samix.config.source import arguments_of
-from ssl_samix.errors import ConfigError, nearest
+from ssl_samix.errors import ConfigError, check_choice, nearest
 
 Auto = Literal["auto"]
 TYPES: dict[str, Any] = {
@@ -53,10 +53,16 @@ TYPES: dict[str, Any] = {
     "optimizer.warmup_epochs": float | Auto,
     "trainer.max_epochs": int | Auto,
     "callbacks.accuracy.every_n_epochs": int | Auto,
+    "callbacks.ema": float | Literal["teacher"] | None,
     "callbacks.knn.every_n_epochs": int | Auto,
     "callbacks.knn.bank_limit": int | None,
     "callbacks.knn.val_limit": int | Auto | None,
     "callbacks.pictures.every_n_epochs": int | Auto,
+    "logger.mlflow.run_name": str | None,
+    "logger.mlflow.tracking_uri": str | None,
+    "logger.wandb.entity": str | None,
+    "logger.wandb.mode": str | None,
+    "logger.wandb.name": str | None,
     "mixup.pairs": str,
     "mixup.placement": str,
     "trainer.accelerator": str,
@@ -232,5 +238,37 @@ def is_plain(value: Any) -> bool:
     return all(isinstance(one, VALUES) for ones in inner for one in ones)
 
 
-# Keys that hold any argument of a library's function -> the check of their values.
-OPEN: dict[str, Callable[[Any], None]] = {KEY: check_options, EXTRA: check_trainer_arguments}
+# Lightning's callbacks that callbacks.extra may name: those that need no function as an argument,
+# and write no file where the configuration says.
+CALLBACKS = (
+    "DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "SpikeDetection",
+    "StochasticWeightAveraging", "Timer",
+)  # fmt: skip
+
+
+def check_callbacks(value: Any) -> None:
+    """Check that ``callbacks.extra`` names callbacks of Lightning, with plain arguments.
+
+    Raises:
+        ConfigError: Names the callback or the argument.
+    """
+    form = "{<callback of Lightning>: {<argument>: <value>}}"
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"callbacks.extra holds keys of its own: write callbacks.extra={form}")
+    for name, arguments in value.items():
+        check_choice("callback in callbacks.extra", name, CALLBACKS)
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"callbacks.extra.{name} holds arguments: write {{}} for none")
+        for key, given in arguments.items():
+            if str(key).startswith("_") or not is_plain(given):
+                raise ConfigError(
+                    f"callbacks.extra.{name}.{key} needs a number, a text, or a list of these"
+                )
+
+
+# Keys that hold any keys -> the check of their value.
+OPEN_KEYS: dict[str, Callable[[Any], None]] = {
+    KEY: check_options,
+    EXTRA: check_trainer_arguments,
+    "callbacks.extra": check_callbacks,
+}

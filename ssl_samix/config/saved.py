@@ -127,11 +127,13 @@ def _check_class(key: str, theirs: Any, own: Any) -> None:
 
 
 def _check_resolved(key: str, value: Any) -> None:
-    """Raise ``ConfigError`` for interpolations and missing values (``???``), in lists too."""
+    """Raise ``ConfigError`` for interpolations and missing values (``???``), at any depth."""
     left = [value]
     while left:
         part = left.pop()
-        if isinstance(part, list):
+        if isinstance(part, dict):
+            left.extend([*part, *part.values()])
+        elif isinstance(part, list):
             left.extend(part)
         elif isinstance(part, str) and ("${" in part or part == "???"):
             raise ConfigError(f"{key} is {part}, and only values are read")

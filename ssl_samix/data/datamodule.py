@@ -5,6 +5,7 @@ Images and random numbers of a batch depend on seed, step and rank only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -118,10 +119,19 @@ class StepLoader(DataLoader[Any]):
 
     Lightning creates the iterator of a resumed run before it calls ``set_epoch``; workers would
     already be reading the batches of epoch 0.
+
+    Attributes:
+        waited: Seconds that the training has waited for batches so far.
     """
 
+    waited = 0.0
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        begin = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited += time.perf_counter() - begin
+            yield batch
+            begin = time.perf_counter()
 
 
 class StepData(pl.LightningDataModule):

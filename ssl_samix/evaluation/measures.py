@@ -51,14 +51,14 @@ def embed_two_views(
     ):
         torch.manual_seed(seed)
         for begin in range(0, len(picks), chunk):
-            pixels = _pixels(images, picks[begin : begin + chunk], views.per_image)
+            pixels = view_pixels(images, picks[begin : begin + chunk], views.per_image)
             drawn = views(pixels.to(device))
             for rows, view in zip(features, drawn[:2], strict=True):
                 rows.append(encoder(view).float().cpu())
     return torch.cat(features[0]), torch.cat(features[1])
 
 
-def _pixels(images: ImageSet, picks: Sequence[int], draw: Any) -> Tensor:
+def view_pixels(images: ImageSet, picks: Sequence[int], draw: Any) -> Tensor:
     """Return resized images, (B, 3, S, S) uint8, or views of pictures, (B, V, 3, S, S) uint8."""
     if draw is None:
         return images.load(picks)

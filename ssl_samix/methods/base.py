@@ -49,6 +49,7 @@ class Passed:
     embedding: Tensor  # (B, D) output of the projector
     query: Tensor | None = None  # (B, D) output of the predictor, or the embedding
     maps: Tensor | None = None  # (B, C, h, w) of the mixing stage, no gradient
+    features: Tensor | None = None  # (B, F) of the backbone, no gradient
 
 
 class StepMemory:
@@ -105,6 +106,7 @@ class BaseMethod(pl.LightningModule, ABC):
     # Default weights of a Mixer's local and global term (measured: docs/results/mixer.md).
     mixer_weights = (1.0, 0.0)
     projector: nn.Module
+    last_loss: Tensor  # of the newest step, without the Mixer's
     bad_step: Tensor  # first step with a NaN or infinite loss; -1 if none
 
     def __init__(
@@ -118,6 +120,7 @@ class BaseMethod(pl.LightningModule, ABC):
         self.twin: EMATwin | None = None
         self.memory = StepMemory()
         self._frozen_forward = frozen_forward
+        self.on_features: Callable[[Tensor, Tensor], None] | None = None  # features, labels
         self.register_buffer("bad_step", torch.tensor(-1), persistent=False)
 
     @property
@@ -232,22 +235,26 @@ class BaseMethod(pl.LightningModule, ABC):
         return F.normalize(embedding.float(), dim=1)
 
     def read(self, branch: nn.Sequential, images: Tensor) -> tuple[Tensor, ...]:
-        """Return embeddings (B, D) of a backbone and projector, and the maps for mixing, if any."""
-        if self.mixing is None or self.mixing.stage is None:
-            return (branch(images),)
+        """Return embeddings (B, D) and features (B, F) of a backbone and projector.
+
+        The maps for mixing follow, if there are any. Only the embeddings have a gradient.
+        """
         backbone, projector = branch
+        if self.mixing is None or self.mixing.stage is None:
+            pooled = backbone(images)
+            return projector(pooled), pooled.detach()
         maps, pooled = backbone.map_and_features(images, self.mixing.stage)  # type: ignore[operator]
-        return projector(pooled), maps.detach()
+        return projector(pooled), pooled.detach(), maps.detach()
 
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run the forward pass of the online embedder; see ``read``."""
         return self.read(self.embedder, images)
 
     def _online(self, images: Tensor) -> Passed:
-        embedding, *maps = self.embed(images)
+        embedding, features, *maps = self.embed(images)
         unit = self.unit(embedding)
         query = unit if self.predictor is None else self.unit(self.predictor(embedding))
-        return Passed(unit, query, *maps)
+        return Passed(unit, query, maps[0] if maps else None, features)
 
     def compile_passes(self, **options: Any) -> None:
         """Apply ``torch.compile`` with these options to the forward passes, but not the losses."""
@@ -265,6 +272,8 @@ class BaseMethod(pl.LightningModule, ABC):
                 terms = Terms({"own": self.own_loss(batch.views).mean()}, {})
             else:
                 terms = self.mixing(self, batch, self.global_step, self.total_steps)
+            if self.on_features is not None:
+                self._show_features(batch)
         self._log_terms(terms)
         loss = torch.stack(list(terms.losses.values())).sum()
         # Kept on the device to avoid a synchronisation; the host checks it from time to time.
@@ -272,10 +281,18 @@ class BaseMethod(pl.LightningModule, ABC):
         self.bad_step = torch.where(broken, self.global_step, self.bad_step)
         return loss
 
+    def _show_features(self, batch: Batch) -> None:
+        """Call ``on_features`` with the features of a plain view, if the step computed any."""
+        passes = (self.memory.find("online", view) for view in batch.views)
+        features = next((p.features for p in passes if p is not None), None)
+        if features is not None and self.on_features is not None:
+            self.on_features(features, batch.label)
+
     def _log_terms(self, terms: Terms) -> None:
         losses = {name: value.detach() for name, value in terms.losses.items()}
         learner = losses.pop("mixer", None)  # a separate loss of separate weights
         values = {"loss": torch.stack(list(losses.values())).sum(), **terms.logs}
+        self.last_loss = values["loss"]  # on the device; read back from time to time
         if len(losses) > 1:
             values |= {f"loss/{name}": value for name, value in losses.items()}
         if learner is not None and terms.logs:
@@ -333,7 +350,7 @@ class MomentumMethod(BaseMethod):
         return self.memory.once("teacher", images, lambda: self._teacher(images)).embedding
 
     def _teacher(self, images: Tensor) -> Passed:
-        embedding, *maps = self.embed_targets(images)
+        embedding, _, *maps = self.embed_targets(images)
         return Passed(self.unit(embedding), None, *maps)
 
     def embed_targets(self, images: Tensor) -> tuple[Tensor, ...]:

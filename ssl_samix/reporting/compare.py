@@ -87,7 +87,7 @@ def differing(configurations: Sequence[Configuration]) -> list[str]:
     A key is left out if every configuration has the default value of its choices: the name of the
     method already says that ``method=moco`` has a queue and ``method=simclr`` does not.
     """
-    names = {group for c in configurations for group in c.choices if group != "callbacks"}
+    names = {group for c in configurations for group in c.choices} - {"callbacks", "logger"}
     ordered = [g for g in FIRST if g in names] + sorted(names.difference(FIRST))
     chosen = {g: {c.choices[g] for c in configurations if g in c.choices} for g in ordered}
     groups = [g for g in ordered if len(chosen[g]) > 1]

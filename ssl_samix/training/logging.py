@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 BEFORE = ("epoch", "step", "loss")  # columns, before the monitor's
-AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second")
+AFTER = ("lr", "seconds", "cpu_seconds", "images_per_second", "data_wait")
 
 
 class MetricsCSV(pl.Callback):
@@ -69,19 +69,21 @@ class MetricsCSV(pl.Callback):
 
 
 class Pace(pl.Callback):
-    """Logs learning rate, seconds of training and images per second of each epoch.
+    """Logs learning rate, seconds of training, images per second and data wait of each epoch.
 
     It is before the monitor in the list of callbacks, so that the clocks stop first. CPU seconds
     are those of this process with all its threads: on a busy machine they are a better measure of
-    a run's cost than wall-clock time.
+    a run's cost than wall-clock time. ``data_wait`` is the share of the time in which the process
+    waited for the next batch: reading, decoding and, in workers, augmenting.
     """
 
     def __init__(self) -> None:
-        self._begin = self._begin_cpu = 0.0
+        self._begin = self._begin_cpu = self._waited = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks."""
         self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
+        self._waited = _waited(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clocks and log."""
@@ -93,8 +95,58 @@ class Pace(pl.Callback):
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "images_per_second": images / seconds,
+            "data_wait": (_waited(trainer) - self._waited) / seconds,
         }
         pl_module.log_dict(values, on_step=False, on_epoch=True)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    loader: Any = trainer.train_dataloader
+    return float(loader.waited)
+
+
+EVERY = 5.0  # seconds between two readings: each waits for the device
+
+
+class Readings(pl.Callback):
+    """Reads loss, learning rate and speed every few seconds, for the trackers and the screen.
+
+    Only then does it wait for the device. The loss is that of the last step, without the Mixer's.
+
+    Attributes:
+        newest: ``loss``, ``lr`` and ``images_per_second`` of the last reading; empty before it.
+    """
+
+    def __init__(self) -> None:
+        self.newest: dict[str, float] = {}
+        self._when, self._batch = 0.0, 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock; what is between two epochs does not count."""
+        self._when, self._batch = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read if due."""
+        seconds = time.monotonic() - self._when
+        if seconds < EVERY or not trainer.is_global_zero:
+            return
+        images = (batch_idx + 1 - self._batch) * trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self.newest = {
+            "loss": float(pl_module.last_loss),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": images / seconds,
+        }
+        for logger in trainer.loggers:
+            values = {f"step/{name}": value for name, value in self.newest.items()}
+            logger.log_metrics(values, trainer.global_step)
+        self._when, self._batch = time.monotonic(), batch_idx + 1
+
+    def __str__(self) -> str:
+        now = self.newest
+        text = "loss {loss:.3f}  lr {lr:.3g}  {images_per_second:.0f} images/s"
+        return text.format(**now) if now else ""
 
 
 ESTIMATED_AFTER = 20  # steps
@@ -103,20 +155,23 @@ MOST_LINES = 12  # at most, about; of a run without a terminal
 
 
 class RunProgress(pl.Callback):
-    """One progress bar over the whole run with loss, quality and remaining time.
+    """One progress bar over the whole run with loss, speed, quality and remaining time.
 
-    Without a terminal it prints at most a dozen lines, evenly over the run.
+    Without a terminal it prints about a dozen lines at most, evenly over the run.
 
     Args:
         monitor: Its measurements are shown as quality; None if nothing is measured.
+        readings: Shown between two epochs; they come before this callback.
     """
 
-    def __init__(self, monitor: Monitor | None = None) -> None:
+    def __init__(self, monitor: Monitor | None = None, readings: Readings | None = None) -> None:
         super().__init__()
         self._shown = {} if monitor is None else monitor.shown
+        self._readings = readings or Readings()
         self._bar: tqdm[Any] | None = None
         self._above = ExitStack()  # while it is open, warnings are printed above the bar
         self._begin, self._first_step, self._line = 0.0, 0, 0
+        self._printed, self._printed_step = 0.0, 0  # when and after which step a line was printed
         self._quality: dict[str, float] = {}
 
     def on_load_checkpoint(
@@ -138,21 +193,40 @@ class RunProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the bar."""
         self._begin, self._first_step = time.monotonic(), trainer.global_step
+        self._printed, self._printed_step = self._begin, self._first_step
         if trainer.is_global_zero and sys.stderr.isatty():
             steps = int(trainer.estimated_stepping_batches)
             self._bar = tqdm(total=steps, initial=trainer.global_step, unit="step", leave=False)
             self._above.enter_context(logging_redirect_tqdm())
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the bar; without one, print once how long the run will take, if it is long."""
+        """Update the bar; without one, print how long a long run takes, and how it goes on."""
         if self._bar is not None:
             self._bar.update(trainer.global_step - self._bar.n)
+            self._bar.set_postfix_str(str(self._readings), refresh=False)
+            return
+        if not trainer.is_global_zero:
             return
         due = trainer.global_step == self._first_step + ESTIMATED_AFTER
-        if due and trainer.is_global_zero and self._seconds_left(trainer) > LONG_RUN:
+        if due and self._seconds_left(trainer) > LONG_RUN:
             print(f"{'time':<10}about {self._left(trainer)} for the run", flush=True)
+        if self._silent_for_long(trainer):
+            done = f"{(batch_idx + 1) / int(trainer.num_training_batches):.0%}"
+            self._print(trainer, f"{describe(trainer, {}, done)}  {self._readings}")
+
+    def _silent_for_long(self, trainer: pl.Trainer) -> bool:
+        """Return whether a line within an epoch is due: in a run of few and long epochs."""
+        if (trainer.max_epochs or 1) >= MOST_LINES or not self._readings.newest:
+            return False
+        steps = trainer.global_step - self._printed_step
+        seldom = steps * MOST_LINES >= int(trainer.estimated_stepping_batches)
+        return seldom and time.monotonic() - self._printed > LONG_RUN
+
+    def _print(self, trainer: pl.Trainer, text: str) -> None:
+        self._printed, self._printed_step = time.monotonic(), trainer.global_step
+        print(f"{text}  {self._left(trainer)} left", flush=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show loss and quality of the epoch."""
@@ -168,8 +242,7 @@ class RunProgress(pl.Callback):
         since = (done - self._line) * MOST_LINES / epochs
         if done in (1, epochs) or (fresh and since > 0.8) or since > 2:
             self._line = done
-            text = describe(trainer, self._shown if fresh else {})
-            print(f"{text}  {self._left(trainer)} left", flush=True)
+            self._print(trainer, describe(trainer, self._shown if fresh else {}))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""
@@ -192,14 +265,16 @@ class RunProgress(pl.Callback):
 
     def _seconds_left(self, trainer: pl.Trainer) -> float:
         done = trainer.global_step - self._first_step
-        todo = int(trainer.estimated_stepping_batches) - trainer.global_step
+        todo = max(0, int(trainer.estimated_stepping_batches) - trainer.global_step)
         return (time.monotonic() - self._begin) / max(1, done) * todo
 
 
-def describe(trainer: pl.Trainer, quality: dict[str, str]) -> str:
-    """Return one line: the epoch, its loss and the given measures."""
+def describe(trainer: pl.Trainer, quality: dict[str, str], done: str = "") -> str:
+    """Return one line: the epoch, its loss and the given measures; or how much of it is done."""
     metrics = trainer.callback_metrics
     parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+    if done:
+        return f"{parts[0]}, {done}"
     names = {"loss": "loss {:.3f}", **quality}
     parts += [text.format(float(metrics[n])) for n, text in names.items() if n in metrics]
     return "  ".join(parts)
@@ -284,10 +359,14 @@ def _table(rows: list[dict[str, Any]], found: list[tuple[str, str]], folder: Run
     timed = [r for r in rows if r.get("images_per_second") and r.get("seconds")]
     images = sum(float(r["images_per_second"]) * float(r["seconds"]) for r in timed)
     seconds = sum(float(r["seconds"]) for r in timed)
-    lines = [*found, ("images/s", f"{images / max(seconds, 1e-9):.0f}")]
+    waited = sum(float(r.get("data_wait") or 0) * float(r["seconds"]) for r in timed)
+    loss = [("loss", f"{float(rows[-1]['loss']):.3f}")] if rows and rows[-1].get("loss") else []
+    speed = f"{images / max(seconds, 1e-9):.0f}, {waited / max(seconds, 1e-9):.0%} of the time"
+    lines = [*loss, *found, ("images/s", f"{speed} waiting for data")]
     lines.append(("encoder", str(folder.encoder)))
     if folder.best.exists():
         lines.append(("best", str(folder.best)))
-    lines.append(("curves", f"{folder.metrics}, tensorboard --logdir {folder.path}"))
+    board = f", tensorboard --logdir {folder.path}" if folder.tensorboard.is_dir() else ""
+    lines.append(("curves", f"{folder.metrics}{board}"))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)

@@ -9,11 +9,9 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ssl_samix.data.datamodule import DataModule
@@ -23,6 +21,7 @@ from ssl_samix.data.views import normalize
 from ssl_samix.errors import check_range
 from ssl_samix.models.ema import evaluating
 from ssl_samix.pictures import Channels, colours, greys, paint, write_png
+from ssl_samix.training.trackers import show_picture
 from ssl_samix.types import Mixed, MixPlan
 
 MOST_ROWS = 64  # rows of a picture
@@ -56,7 +55,8 @@ class MixedPictures(pl.Callback):
     """Writes pictures of fixed images, mixed by the current policy, during the run.
 
     Training images without augmentation, always the same pairs with the same ratios from 0.1 to
-    0.9: ``<folder>/epoch-0010.png`` after the tenth epoch, and in TensorBoard. None without mixing.
+    0.9: ``<folder>/epoch-0010.png`` after the tenth epoch, and in the trackers. Nothing is written
+    without mixing.
 
     Args:
         folder: Folder of the pictures.
@@ -91,10 +91,7 @@ class MixedPictures(pl.Callback):
         with trainer.precision_plugin.forward_context():
             picture = self.picture(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         write_png(self.folder / f"epoch-{done:04d}.png", picture)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_image(
-                "mixing", np.asarray(picture), trainer.global_step, dataformats="HWC"
-            )
+        show_picture(trainer, "mixing", picture)
 
     @torch.no_grad()
     def picture(self, module: Any, data: DataModule) -> Image.Image:

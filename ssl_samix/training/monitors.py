@@ -29,6 +29,7 @@ from ssl_samix.evaluation.measures import (
     top1_top5,
     uniformity,
 )
+from ssl_samix.training.probe import OnlineProbe
 
 SHARE = 0.05  # share of the training cost that ``every_n_epochs=auto`` stays below
 
@@ -206,9 +207,11 @@ class KNNMonitor(Monitor):
     """
 
     name = "knn"
-    columns = ("knn/", "rankme", "alignment", "uniformity", "untrained/", "pixels/")
+    columns = ("knn/", "rankme", "alignment", "uniformity", "untrained/", "pixels/", "probe/")
     first = ("knn/top1", "rankme")
-    shown: ClassVar = {"knn/top1": "kNN {:.1f}%", "rankme": "RankMe {:.1f}"}
+    shown: ClassVar = {
+        "knn/top1": "kNN {:.1f}%", "probe/top1": "probe {:.1f}%", "rankme": "RankMe {:.1f}",
+    }  # fmt: skip
     step_cost = 4  # of MoCo: 3 of the query encoder, 1 of the key encoder
 
     def __init__(
@@ -234,6 +237,7 @@ class KNNMonitor(Monitor):
         self.val_limit: int | None = None if val_limit == AUTO else val_limit  # type: ignore[assignment]
         self.limits_itself = val_limit == AUTO
         self.before: dict[str, float] = {}  # measured before the first step
+        self.probe: OnlineProbe | None = None  # measured on the same validation features
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the validation images, and measure what there is before the first step.
@@ -285,10 +289,11 @@ class KNNMonitor(Monitor):
     def measure(self, module: Any, data: DataModule) -> dict[str, float]:
         """Measure the backbone; the first time, add what was measured before the first step."""
         before, self.before = self.before, {}
-        return before | self.measure_encoder(module.backbone, data, module.device)
+        probe = self.probe if self.probe is not None and self.probe.learned else None
+        return before | self.measure_encoder(module.backbone, data, module.device, probe)
 
     def table(self, newest: dict[str, float]) -> list[tuple[str, str]]:
-        """Return kNN, where there are labels, and RankMe."""
+        """Return kNN and the probe, where there are labels, and RankMe."""
         lines = []
         if {"knn/top1", "knn/best_top1"} <= newest.keys():
             now, best = newest["knn/top1"], newest["knn/best_top1"]
@@ -300,6 +305,8 @@ class KNNMonitor(Monitor):
         known = [f"{name} {value:.2f}%" for name, value in before.items() if value is not None]
         if lines and known:
             lines.append(("", f"for comparison: {', '.join(known)}"))
+        if "probe/top1" in newest:
+            lines.append(("probe", f"{newest['probe/top1']:.2f}% final, online linear"))
         if "rankme" in newest:
             untrained = newest.get("untrained/rankme")
             beside = "" if untrained is None else f"; untrained network {untrained:.1f}"
@@ -307,9 +314,19 @@ class KNNMonitor(Monitor):
         return lines
 
     def measure_encoder(
-        self, encoder: torch.nn.Module, data: DataModule, device: torch.device
+        self,
+        encoder: torch.nn.Module,
+        data: DataModule,
+        device: torch.device,
+        probe: OnlineProbe | None = None,
     ) -> dict[str, float]:
         """Return an encoder's measurements on a data set.
+
+        Args:
+            encoder: Maps (B, 3, S, S) to (B, D).
+            data: The images.
+            device: Device of the encoder.
+            probe: A classifier of its features, measured as ``probe/top1`` if there are labels.
 
         Returns:
             ``rankme``, ``alignment``, ``uniformity`` and, with labels, ``knn/top1``, ``knn/top5``
@@ -325,6 +342,8 @@ class KNNMonitor(Monitor):
             for position, (k, (top1, top5)) in enumerate(found.items()):
                 suffix = f"_k{k}" if position else ""
                 result |= {f"knn/top1{suffix}": top1, f"knn/top5{suffix}": top5}
+            if probe is not None:
+                result["probe/top1"] = probe.top1(val, val_labels)
         if bank is None or splits.bank is not splits.train:
             bank, _ = self._embed(encoder, data, splits.train, RANK_SAMPLE, device)
         rows = torch.linspace(0, len(bank) - 1, min(len(bank), RANK_SAMPLE)).long()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
 
@@ -30,8 +29,11 @@ from ssl_samix.config.compose import (
     groups,
     in_hydras_grammar,
     parse,
+    plain,
     quoted,
 )
+from ssl_samix.config.extras import check_extras
+from ssl_samix.config.key_types import check_callbacks
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.view_spec import Recipes
 from ssl_samix.errors import ConfigError, Interrupted, UserError, check_range
@@ -41,21 +43,23 @@ from ssl_samix.models.backbone import Backbone
 from ssl_samix.optim import OptimizerRecipe
 from ssl_samix.processes import fit_to_launcher, is_main_process, started_world
 from ssl_samix.trainer import compile_if_wanted, memory_format, record_start
+from ssl_samix.training.averaging import ExportedAverage
 from ssl_samix.training.defaults import known_of, resolve_auto
 from ssl_samix.training.guards import FiniteLoss, MixerHealth, RunCheckpoint, SeveralProcesses
 from ssl_samix.training.launch import given_folder, imported_by_a_worker, relaunched_as
-from ssl_samix.training.logging import MetricsCSV, Pace, Run, RunProgress, announce, finish
-from ssl_samix.training.monitors import Monitor, Recluster
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger; it creates its folder again if that is removed during a run."""
-
-    @property
-    def experiment(self) -> Any:
-        """Return the writer; its thread would fail if the folder were missing."""
-        os.makedirs(self.log_dir, exist_ok=True)
-        return super().experiment
+from ssl_samix.training.logging import (
+    MetricsCSV,
+    Pace,
+    Readings,
+    Run,
+    RunProgress,
+    announce,
+    finish,
+)
+from ssl_samix.training.monitors import KNNMonitor, Monitor, Recluster
+from ssl_samix.training.probe import OnlineProbe
+from ssl_samix.training.trackers import build_loggers, tracking
+from ssl_samix.training.view_picture import ViewPicture
 
 
 class Mode(ABC):
@@ -86,8 +90,14 @@ class Mode(ABC):
         """Return the mode's metadata of the run's files: at least its ``method``."""
 
     def save(self, folder: RunFolder, module: BaseMethod, meta: dict[str, Any]) -> None:
-        """Write the encoder, and the Mixer if there is one."""
-        save_encoder(folder.encoder, module.backbone, meta)
+        """Write the encoder, or its average if wanted, and the Mixer if there is one."""
+        trainer: Any = module.trainer
+        average = next((c for c in trainer.callbacks if isinstance(c, ExportedAverage)), None)
+        if average is None:
+            save_encoder(folder.encoder, module.backbone, meta)
+        else:
+            said = {**meta, "ema": average.momentum}
+            save_encoder(folder.encoder, average.backbone(module), said)
         if module.mixing is not None and module.mixing.learns:
             save_mixer(folder.mixer, module.teacher_backbone, module.mixing.policy, meta)  # type: ignore[arg-type]
 
@@ -121,9 +131,11 @@ def configured(command: str, arguments: list[str]) -> tuple[DictConfig, dict[str
     resume = [o.value() for o in parse(arguments) if o.key_or_group == "resume"]
     if resume and resume[-1] is not None:
         config, choices = resumed_config(command, resume[-1], arguments)
+        check_extras(config)
         return config, choices, RunFolder(resume[-1])
     config, choices = compose(command, arguments)
     absolute(config)
+    check_extras(config)
     out = config.out or given_folder()
     fit_to_launcher(config.trainer.devices, config.trainer.num_nodes)  # raises if they do not
     world, _ = started_world() or (config.trainer.num_nodes, 1)
@@ -167,7 +179,8 @@ def _trained(mode: Mode, config: DictConfig, choices: dict[str, str], folder: Ru
         mend_metrics(folder.metrics)
         record_start(folder.environment, trainer.precision)
     announce(trainer, config, folder, module, data, meta, mode.purpose, automatic)
-    _fit(mode.command, trainer, module, data, folder, config.get("config_dir"))
+    with tracking(trainer, config, folder.path):
+        _fit(mode.command, trainer, module, data, folder, config.get("config_dir"))
     if config.trainer.max_epochs % config.callbacks.checkpoint.every_n_epochs:
         trainer.save_checkpoint(folder.last)  # the checkpoint interval skipped the last epochs
     if trainer.is_global_zero:
@@ -267,6 +280,8 @@ def _fit(
         except RuntimeError as error:
             if isinstance(error, DistError) or "gloo" in str(error):
                 raise UserError(f"another process of this run ended, see above; {again}") from error
+            if "conditioned on metric" in str(error):
+                raise ConfigError(f"callbacks.extra.EarlyStopping: {error}") from error
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
@@ -310,17 +325,42 @@ def _trainer(
         RunCheckpoint(folder.path, "last", config.callbacks.checkpoint.every_n_epochs)
     )
     watchers: list[pl.Callback] = [FiniteLoss(), SeveralProcesses(), Pace(), Recluster(), monitor]
-    watchers += [MetricsCSV(folder.metrics, monitor), RunProgress(monitor), MixerHealth()]
+    if config.callbacks.get("probe") and isinstance(monitor, KNNMonitor):
+        monitor.probe = OnlineProbe()
+        watchers.append(monitor.probe)
+    if config.callbacks.get("ema") is not None:
+        watchers.append(ExportedAverage(config.callbacks.ema))
+    readings = Readings()
+    watchers += [MetricsCSV(folder.metrics, monitor), readings, RunProgress(monitor, readings)]
+    watchers.append(MixerHealth())
     pictures = config.callbacks.get("pictures")  # older runs have no such key
     if pictures is not None:
-        watchers.append(build(pictures, folder=folder.pictures))
+        watchers += [build(pictures, folder=folder.pictures), ViewPicture(folder.views)]
+    watchers += _extra_callbacks(config)
     trainer: pl.Trainer = build(
         config.trainer,
         wants_sync_batchnorm=module.wants_sync_batchnorm,
         callbacks=[*watchers, *checkpoints],
-        logger=RunLogger(folder.path, name="", version="tensorboard"),
+        logger=build_loggers(config, folder.path) or False,
         plugins=[AtomicCheckpointIO(meta)],
         **fit_to_launcher(config.trainer.devices, config.trainer.num_nodes),
         default_root_dir=folder.path,
     )
     return trainer
+
+
+def _extra_callbacks(config: DictConfig) -> list[pl.Callback]:
+    """Return the callbacks of Lightning that ``callbacks.extra`` names.
+
+    Raises:
+        ConfigError: For one that is not allowed, or an argument that it does not take.
+    """
+    wanted: dict[str, dict[str, Any]] = plain(config.callbacks).get("extra") or {}
+    check_callbacks(wanted)
+    built = []
+    for name, arguments in wanted.items():
+        try:
+            built.append(getattr(pl.callbacks, name)(**arguments))
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"callbacks.extra.{name}: {error}") from error
+    return built

@@ -38,7 +38,7 @@ TINY = {
     "callbacks.knn.val_limit": 20,
     "callbacks.knn.every_n_epochs": 9,
 }
-TIMING = {"seconds", "cpu_seconds", "images_per_second", "knn/seconds"}
+TIMING = {"seconds", "cpu_seconds", "images_per_second", "data_wait", "knn/seconds"}
 
 
 def normalised(pixels):
