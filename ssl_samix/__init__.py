@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ssl_samix.methods.mocov3 import MoCoV3
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
+    from ssl_samix.methods.vicreg import VICReg
     from ssl_samix.mixup.mixer import SAMix
     from ssl_samix.training.logging import Run
     from ssl_samix.training.pretrain import pretrain
@@ -38,6 +39,7 @@ __all__ = [
     "TrainedClassifier",
     "TrainedMixer",
     "UserError",
+    "VICReg",
     "load_classifier",
     "load_encoder",
     "load_mixer",
@@ -59,6 +61,7 @@ _HOMES = {
     "TrainedClassifier": "ssl_samix.artifacts.encoder",
     "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",
+    "VICReg": "ssl_samix.methods.vicreg",
     "load_classifier": "ssl_samix.artifacts.encoder",
     "load_encoder": "ssl_samix.artifacts.encoder",
     "load_mixer": "ssl_samix.artifacts.mixer",

@@ -21,6 +21,7 @@ from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.mixup.clusters import ClusterObjective
 from ssl_samix.mixup.mixer import SAMix
 from ssl_samix.mixup.objective import MixObjective
@@ -50,6 +51,7 @@ METHODS = {
     ),
     "barlow_twins": lambda backbone, **kw: BarlowTwins(backbone, **{**BASE, **SMALL_HEADS, **kw}),
     "mocov3": lambda backbone, **kw: MoCoV3(backbone, **{**BASE, **SMALL_HEADS, **kw}),
+    "vicreg": lambda backbone, **kw: VICReg(backbone, **{**BASE, **SMALL_HEADS, **kw}),
 }
 
 

@@ -80,6 +80,10 @@ def test_two_processes_equal_one_with_the_whole_batch(name, two_ranks):
     for _, gradients, queue in parts:
         assert gradients.keys() == whole_gradients.keys()
         for key, gradient in gradients.items():
+            if name == "vicreg" and key == "projector.layers.6.bias":
+                # Its loss does not depend on the last bias: what is left is rounding.
+                assert max(gradient.abs().max(), whole_gradients[key].abs().max()) < 1e-5
+                continue
             scale = whole_gradients[key].abs().max().clamp_min(1e-6)
             assert (gradient - whole_gradients[key]).abs().max() <= 1e-4 * scale, key
         if queue is not None:

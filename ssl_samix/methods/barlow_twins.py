@@ -58,7 +58,6 @@ class BarlowTwins(BaseMethod):
         """Return each sample's part of the loss towards each of its parents, (K, P)."""
         return cross_correlation(query, target[parents], self.redundancy)
 
-    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of the two views, (B,), the same for each sample of the batch."""
-        first, second = self.query(views[0]), self.query(views[1])
-        return self.criterion(first, second).expand(len(first))
+    def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the loss of two views, (B,), the same for each sample of the batch."""
+        return self.criterion(query, key).expand(len(query))

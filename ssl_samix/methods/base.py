@@ -138,14 +138,18 @@ class BaseMethod(pl.LightningModule, ABC):
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
         """Return the method's loss of the plain views, averaged over its directions, (B,)."""
-        parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
         # Queries first: a method without a twin takes its targets from the same forward passes.
         queries = [self.query(views[query]) for query, _ in self.directions]
+        keys = {key: self.keys(views[key]) for _, key in self.directions}
         losses = [
-            self.pair_loss(query, self.keys(views[key]), parents)[:, 0]
+            self.plain_loss(query, keys[key])
             for query, (_, key) in zip(queries, self.directions, strict=True)
         ]
         return torch.stack(losses).mean(dim=0)
+
+    def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the losses (B,) of plain views' queries (B, D) for their own keys (B, D)."""
+        return self.pair_loss(query, key, torch.arange(len(key), device=key.device)[:, None])[:, 0]
 
     @property
     def teacher_backbone(self) -> Backbone:

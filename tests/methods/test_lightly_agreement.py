@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from torch import nn
 
+from ssl_samix.losses import vicreg
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.models.backbone import Backbone
 from tests.conftest import recipe
 
@@ -144,6 +146,30 @@ def test_barlow_twins_sample_by_sample(backbone, views):
     parts.mean().backward()
     theirs.backward()
     same_gradients(method, example)
+
+
+def test_vicreg(backbone, views):
+    weights = {"invariance": 20.0, "variance": 15.0, "covariance": 2.0}
+    method = VICReg(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, **weights)
+    example = Example(method)
+    theirs = VICRegLoss(20.0, 15.0, 2.0)(example(views[0]), example(views[1]))
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_vicreg_of_a_constant_column_is_the_papers():
+    """Two samples of two columns, by hand: only the first column varies, by a variance of 2."""
+    query, target = torch.tensor([[1.0, 3.0], [-1.0, 3.0]]), torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    own = torch.arange(2)[:, None]
+    distance = vicreg(query, target, own, 1.0, 0.0, 0.0)
+    torch.testing.assert_close(distance, torch.tensor([[2.5], [6.5]]))  # (1 + 4) / 2, (9 + 4) / 2
+    hinge = vicreg(query, target, own, 0.0, 1.0, 0.0).mean()  # half of each: one column of 2, both
+    assert hinge.item() == pytest.approx((0.99 / 2 + 0.99) / 2)
+    together = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # covariance 2, twice off the diagonal
+    assert vicreg(together, target, own, 0.0, 0.0, 1.0).mean().item() == pytest.approx(4.0)
 
 
 def test_mocov3_is_the_papers_algorithm(backbone, views):
