@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssl_samix.methods.byol import BYOL
     from ssl_samix.methods.moco import MoCo
     from ssl_samix.methods.mocov3 import MoCoV3
+    from ssl_samix.methods.nnclr import NNCLR
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
     from ssl_samix.methods.vicreg import VICReg
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYOL",
+    "NNCLR",
     "BarlowTwins",
     "Encoder",
     "MoCo",
@@ -54,6 +56,7 @@ _HOMES = {
     "Encoder": "ssl_samix.artifacts.encoder",
     "MoCo": "ssl_samix.methods.moco",
     "MoCoV3": "ssl_samix.methods.mocov3",
+    "NNCLR": "ssl_samix.methods.nnclr",
     "Run": "ssl_samix.training.logging",
     "SAMix": "ssl_samix.mixup.mixer",
     "SimCLR": "ssl_samix.methods.simclr",

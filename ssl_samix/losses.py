@@ -91,6 +91,13 @@ def info_nce_in_batch(
 
 
 @full_precision
+@torch.no_grad()
+def nearest_neighbours(rows: Tensor, bank: Tensor) -> Tensor:
+    """Return the row of ``bank`` (N, D) nearest to each of ``rows`` (B, D), both L2-normalised."""
+    return bank[(rows @ bank.T).argmax(dim=1)]
+
+
+@full_precision
 def nt_xent(
     first: Tensor,
     second: Tensor,

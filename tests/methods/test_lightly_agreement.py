@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.models.modules import NNMemoryBankModule
 from torch import nn
 
 from ssl_samix.losses import vicreg
@@ -14,6 +15,7 @@ from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
+from ssl_samix.methods.nnclr import NNCLR
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
 from ssl_samix.methods.vicreg import VICReg
@@ -170,6 +172,28 @@ def test_vicreg_of_a_constant_column_is_the_papers():
     assert hinge.item() == pytest.approx((0.99 / 2 + 0.99) / 2)
     together = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # covariance 2, twice off the diagonal
     assert vicreg(together, target, own, 0.0, 0.0, 1.0).mean().item() == pytest.approx(4.0)
+
+
+def test_nnclr(backbone, views):
+    heads = {"hidden_dim": 64, "output_dim": 32, "predictor_dim": 64}
+    method = NNCLR(backbone, optimizer=recipe(), queue_size=64, **heads)
+    example = Example(method)
+    criterion, bank = NTXentLoss(temperature=0.1), NNMemoryBankModule((64, 32))
+    bank.bank.copy_(method.queue.keys)
+    (z0, p0), (z1, p1) = (example.both(view) for view in views)
+    n0, n1 = bank(z0.detach(), update=False), bank(z1.detach(), update=True)
+    theirs = 0.5 * (criterion(n0, p1) + criterion(n1, p0))
+    with method.memory.step():
+        ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+    method.after_batch()
+    # Ours holds unit vectors, of one view as theirs.
+    pushed = nn.functional.normalize(bank.bank[:16], dim=1)
+    torch.testing.assert_close(method.queue.keys[:16], pushed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.queue.keys[16:], bank.bank[16:])
 
 
 def test_mocov3_is_the_papers_algorithm(backbone, views):
