@@ -64,6 +64,7 @@ TYPES: dict[str, Any] = {
     "trainer.precision": int | str,
     "trainer.sync_batchnorm": bool | Auto,
     "views.device": str,
+    "views.small.size": int | Auto,
     "augment.device": str,
     # evaluation and export
     "clusters": int | Auto,

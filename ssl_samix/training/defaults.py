@@ -54,6 +54,8 @@ def known_of(data: DataModule) -> dict[str, float]:
     chosen = {"data.batch_size": data.batch_size, "data.crop_min": data.crop_min}
     for view, spec in zip("ab", data.specs, strict=False):
         chosen |= {f"views.{view}.{name}": getattr(spec, name) for name in JITTER}
+    if data.small_size is not None:
+        chosen["views.small.size"] = data.small_size
     return chosen
 
 
