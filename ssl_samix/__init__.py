@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ssl_samix.methods.nnclr import NNCLR
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
+    from ssl_samix.methods.swav import SwAV
     from ssl_samix.methods.vicreg import VICReg
     from ssl_samix.mixup.mixer import SAMix
     from ssl_samix.training.logging import Run
@@ -38,6 +39,7 @@ __all__ = [
     "SAMix",
     "SimCLR",
     "SimSiam",
+    "SwAV",
     "TrainedClassifier",
     "TrainedMixer",
     "UserError",
@@ -61,6 +63,7 @@ _HOMES = {
     "SAMix": "ssl_samix.mixup.mixer",
     "SimCLR": "ssl_samix.methods.simclr",
     "SimSiam": "ssl_samix.methods.simsiam",
+    "SwAV": "ssl_samix.methods.swav",
     "TrainedClassifier": "ssl_samix.artifacts.encoder",
     "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",

@@ -91,6 +91,12 @@ def info_nce_in_batch(
 
 
 @full_precision
+def scores(embedding: Tensor, prototypes: Tensor) -> Tensor:
+    """Return the products (K, C) of embeddings (K, D) and prototypes (C, D)."""
+    return embedding @ prototypes.T
+
+
+@full_precision
 @torch.no_grad()
 def nearest_neighbours(rows: Tensor, bank: Tensor) -> Tensor:
     """Return the row of ``bank`` (N, D) nearest to each of ``rows`` (B, D), both L2-normalised."""

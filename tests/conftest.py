@@ -22,6 +22,7 @@ from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.nnclr import NNCLR
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.swav import SwAV
 from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.mixup.clusters import ClusterObjective
 from ssl_samix.mixup.mixer import SAMix
@@ -69,6 +70,9 @@ METHODS = {
     "mocov3": lambda backbone, **kw: MoCoV3(backbone, **{**BASE, **SMALL_HEADS, **kw}),
     "nnclr": lambda backbone, **kw: with_neighbours(
         NNCLR(backbone, **{**BASE, **SMALL_HEADS, "predictor_dim": 32, "queue_size": 32, **kw})
+    ),
+    "swav": lambda backbone, **kw: SwAV(
+        backbone, **{**BASE, **SMALL_HEADS, "prototypes": 12, **kw}
     ),
     "vicreg": lambda backbone, **kw: VICReg(backbone, **{**BASE, **SMALL_HEADS, **kw}),
 }

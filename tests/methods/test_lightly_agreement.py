@@ -6,7 +6,13 @@ import copy
 
 import pytest
 import torch
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+)
 from lightly.models.modules import NNMemoryBankModule
 from torch import nn
 
@@ -18,6 +24,7 @@ from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.nnclr import NNCLR
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.swav import SwAV
 from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.models.backbone import Backbone
 from tests.conftest import recipe
@@ -194,6 +201,41 @@ def test_nnclr(backbone, views):
     pushed = nn.functional.normalize(bank.bank[:16], dim=1)
     torch.testing.assert_close(method.queue.keys[:16], pushed, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(method.queue.keys[16:], bank.bank[16:])
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_swav(backbone, views, count):
+    heads = {"hidden_dim": 64, "output_dim": 32, "prototypes": 24}
+    method = SwAV(backbone, optimizer=recipe(), **heads).eval()  # small views in one pass or each
+    example, prototypes = Example(method), copy.deepcopy(method.prototypes)
+    small = [torch.randn(16, 3, 8, 8) for _ in range(count)]
+    high, low = (
+        [prototypes(nn.functional.normalize(example(view), dim=1)) for view in of]
+        for of in (views, small)
+    )
+    theirs = SwaVLoss()(high, low).squeeze()
+    with method.memory.step():
+        ours = method.own_loss((*views, *small)).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+    torch.testing.assert_close(method.prototypes.weight.grad, prototypes.weight.grad)
+
+
+def test_swav_keeps_its_prototypes_in_the_first_epochs_and_on_the_sphere(backbone, views):
+    method = SwAV(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, prototypes=24)
+    weight = method.prototypes.weight
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    for method.freeze_epochs in (1, 0):  # in epoch 0
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        method.own_loss(views).mean().backward()
+        method.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        method.after_step()
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(24))
+        assert torch.allclose(weight, before, atol=1e-6) == (method.freeze_epochs == 1)
 
 
 def test_mocov3_is_the_papers_algorithm(backbone, views):
