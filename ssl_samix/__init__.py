@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ssl_samix.errors import UserError
     from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
+    from ssl_samix.methods.dino import DINO
     from ssl_samix.methods.moco import MoCo
     from ssl_samix.methods.mocov3 import MoCoV3
     from ssl_samix.methods.nnclr import NNCLR
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYOL",
+    "DINO",
     "NNCLR",
     "BarlowTwins",
     "Encoder",
@@ -54,6 +56,7 @@ __all__ = [
 # Loaded at first use, so that the command line answers before torch is imported.
 _HOMES = {
     "BYOL": "ssl_samix.methods.byol",
+    "DINO": "ssl_samix.methods.dino",
     "BarlowTwins": "ssl_samix.methods.barlow_twins",
     "Encoder": "ssl_samix.artifacts.encoder",
     "MoCo": "ssl_samix.methods.moco",

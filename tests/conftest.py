@@ -17,6 +17,7 @@ from ssl_samix.artifacts.mixer import Frozen, TrainedMixer
 from ssl_samix.cli.main import main
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
+from ssl_samix.methods.dino import DINO
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.nnclr import NNCLR
@@ -72,6 +73,9 @@ METHODS = {
         NNCLR(backbone, **{**BASE, **SMALL_HEADS, "predictor_dim": 32, "queue_size": 32, **kw})
     ),
     "swav": lambda backbone, **kw: SwAV(
+        backbone, **{**BASE, **SMALL_HEADS, "prototypes": 12, **kw}
+    ),
+    "dino": lambda backbone, **kw: DINO(
         backbone, **{**BASE, **SMALL_HEADS, "prototypes": 12, **kw}
     ),
     "vicreg": lambda backbone, **kw: VICReg(backbone, **{**BASE, **SMALL_HEADS, **kw}),

@@ -8,17 +8,19 @@ import pytest
 import torch
 from lightly.loss import (
     BarlowTwinsLoss,
+    DINOLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
     SwaVLoss,
     VICRegLoss,
 )
-from lightly.models.modules import NNMemoryBankModule
+from lightly.models.modules import DINOProjectionHead, NNMemoryBankModule
 from torch import nn
 
 from ssl_samix.losses import vicreg
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
+from ssl_samix.methods.dino import DINO
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
 from ssl_samix.methods.nnclr import NNCLR
@@ -236,6 +238,65 @@ def test_swav_keeps_its_prototypes_in_the_first_epochs_and_on_the_sphere(backbon
         method.after_step()
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(24))
         assert torch.allclose(weight, before, atol=1e-6) == (method.freeze_epochs == 1)
+
+
+def vit():
+    options = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    options["dynamic_img_size"] = True
+    return Backbone("vit_tiny_patch16_224", image_size=16, options=options)
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_dino(backbone, views, network, count):
+    """Two steps, of which the second sees the centre of the first."""
+    sizes = {"hidden_dim": 64, "output_dim": 32}
+    if network == "vit":
+        backbone = vit()
+    method = DINO(backbone, optimizer=recipe(), prototypes=24, **sizes).eval()
+    example = Example(method)
+    for name, parent in (
+        ("projection_head", method.prototypes),
+        ("projection_head_momentum", method.teacher_prototypes.module),
+    ):
+        head = DINOProjectionHead(method.backbone.feature_dim, 64, 32, 24)
+        head.layers.load_state_dict(method.projector.layers.state_dict())
+        head.last_layer.weight_v.data.copy_(parent.weight)
+        setattr(example, name, head.eval())
+    small = [torch.randn(16, 3, 8, 8) for _ in range(count)]
+    criterion = DINOLoss(24, warmup_teacher_temp_epochs=0)
+    for _ in range(2):
+        example.zero_grad()
+        method.zero_grad()
+        teacher = [example.forward_momentum(view) for view in views]
+        theirs = criterion(teacher, [example(view) for view in (*views, *small)])
+        with method.memory.step():
+            ours = method.own_loss((*views, *small)).mean()
+        method.after_batch()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(method.center.value, criterion.center[0])
+        ours.backward()
+        theirs.backward()
+        same_gradients(method, example)
+        their_last = example.projection_head.last_layer.weight_v.grad
+        torch.testing.assert_close(method.prototypes.weight.grad, their_last)
+    assert method.center.value.abs().max() > 0
+
+
+def test_dinos_teacher_follows_with_its_last_layer(backbone, views, monkeypatch):
+    method = DINO(backbone, optimizer=recipe(), prototypes=24, momentum=0.9)
+    monkeypatch.setattr(type(method), "total_steps", 100)
+    method.own_loss(views).mean().backward()
+    teachers = [*method.twin.parameters(), *method.teacher_prototypes.parameters()]
+    assert all(weight.grad is None and not weight.requires_grad for weight in teachers)
+    assert method.prototypes.weight.grad.abs().max() > 0
+    method.on_before_optimizer_step(None)
+    assert method.prototypes.weight.grad.abs().max() == 0, "frozen in epoch 0"
+    old = method.prototypes.weight.detach().clone()
+    with torch.no_grad():
+        method.prototypes.weight.add_(1.0)
+    method.after_step()
+    torch.testing.assert_close(method.teacher_prototypes.module.weight, old + 0.1)
 
 
 def test_mocov3_is_the_papers_algorithm(backbone, views):
