@@ -76,7 +76,7 @@ def test_queue_prototypes_and_centre_are_resumed(name, tmp_path, monkeypatch):
     words = [
         f"method={name}", "mixup=samix", "data.limit=64", "data.batch_size=32", "backbone.width=4",
         "trainer.max_epochs=3", "method.hidden_dim=32", "method.output_dim=16",
-        "callbacks.knn.every_n_epochs=3",
+        "callbacks.knn.every_n_epochs=3", "optimizer.lr=0.1",
     ]  # fmt: skip
     samix_here("pretrain", *words, "out=whole", cwd=tmp_path)
     step = BaseMethod.training_step

@@ -253,13 +253,14 @@ def test_dino(backbone, views, network, count):
     sizes = {"hidden_dim": 64, "output_dim": 32}
     if network == "vit":
         backbone = vit()
-    method = DINO(backbone, optimizer=recipe(), prototypes=24, **sizes).eval()
+    norm = network == "resnet"
+    method = DINO(backbone, optimizer=recipe(), prototypes=24, batch_norm=norm, **sizes).eval()
     example = Example(method)
     for name, parent in (
         ("projection_head", method.prototypes),
         ("projection_head_momentum", method.teacher_prototypes.module),
     ):
-        head = DINOProjectionHead(method.backbone.feature_dim, 64, 32, 24)
+        head = DINOProjectionHead(method.backbone.feature_dim, 64, 32, 24, norm)
         head.layers.load_state_dict(method.projector.layers.state_dict())
         head.last_layer.weight_v.data.copy_(parent.weight)
         setattr(example, name, head.eval())
