@@ -35,6 +35,7 @@ from lightly_examples import LightlySide
 from meter import Meter, Views, largest_resident, resident
 from our_step import OurSide, configuration
 
+from ssl_samix.data.view_spec import SmallViews
 from ssl_samix.trainer import PRECISIONS, choose_precision, silence_lightning
 
 COLUMNS = (
@@ -62,7 +63,7 @@ class Comparison:
     def round(self, warm: bool) -> None:
         """Run a period of steps of every side on the same views."""
         views = random_views(self.args)
-        plain = tuple(view.contiguous() for view in views)
+        plain = tuple(view.contiguous() for view in views[:2])
         for (name, _), meter in self.meters.items():
             (meter.run if warm else meter.warm_up)(plain if name == LIGHTLY else views)
 
@@ -95,7 +96,10 @@ class Comparison:
                 cell(against),
                 cell(self.over(key, ("none", precision))) if ours else "",
                 cell(self.flops_over_plain(key)) if ours else "",
-                cell(POLICIES[name].passes(self.method) / plain) if ours else "",
+                # The model knows passes of large views only.
+                cell(POLICIES[name].passes(self.method) / plain)
+                if ours and not self.args.small
+                else "",
                 f"{peak:.0f}" if peak else "",
             ]
 
@@ -131,9 +135,10 @@ def side(method: str, name: str, precision: str, args: argparse.Namespace) -> Li
 
 
 def random_views(args: argparse.Namespace) -> Views:
-    """Return two random views in the memory layout of ours."""
+    """Return two random views, and small ones, in the memory layout of ours."""
     shape = (args.batch, 3, args.size, args.size)
-    views = (torch.randn(shape, device=args.device) for _ in range(2))
+    small = (*shape[:2], *(SmallViews().side(args.size),) * 2)
+    views = (torch.randn(s, device=args.device) for s in [shape] * 2 + [small] * args.small)
     return tuple(view.to(memory_format=torch.channels_last) for view in views)
 
 
@@ -161,6 +166,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=("resnet18", "resnet50"), default="resnet18")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--policies", default="none,samix", help="likewise")
+    parser.add_argument("--small", type=int, default=0, help="small views per image, of ours")
     parser.add_argument("--precision", default="auto", help="ours, likewise; lightly's is float32")
     parser.add_argument("--compile", choices=("no", "default", "reduce-overhead"), default="no")
     parser.add_argument("--lightly", action=argparse.BooleanOptionalAction, default=True)

@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from ssl_samix.errors import UserError
     from ssl_samix.methods.barlow_twins import BarlowTwins
     from ssl_samix.methods.byol import BYOL
+    from ssl_samix.methods.dino import DINO
     from ssl_samix.methods.moco import MoCo
     from ssl_samix.methods.mocov3 import MoCoV3
+    from ssl_samix.methods.nnclr import NNCLR
     from ssl_samix.methods.simclr import SimCLR
     from ssl_samix.methods.simsiam import SimSiam
+    from ssl_samix.methods.swav import SwAV
+    from ssl_samix.methods.vicreg import VICReg
     from ssl_samix.mixup.mixer import SAMix
     from ssl_samix.training.logging import Run
     from ssl_samix.training.pretrain import pretrain
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYOL",
+    "DINO",
+    "NNCLR",
     "BarlowTwins",
     "Embedded",
     "Encoder",
@@ -49,9 +55,11 @@ __all__ = [
     "SAMix",
     "SimCLR",
     "SimSiam",
+    "SwAV",
     "TrainedClassifier",
     "TrainedMixer",
     "UserError",
+    "VICReg",
     "compare",
     "embed",
     "export",
@@ -70,19 +78,23 @@ __all__ = [
 # Loaded at first use, so that the command line answers before torch is imported.
 _HOMES = {
     "BYOL": "ssl_samix.methods.byol",
+    "DINO": "ssl_samix.methods.dino",
     "BarlowTwins": "ssl_samix.methods.barlow_twins",
     "Embedded": "ssl_samix.cli.functions",
     "Encoder": "ssl_samix.artifacts.encoder",
     "Measured": "ssl_samix.cli.functions",
     "MoCo": "ssl_samix.methods.moco",
     "MoCoV3": "ssl_samix.methods.mocov3",
+    "NNCLR": "ssl_samix.methods.nnclr",
     "Run": "ssl_samix.training.logging",
     "SAMix": "ssl_samix.mixup.mixer",
     "SimCLR": "ssl_samix.methods.simclr",
     "SimSiam": "ssl_samix.methods.simsiam",
+    "SwAV": "ssl_samix.methods.swav",
     "TrainedClassifier": "ssl_samix.artifacts.encoder",
     "TrainedMixer": "ssl_samix.artifacts.mixer",
     "UserError": "ssl_samix.errors",
+    "VICReg": "ssl_samix.methods.vicreg",
     "compare": "ssl_samix.cli.functions",
     "embed": "ssl_samix.cli.functions",
     "export": "ssl_samix.cli.functions",

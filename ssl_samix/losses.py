@@ -91,6 +91,19 @@ def info_nce_in_batch(
 
 
 @full_precision
+def scores(embedding: Tensor, prototypes: Tensor) -> Tensor:
+    """Return the products (K, C) of embeddings (K, D) and prototypes (C, D)."""
+    return embedding @ prototypes.T
+
+
+@full_precision
+@torch.no_grad()
+def nearest_neighbours(rows: Tensor, bank: Tensor) -> Tensor:
+    """Return the row of ``bank`` (N, D) nearest to each of ``rows`` (B, D), both L2-normalised."""
+    return bank[(rows @ bank.T).argmax(dim=1)]
+
+
+@full_precision
 def nt_xent(
     first: Tensor,
     second: Tensor,
@@ -172,10 +185,7 @@ def _per_sample(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
     first, second = _standardised(query), _standardised(positive)  # (K, D)
     identity = torch.eye(first.shape[1], device=first.device)
     with torch.no_grad():
-        matrix = first.T @ second / len(first)
-        if world_size() > 1:
-            torch.distributed.all_reduce(matrix)
-            matrix /= world_size()
+        matrix = _over_ranks(first.T @ second / len(first))
         residual = matrix - identity
         weights = identity + redundancy * (1 - identity)
         slope = 2 * weights * residual  # of the loss, in the elements of the matrix
@@ -186,6 +196,67 @@ def _per_sample(query: Tensor, positive: Tensor, redundancy: float) -> Tensor:
 def _standardised(rows: Tensor) -> Tensor:
     """Standardise each column to mean 0 and variance 1 over the rows."""
     return F.batch_norm(rows, None, None, training=True)
+
+
+def _over_ranks(mean: Tensor) -> Tensor:
+    """Return the mean over all ranks of a mean over each rank's rows, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(mean)
+        mean /= world_size()
+    return mean
+
+
+VARIANCE_EPS = 1e-4  # added to variances, as in the authors' code of VICReg
+
+
+@full_precision
+def vicreg(
+    query: Tensor,
+    target: Tensor,
+    parents: Tensor,
+    invariance: float,
+    variance: float,
+    covariance: float,
+) -> Tensor:
+    """Return VICReg's loss (arXiv 2105.04906, eq. 1 to 6), one value per sample.
+
+    Variance and covariance are those of the rows of all ranks. Each sample has its first-order
+    contribution to their terms (see ``cross_correlation``), whose mean has their value and
+    gradient.
+
+    Args:
+        query: (K, D), not normalised.
+        target: (B, D), not normalised.
+        parents: (K, P) rows of ``target``.
+        invariance: Weight of the squared distance to each parent.
+        variance: Weight of the hinge that keeps each column's standard deviation at 1.
+        covariance: Weight of the squared covariances between columns.
+
+    Returns:
+        (K, P) losses.
+    """
+    distance = (query[:, None] - target[parents]).square().mean(dim=2)  # (K, P)
+    own = _regularisation(query, variance / 2, covariance)[:, None]
+    return invariance * distance + own + _regularisation(target, variance / 2, covariance)[parents]
+
+
+def _regularisation(rows: Tensor, variance: float, covariance: float) -> Tensor:
+    """Return each row's part (K,) of VICReg's variance and covariance terms of rows (K, D)."""
+    width, count = rows.shape[1], len(rows) * world_size()
+    unbiased = count / max(1, count - 1)
+    # The mean takes no gradient: over the batch, what flows through it adds up to zero.
+    centred = rows - _over_ranks(rows.detach().mean(dim=0))
+    with torch.no_grad():
+        matrix = _over_ranks(unbiased * centred.T @ centred / len(rows))  # (D, D)
+        deviation = (matrix.diagonal() + VARIANCE_EPS).sqrt()
+        between = matrix - matrix.diagonal().diag()
+        hinge = -variance * (deviation < 1) / (2 * deviation)
+        slope = (2 * covariance * between + hinge.diag()) / width  # of the terms, in the matrix
+        terms = (
+            variance * (1 - deviation).relu().mean() + covariance * between.square().sum() / width
+        )
+        constant = terms - (slope * matrix).sum()
+    return unbiased * ((centred @ slope) * centred).sum(dim=1) + constant
 
 
 def soft_labels(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:

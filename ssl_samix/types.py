@@ -17,7 +17,7 @@ from torch import Tensor
 class Batch:
     """Augmented views of B images, normalised, on the device."""
 
-    views: tuple[Tensor, ...]  # each (B, 3, S, S) float
+    views: tuple[Tensor, ...]  # two of (B, 3, S, S) float, then small ones (one if supervised)
     label: Tensor  # (B,) int64, -1 where there is no label
     index: Tensor  # (B,) int64
 

@@ -17,16 +17,21 @@ from ssl_samix.artifacts.mixer import Frozen, TrainedMixer
 from ssl_samix.cli.main import main
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
+from ssl_samix.methods.dino import DINO
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
+from ssl_samix.methods.nnclr import NNCLR
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.swav import SwAV
+from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.mixup.clusters import ClusterObjective
 from ssl_samix.mixup.mixer import SAMix
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.mixup.policies import Mixup
 from ssl_samix.mixup.samix_objective import SAMixObjective
 from ssl_samix.models.backbone import Backbone
+from ssl_samix.models.ema import evaluating
 from ssl_samix.optim import OptimizerRecipe
 
 
@@ -41,6 +46,20 @@ def recipe(**settings):
 
 BASE = {"optimizer": recipe()}
 SMALL_HEADS = {"hidden_dim": 32, "output_dim": 16}
+
+
+@torch.no_grad()
+def with_neighbours(method):
+    """Fill the queue with the method's own embeddings.
+
+    Those of an untrained network lie so close together that all would have one random neighbour.
+    """
+    with evaluating(method):
+        images = torch.randn(len(method.queue.keys), 3, 16, 16)
+        method.queue.keys.copy_(method.unit(method.embedder(images)))
+    return method
+
+
 METHODS = {
     "moco": lambda backbone, **kw: MoCo(backbone, **{**BASE, "queue_size": 32, **kw}),
     "simclr": lambda backbone, **kw: SimCLR(backbone, **{**BASE, **kw}),
@@ -50,6 +69,16 @@ METHODS = {
     ),
     "barlow_twins": lambda backbone, **kw: BarlowTwins(backbone, **{**BASE, **SMALL_HEADS, **kw}),
     "mocov3": lambda backbone, **kw: MoCoV3(backbone, **{**BASE, **SMALL_HEADS, **kw}),
+    "nnclr": lambda backbone, **kw: with_neighbours(
+        NNCLR(backbone, **{**BASE, **SMALL_HEADS, "predictor_dim": 32, "queue_size": 32, **kw})
+    ),
+    "swav": lambda backbone, **kw: SwAV(
+        backbone, **{**BASE, **SMALL_HEADS, "prototypes": 12, **kw}
+    ),
+    "dino": lambda backbone, **kw: DINO(
+        backbone, **{**BASE, **SMALL_HEADS, "prototypes": 12, **kw}
+    ),
+    "vicreg": lambda backbone, **kw: VICReg(backbone, **{**BASE, **SMALL_HEADS, **kw}),
 }
 
 

@@ -17,7 +17,7 @@ SMALL = {"hidden_dim": 32, "output_dim": 16}
 
 @pytest.fixture(scope="module")
 def methods():
-    queue = {"moco": ["method.queue_size=64"]}
+    queue = {name: ["method.queue_size=64"] for name in ("moco", "nnclr")}
     return {
         name: compose("pretrain", [f"method={name}", *queue.get(name, [])])[0].method
         for name in groups()["method"]

@@ -40,8 +40,8 @@ def losses_and_gradients(method, views):
     losses.mean().backward()
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
     method.after_batch()
-    queue = method.queue.keys if hasattr(method, "queue") else None
-    return losses.detach(), gradients, queue
+    kept = {n: b for n, b in method.named_buffers() if n in ("queue.keys", "center.center")}
+    return losses.detach(), gradients, kept
 
 
 # Barlow Twins standardises embeddings over each rank's own batch, like lightly's.
@@ -55,11 +55,11 @@ def worker(rank, port, folder):
     share = BATCH // 2
     views = tuple(v[rank * share : (rank + 1) * share] for v in batch())
     for name in NAMES:
-        losses, gradients, queue = losses_and_gradients(build(name), views)
+        losses, gradients, kept = losses_and_gradients(build(name), views)
         for gradient in gradients.values():  # as DDP does
             dist.all_reduce(gradient)
             gradient.div_(2)
-        torch.save((losses, gradients, queue), f"{folder}/{name}-{rank}.pt")
+        torch.save((losses, gradients, kept), f"{folder}/{name}-{rank}.pt")
     torch.save((knn(), embedded(folder)), f"{folder}/knn-{rank}.pt")
     dist.destroy_process_group()
 
@@ -97,18 +97,21 @@ def two_ranks(once):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one_with_the_whole_batch(name, two_ranks):
-    whole, whole_gradients, whole_queue = losses_and_gradients(build(name), tuple(batch()))
+    whole, whole_gradients, whole_kept = losses_and_gradients(build(name), tuple(batch()))
     parts = [torch.load(two_ranks / f"{name}-{rank}.pt") for rank in (0, 1)]
     losses = torch.cat([part[0] for part in parts])
     torch.testing.assert_close(losses, whole, rtol=1e-5, atol=1e-6)
-    for _, gradients, queue in parts:
+    for _, gradients, kept in parts:
         assert gradients.keys() == whole_gradients.keys()
         for key, gradient in gradients.items():
+            if name == "vicreg" and key == "projector.layers.6.bias":
+                # Its loss does not depend on the last bias: what is left is rounding.
+                assert max(gradient.abs().max(), whole_gradients[key].abs().max()) < 1e-5
+                continue
             scale = whole_gradients[key].abs().max().clamp_min(1e-6)
             assert (gradient - whole_gradients[key]).abs().max() <= 1e-4 * scale, key
-        if queue is not None:
-            # The same keys in the same order: the queue of every rank is the whole batch's.
-            torch.testing.assert_close(queue, whole_queue, rtol=1e-5, atol=1e-6)
+        # The same keys in the same order: queue and centre of every rank are the whole batch's.
+        torch.testing.assert_close(kept, whole_kept, rtol=1e-5, atol=1e-6)
 
 
 def test_two_processes_measure_what_one_measures(two_ranks, tmp_path):

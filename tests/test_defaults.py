@@ -44,6 +44,17 @@ def test_auto_follows_the_images(images, epochs, queue):
     assert config.optimizer.lr == 0.25
 
 
+@pytest.mark.parametrize("method", ["swav", "dino"])
+def test_a_method_without_a_good_rate_wants_one(method):
+    config, choices = compose("pretrain", [f"method={method}"])
+    with pytest.raises(
+        ConfigError, match=rf"for method={method}: set optimizer\.lr, 0\.5 to start"
+    ):
+        resolve_auto(config, choices, 1000, {})
+    config, choices = compose("pretrain", [f"method={method}", "optimizer.lr=0.3"])
+    assert "optimizer.lr" not in resolve_auto(config, choices, 1000, {})
+
+
 def test_what_is_typed_wins():
     words = ["method=simclr", "optimizer.lr=0.01", "trainer.max_epochs=3", "data.batch_size=10"]
     config, choices = compose("pretrain", words)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssl_samix.artifacts.run_folder import RunFolder
+from ssl_samix.methods.base import BaseMethod
 from tests.conftest import samix_here
 
 WORDS = [
@@ -69,6 +70,38 @@ def interrupt_after(process, run, epochs, how):
     process.send_signal(how)
     _, err = process.communicate(timeout=100)
     return process.returncode, err
+
+
+@pytest.mark.parametrize("name", ["nnclr", "swav", "dino"])
+def test_queue_prototypes_and_centre_are_resumed(name, tmp_path, monkeypatch):
+    """A run that breaks off in its third epoch ends with the weights of one that does not."""
+    words = [
+        f"method={name}", "mixup=samix", "data.limit=64", "data.batch_size=32", "backbone.width=4",
+        "trainer.max_epochs=3", "method.hidden_dim=32", "method.output_dim=16",
+        "callbacks.knn.every_n_epochs=3", "optimizer.lr=0.1",
+    ]  # fmt: skip
+    samix_here("pretrain", *words, "out=whole", cwd=tmp_path)
+    step = BaseMethod.training_step
+
+    def breaks(method, batch, number):
+        if method.global_step == 5:
+            raise RuntimeError("power cut")
+        return step(method, batch, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseMethod, "training_step", breaks)
+        with pytest.raises(RuntimeError, match="power cut"):
+            samix_here("pretrain", *words, "out=cut", cwd=tmp_path)
+    assert len(rows(tmp_path / "cut")) == 2
+    samix_here("pretrain", "resume=cut", cwd=tmp_path)
+    whole, cut = (
+        torch.load(tmp_path / run / "last.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "cut")
+    )
+    wanted = {"nnclr": "queue.keys", "swav": "prototypes.weight", "dino": "center.center"}
+    assert wanted[name] in whole
+    for key, value in whole.items():
+        same(cut[key], value, key)
 
 
 def same(ours, theirs, name):

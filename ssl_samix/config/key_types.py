@@ -73,6 +73,7 @@ TYPES: dict[str, Any] = {
     "trainer.strategy": str,
     "trainer.sync_batchnorm": bool | Auto,
     "views.device": str,
+    "views.small.size": int | Auto,
     "augment.device": str,
     # evaluation and export
     "clusters": int | Auto,

@@ -13,12 +13,12 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ssl_samix.data.datasets import Splits, load_splits
 from ssl_samix.data.images import ImageSet, MemoryImages
 from ssl_samix.data.view_spec import Recipes, ViewSpec, smallest_crop
-from ssl_samix.data.views import ViewMaker
+from ssl_samix.data.views import MultiCrop, ViewMaker
 from ssl_samix.errors import DataError, check_range
 from ssl_samix.processes import worker_count
 from ssl_samix.types import Batch
@@ -27,8 +27,8 @@ from ssl_samix.types import Batch
 class PerImageViews(Protocol):
     """Interface of a callable that draws the views of one image in a worker process."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the views, (V, 3, S, S) uint8, of an RGB picture."""
+    def __call__(self, image: Image.Image) -> Tensor | tuple[Tensor, ...]:
+        """Return the views (V, 3, S, S) uint8 of an RGB picture; one tensor per size."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -86,7 +86,7 @@ class StepSampler(Sampler[tuple[int, list[int]]]):
             yield self.epoch * len(self) + batch, order[first : first + share]
 
 
-class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+class StepReader(Dataset[tuple[Any, Tensor, Tensor, int]]):
     """Reads the batch of one step: pixels, labels, indices and the step.
 
     Args:
@@ -103,14 +103,14 @@ class StepReader(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor, int]:
+    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[Any, Tensor, Tensor, int]:
         step, indices = item
         index = torch.tensor(indices)
         if self.views is None:
             pixels = self.images.load(indices)  # (B, 3, S, S)
         else:
             torch.manual_seed(step_seed(self.seed, step, self.rank))
-            pixels = torch.stack([self.views(self.images.picture(i)) for i in indices])
+            pixels = default_collate([self.views(self.images.picture(i)) for i in indices])
         return pixels, self.images.labels[index], index, step
 
 
@@ -138,7 +138,7 @@ class StepData(pl.LightningDataModule):
     """Base of both data modules: draws the views on the device, seeded by run seed and step."""
 
     images: ImageSet
-    views: ViewMaker
+    views: ViewMaker | MultiCrop
     seed: int
     accelerator = "auto"
 
@@ -225,7 +225,16 @@ class DataModule(StepData):
         size, mean, std = self.splits.image_size, self.splits.mean, self.splits.std
         self.crop_min = smallest_crop(size, crop_min)
         self.specs = views.specs(size, flip, self.crop_min)
-        self.views = ViewMaker(self.specs, size, mean, std, views.device, accelerator)
+        device = views.device
+        self.large_views = ViewMaker(self.specs, size, mean, std, device, accelerator)
+        self.views = self.large_views
+        self.small_size: int | None = None  # px, if there are small views
+        if small := views.small_specs(size, flip, self.crop_min):
+            self.small_size = views.small.side(size)
+            maker = ViewMaker(
+                small, self.small_size, mean, std, device, accelerator, image_size=size
+            )
+            self.views = MultiCrop(self.large_views, maker)
 
     def _check_batch(self) -> None:
         images = len(self.images)

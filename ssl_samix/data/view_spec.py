@@ -1,4 +1,4 @@
-"""Settings of augmented views: of one view, and of the two views of a method."""
+"""Settings of augmented views: of one view, and of the views of a method."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ SMALL_IMAGE_JITTER = 0.5  # strength below `SMALLEST_BLURRED`, as SimCLR's for C
 # What auto is for larger images: SimCLR's colour jitter of strength 1 (appendix A).
 JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 SMALL_IMAGE_CROP = 0.2  # what auto is for data.crop_min below `SMALLEST_BLURRED`
+SMALL_SHARE = 3 / 7  # side of a small view: 96 of 224 px
+MOST_SMALL = 32  # small views of an image
 BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, appendix A, and everyone since
 
 
@@ -122,6 +124,40 @@ def scaled(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmallViews:
+    """Settings of multi-crop's small views (SwAV, arXiv 2006.09882, section 3.2).
+
+    Attributes:
+        count: Number of small views; 0 for none.
+        size: Their side in px; ``auto``: 3/7 of the image's, a multiple of 16 from 64 px on.
+        crop_min: Smallest area of a crop, as a share of the image's.
+        crop_max: Largest area.
+
+    Raises:
+        ConfigError: If a value is out of its range.
+    """
+
+    count: int = 0
+    size: int | Literal["auto"] = "auto"
+    crop_min: float = 0.05
+    crop_max: float = 0.14
+
+    def __post_init__(self) -> None:
+        """Raise for values out of range."""
+        check_range("views.small.count", self.count, 0, MOST_SMALL)
+        check_range("views.small.crop_max", self.crop_max, 1e-3, 1)
+        check_range("views.small.crop_min", self.crop_min, 1e-3, self.crop_max)
+
+    def side(self, image_size: int) -> int:
+        """Return the side in px of small views of images of ``image_size`` px."""
+        if self.size == AUTO:
+            step = 16 if image_size >= SMALLEST_BLURRED else 1  # the usual patch of a transformer
+            return max(2, round(SMALL_SHARE * image_size / step) * step)
+        check_range("views.small.size", self.size, 2, image_size)
+        return int(self.size)
+
+
 class Recipes:
     """Settings of all views of a batch, and where the views are computed.
 
@@ -134,6 +170,8 @@ class Recipes:
     Raises:
         ConfigError: If a field is unknown, missing or out of its range.
     """
+
+    small = SmallViews()
 
     def __init__(
         self, views: Sequence[ViewSpec | Mapping[str, Any]], device: str, group: str
@@ -160,6 +198,18 @@ class Recipes:
             for spec, names in zip(self.views, self.automatic, strict=True)
         )
 
+    def small_specs(
+        self, image_size: int, flip: bool = True, crop_min: float | Literal["auto"] = 0.0
+    ) -> tuple[ViewSpec, ...]:
+        """Return a spec per small view: that of the first view, with smaller crops."""
+        smallest = smallest_crop(image_size, crop_min)
+        spec = replace(
+            self.specs(image_size, flip, crop_min)[0],
+            crop_min=max(self.small.crop_min, smallest),
+            crop_max=max(self.small.crop_max, smallest),
+        )
+        return (spec,) * self.small.count
+
 
 class OneView(Recipes):
     """The one view of supervised training, by the fields of its `ViewSpec`."""
@@ -169,15 +219,17 @@ class OneView(Recipes):
 
 
 class Views(Recipes):
-    """The two views of a method."""
+    """The two views of a method, and small ones (multi-crop) by the fields of `SmallViews`."""
 
     def __init__(
         self,
         a: ViewSpec | Mapping[str, Any],
         b: ViewSpec | Mapping[str, Any],
         device: str = "auto",
+        small: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__([a, b], device, "views")
+        self.small = SmallViews(**(small or {}))
 
 
 def _spec(settings: Mapping[str, Any]) -> ViewSpec:

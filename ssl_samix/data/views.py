@@ -261,6 +261,7 @@ class ViewMaker:
         std: Standard deviation of the normalisation, per channel.
         device: ``auto``, ``batched`` or ``workers``.
         accelerator: Lightning's, of the run: with ``cpu`` a GPU of this machine is not used.
+        image_size: Side of the images in px, if views are smaller; decides between the ways.
 
     Raises:
         ConfigError: If a policy is to be batched.
@@ -279,6 +280,7 @@ class ViewMaker:
         std: Sequence[float],
         device: str = "auto",
         accelerator: str = "auto",
+        image_size: int | None = None,
     ) -> None:
         self.specs = tuple(specs)
         gpu = accelerator != "cpu" and torch.cuda.is_available()
@@ -287,7 +289,7 @@ class ViewMaker:
             raise ConfigError(
                 "an augmentation policy is drawn image by image: set device to workers or auto"
             )
-        large = size > BATCHED_UP_TO
+        large = (image_size or size) > BATCHED_UP_TO
         if device == "auto" and (policy or (large and not gpu)):
             device = "workers"
         self._batched: BatchedViews | None = None
@@ -344,6 +346,33 @@ def _happens(probability: float) -> bool:
     return bool(torch.rand(1) < probability)
 
 
+class MultiCrop:
+    """Computes large and small views of the same images; the large ones as without small ones.
+
+    Args:
+        large: Makes the large views.
+        small: Makes the small ones, in the same way.
+
+    Attributes:
+        per_image: As of `ViewMaker`, but returns the large and the small views of an image.
+    """
+
+    def __init__(self, large: ViewMaker, small: ViewMaker) -> None:
+        self._large, self._small = large, small
+        self.per_image: TwoSizes | None = None
+        if large.per_image is not None and small.per_image is not None:
+            self.per_image = TwoSizes(large.per_image, small.per_image)
+
+    def __call__(self, pixels: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return normalised views, large ones first, each (B, 3, side, side) float32.
+
+        Args:
+            pixels: Fitted images, or a batch of what ``per_image`` returns.
+        """
+        large, small = (pixels, pixels) if isinstance(pixels, Tensor) else pixels
+        return self._large(large) + self._small(small)
+
+
 class WorkerViews:
     """Draws and computes the views of one image, with torch's default generator.
 
@@ -397,6 +426,22 @@ class WorkerCrops(WorkerViews):
     def _pipeline(self, spec: ViewSpec, size: int) -> v2.Compose:
         """Return the transform that crops."""
         return v2.Compose(_crop(spec, size))
+
+
+class TwoSizes:
+    """Draws views of one image in two sizes.
+
+    Args:
+        large: Draws the large views.
+        small: Draws the small ones.
+    """
+
+    def __init__(self, large: WorkerViews, small: WorkerViews) -> None:
+        self._large, self._small = large, small
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """Return the large and the small views, each uint8 (V, 3, side, side)."""
+        return self._large(image), self._small(image)
 
 
 class SeparableBlur:

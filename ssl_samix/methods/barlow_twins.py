@@ -59,8 +59,7 @@ class BarlowTwins(BaseMethod):
         """Return each sample's part of the loss towards each of its parents, (K, P)."""
         return cross_correlation(query, target[parents], self.redundancy)
 
-    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of the two views, (B,), the same for each sample of the batch."""
-        first, second = self.query(views[0]), self.query(views[1])
-        with torch.autocast(first.device.type, enabled=False):  # the matrix product would be halved
-            return self.criterion(first, second).expand(len(first))
+    def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the loss of two views, (B,), the same for each sample of the batch."""
+        with torch.autocast(query.device.type, enabled=False):  # the matrix product would be halved
+            return self.criterion(query, key).expand(len(query))

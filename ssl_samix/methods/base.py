@@ -140,15 +140,28 @@ class BaseMethod(pl.LightningModule, ABC):
         return self.embedder if self.twin is None else self.twin.module  # type: ignore[return-value]
 
     def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return the method's loss of the plain views, averaged over its directions, (B,)."""
-        parents = torch.arange(len(views[0]), device=views[0].device)[:, None]
+        """Return the method's loss of the plain views, averaged over its directions, (B,).
+
+        Small views are queries only, each against each key of the large ones, with equal weights
+        (SwAV, arXiv 2006.09882, section 3.2); in one pass, as all have one size.
+        """
         # Queries first: a method without a twin takes its targets from the same forward passes.
         queries = [self.query(views[query]) for query, _ in self.directions]
+        keys = {key: self.keys(views[key]) for _, key in self.directions}
         losses = [
-            self.pair_loss(query, self.keys(views[key]), parents)[:, 0]
+            self.plain_loss(query, keys[key])
             for query, (_, key) in zip(queries, self.directions, strict=True)
         ]
+        if small := views[2:]:
+            query = self.query(torch.cat(small))
+            rows = torch.arange(len(small[0]), device=query.device).repeat(len(small))[:, None]
+            for key in keys.values():
+                losses += self.pair_loss(query, key, rows)[:, 0].chunk(len(small))
         return torch.stack(losses).mean(dim=0)
+
+    def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the losses (B,) of plain views' queries (B, D) for their own keys (B, D)."""
+        return self.pair_loss(query, key, torch.arange(len(key), device=key.device)[:, None])[:, 0]
 
     @property
     def teacher_backbone(self) -> Backbone:

@@ -55,9 +55,6 @@ class SimCLR(BaseMethod):
 
     contrast = pair_loss
 
-    def own_loss(self, views: tuple[Tensor, ...]) -> Tensor:
-        """Return NT-Xent of the two views, (B,)."""
-        first, second = self.query(views[0]), self.query(views[1])
-        return nt_xent(
-            first, second, gathered(first), gathered(second), offset(first), self.temperature
-        )
+    def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return NT-Xent of two views, the mean of both directions, (B,)."""
+        return nt_xent(query, key, gathered(query), gathered(key), offset(query), self.temperature)

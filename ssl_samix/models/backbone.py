@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_samix.config.key_types import check_options
 from ssl_samix.errors import ConfigError, check_memory, check_range, nearest
+from ssl_samix.models.ema import evaluating
 from ssl_samix.models.resnet import RESNETS, ResNetTrunk, weights_of
 from ssl_samix.types import Features, MapSpec
 
@@ -136,15 +137,30 @@ class Backbone(nn.Module):
     def _try_one_image(self) -> tuple[list[Tensor], Tensor]:
         # eval mode: normalisation statistics must not change, and a batch of one image is allowed.
         self.trunk.eval()
-        image = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
-            maps, pooled = self._both(image)
+            maps, pooled = self._both(torch.zeros(1, 3, self.image_size, self.image_size))
         except MODEL_ERRORS as error:
             raise self._size_error(error) from error
         if pooled.ndim != 2 or any(0 in m.shape for m in maps):
             raise self._size_error(ValueError("the feature map of its last stage is empty"))
         self.trunk.train()
         return maps, pooled
+
+    @torch.no_grad()
+    def check_small(self, size: int) -> None:
+        """Check that the network also takes images of ``size`` px.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        try:
+            with evaluating(self):
+                self(torch.zeros(1, 3, size, size))
+        except MODEL_ERRORS as error:
+            raise ConfigError(
+                f"backbone {self.name} cannot take small views of {size} px: change "
+                "views.small.size, or for a ViT add backbone.options.dynamic_img_size=true"
+            ) from error
 
     def _in_memory_format(self, images: Tensor) -> Tensor:
         # A convolution computes in the layout of its images, not of its weights.

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_samix.data.datamodule import DataModule, power_of_two
 from ssl_samix.data.view_spec import JITTER
+from ssl_samix.errors import ConfigError
 
 AUTO = "auto"
 IMAGES_SEEN = 100_000  # per run, with repetition: about two CPU minutes at 16 px
@@ -17,6 +18,8 @@ LARGEST_QUEUE = 65536  # keys, as in MoCo's paper for ImageNet
 # Learning rates of SGD at batch size 256, by method.
 SGD_RATES = {"simclr": 0.5, "moco": 0.25}
 OTHER_SGD_RATE = 0.12
+# No rate that was tried is good enough with every policy; a value to start from.
+UNTUNED = {"swav": 0.5, "dino": 0.5}
 
 
 def epochs(config: DictConfig, choices: dict[str, str], images: int) -> int:
@@ -31,8 +34,18 @@ def warmup(config: DictConfig, choices: dict[str, str], images: int) -> float:
 
 
 def learning_rate(config: DictConfig, choices: dict[str, str], images: int) -> float:
-    """Return the SGD learning rate of the method."""
-    return SGD_RATES.get(choices.get("method", ""), OTHER_SGD_RATE)
+    """Return the SGD learning rate of the method.
+
+    Raises:
+        ConfigError: If there is none for this method.
+    """
+    method = choices.get("method", "")
+    if method in UNTUNED:
+        raise ConfigError(
+            f"there is no automatic learning rate for method={method}: set optimizer.lr, "
+            f"{UNTUNED[method]} to start with"
+        )
+    return SGD_RATES.get(method, OTHER_SGD_RATE)
 
 
 def queue_size(config: DictConfig, choices: dict[str, str], images: int) -> int:
@@ -54,6 +67,8 @@ def known_of(data: DataModule) -> dict[str, float]:
     chosen = {"data.batch_size": data.batch_size, "data.crop_min": data.crop_min}
     for view, spec in zip("ab", data.specs, strict=False):
         chosen |= {f"views.{view}.{name}": getattr(spec, name) for name in JITTER}
+    if data.small_size is not None:
+        chosen["views.small.size"] = data.small_size
     return chosen
 
 

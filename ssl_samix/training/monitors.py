@@ -399,7 +399,7 @@ class KNNMonitor(Monitor):
     ) -> tuple[Tensor, Tensor]:
         images = data.splits.train
         picks = stratified(images.labels, min(VIEW_SAMPLE, len(images)), seed=0)
-        return embed_two_views(encoder, images, picks.tolist(), data.views, device)
+        return embed_two_views(encoder, images, picks.tolist(), data.large_views, device)
 
 
 class Recluster(pl.Callback):

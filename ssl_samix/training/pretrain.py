@@ -14,6 +14,7 @@ from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import build
 from ssl_samix.data.datamodule import DataModule
 from ssl_samix.data.view_spec import Recipes
+from ssl_samix.errors import ConfigError
 from ssl_samix.methods.base import BaseMethod
 from ssl_samix.mixup.objective import MixObjective
 from ssl_samix.models.backbone import Backbone
@@ -61,7 +62,7 @@ class Pretraining(Mode):
     purpose = "for the monitor only"
 
     def views(self, config: DictConfig) -> Recipes:
-        """Return the settings of the method's two views."""
+        """Return the settings of the method's views."""
         views: Recipes = build(config.views)
         return views
 
@@ -78,6 +79,13 @@ class Pretraining(Mode):
         method: BaseMethod = build(
             config.method, backbone=backbone, optimizer=optimizer, mixing=mixing
         )
+        if data.small_size is not None:
+            backbone.check_small(data.small_size)
+            if mixing is not None and mixing.replaces(method):
+                raise ConfigError(
+                    "mixup.placement=replace leaves small views unused: set views.small.count=0 or "
+                    "mixup.placement=add"
+                )
         return method
 
     def meta(self, choices: dict[str, str], data: DataModule) -> dict[str, Any]:

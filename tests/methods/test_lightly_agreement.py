@@ -6,15 +6,28 @@ import copy
 
 import pytest
 import torch
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    DINOLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+)
+from lightly.models.modules import DINOProjectionHead, NNMemoryBankModule
 from torch import nn
 
+from ssl_samix.losses import vicreg
 from ssl_samix.methods.barlow_twins import BarlowTwins
 from ssl_samix.methods.byol import BYOL
+from ssl_samix.methods.dino import DINO
 from ssl_samix.methods.moco import MoCo
 from ssl_samix.methods.mocov3 import MoCoV3
+from ssl_samix.methods.nnclr import NNCLR
 from ssl_samix.methods.simclr import SimCLR
 from ssl_samix.methods.simsiam import SimSiam
+from ssl_samix.methods.swav import SwAV
+from ssl_samix.methods.vicreg import VICReg
 from ssl_samix.models.backbone import Backbone
 from tests.conftest import recipe
 
@@ -156,6 +169,147 @@ def test_barlow_twins_sample_by_sample(backbone, views):
     parts.mean().backward()
     theirs.backward()
     same_gradients(method, example)
+
+
+def test_vicreg(backbone, views):
+    weights = {"invariance": 20.0, "variance": 15.0, "covariance": 2.0}
+    method = VICReg(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, **weights)
+    example = Example(method)
+    theirs = VICRegLoss(20.0, 15.0, 2.0)(example(views[0]), example(views[1]))
+    ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+
+
+def test_vicreg_of_a_constant_column_is_the_papers():
+    """Two samples of two columns, by hand: only the first column varies, by a variance of 2."""
+    query, target = torch.tensor([[1.0, 3.0], [-1.0, 3.0]]), torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    own = torch.arange(2)[:, None]
+    distance = vicreg(query, target, own, 1.0, 0.0, 0.0)
+    torch.testing.assert_close(distance, torch.tensor([[2.5], [6.5]]))  # (1 + 4) / 2, (9 + 4) / 2
+    hinge = vicreg(query, target, own, 0.0, 1.0, 0.0).mean()  # half of each: one column of 2, both
+    assert hinge.item() == pytest.approx((0.99 / 2 + 0.99) / 2)
+    together = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # covariance 2, twice off the diagonal
+    assert vicreg(together, target, own, 0.0, 0.0, 1.0).mean().item() == pytest.approx(4.0)
+
+
+def test_nnclr(backbone, views):
+    heads = {"hidden_dim": 64, "output_dim": 32, "predictor_dim": 64}
+    method = NNCLR(backbone, optimizer=recipe(), queue_size=64, **heads)
+    example = Example(method)
+    criterion, bank = NTXentLoss(temperature=0.1), NNMemoryBankModule((64, 32))
+    bank.bank.copy_(method.queue.keys)
+    (z0, p0), (z1, p1) = (example.both(view) for view in views)
+    n0, n1 = bank(z0.detach(), update=False), bank(z1.detach(), update=True)
+    theirs = 0.5 * (criterion(n0, p1) + criterion(n1, p0))
+    with method.memory.step():
+        ours = method.own_loss(views).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+    method.after_batch()
+    # Ours holds unit vectors, of one view as theirs.
+    pushed = nn.functional.normalize(bank.bank[:16], dim=1)
+    torch.testing.assert_close(method.queue.keys[:16], pushed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.queue.keys[16:], bank.bank[16:])
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_swav(backbone, views, count):
+    heads = {"hidden_dim": 64, "output_dim": 32, "prototypes": 24}
+    method = SwAV(backbone, optimizer=recipe(), **heads).eval()  # small views in one pass or each
+    example, prototypes = Example(method), copy.deepcopy(method.prototypes)
+    small = [torch.randn(16, 3, 8, 8) for _ in range(count)]
+    high, low = (
+        [prototypes(nn.functional.normalize(example(view), dim=1)) for view in of]
+        for of in (views, small)
+    )
+    theirs = SwaVLoss()(high, low).squeeze()
+    with method.memory.step():
+        ours = method.own_loss((*views, *small)).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    same_gradients(method, example)
+    torch.testing.assert_close(method.prototypes.weight.grad, prototypes.weight.grad)
+
+
+def test_swav_keeps_its_prototypes_in_the_first_epochs_and_on_the_sphere(backbone, views):
+    method = SwAV(backbone, optimizer=recipe(), hidden_dim=64, output_dim=32, prototypes=24)
+    weight = method.prototypes.weight
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    for method.freeze_epochs in (1, 0):  # in epoch 0
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        method.own_loss(views).mean().backward()
+        method.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        method.after_step()
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(24))
+        assert torch.allclose(weight, before, atol=1e-6) == (method.freeze_epochs == 1)
+
+
+def vit():
+    options = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    options["dynamic_img_size"] = True
+    return Backbone("vit_tiny_patch16_224", image_size=16, options=options)
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_dino(backbone, views, network, count):
+    """Two steps, of which the second sees the centre of the first."""
+    sizes = {"hidden_dim": 64, "output_dim": 32}
+    if network == "vit":
+        backbone = vit()
+    norm = network == "resnet"
+    method = DINO(backbone, optimizer=recipe(), prototypes=24, batch_norm=norm, **sizes).eval()
+    example = Example(method)
+    for name, parent in (
+        ("projection_head", method.prototypes),
+        ("projection_head_momentum", method.teacher_prototypes.module),
+    ):
+        head = DINOProjectionHead(method.backbone.feature_dim, 64, 32, 24, norm)
+        head.layers.load_state_dict(method.projector.layers.state_dict())
+        head.last_layer.weight_v.data.copy_(parent.weight)
+        setattr(example, name, head.eval())
+    small = [torch.randn(16, 3, 8, 8) for _ in range(count)]
+    criterion = DINOLoss(24, warmup_teacher_temp_epochs=0)
+    for _ in range(2):
+        example.zero_grad()
+        method.zero_grad()
+        teacher = [example.forward_momentum(view) for view in views]
+        theirs = criterion(teacher, [example(view) for view in (*views, *small)])
+        with method.memory.step():
+            ours = method.own_loss((*views, *small)).mean()
+        method.after_batch()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(method.center.value, criterion.center[0])
+        ours.backward()
+        theirs.backward()
+        same_gradients(method, example)
+        their_last = example.projection_head.last_layer.weight_v.grad
+        torch.testing.assert_close(method.prototypes.weight.grad, their_last)
+    assert method.center.value.abs().max() > 0
+
+
+def test_dinos_teacher_follows_with_its_last_layer(backbone, views, monkeypatch):
+    method = DINO(backbone, optimizer=recipe(), prototypes=24, momentum=0.9)
+    monkeypatch.setattr(type(method), "total_steps", 100)
+    method.own_loss(views).mean().backward()
+    teachers = [*method.twin.parameters(), *method.teacher_prototypes.parameters()]
+    assert all(weight.grad is None and not weight.requires_grad for weight in teachers)
+    assert method.prototypes.weight.grad.abs().max() > 0
+    method.on_before_optimizer_step(None)
+    assert method.prototypes.weight.grad.abs().max() == 0, "frozen in epoch 0"
+    old = method.prototypes.weight.detach().clone()
+    with torch.no_grad():
+        method.prototypes.weight.add_(1.0)
+    method.after_step()
+    torch.testing.assert_close(method.teacher_prototypes.module.weight, old + 0.1)
 
 
 def test_mocov3_is_the_papers_algorithm(backbone, views):
