@@ -11,6 +11,10 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """An error that the user can fix; the command line prints it and exits with status 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what Jupyter shows instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class DataError(UserError):
     """A data set that is missing, empty, damaged, or does not fit the settings."""
