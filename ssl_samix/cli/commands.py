@@ -5,6 +5,7 @@ Nothing here imports torch before a subcommand runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,6 +172,10 @@ def _convert(words: list[str]) -> str:
 
 
 def _study(words: list[str]) -> str:
+    if os.name == "nt":
+        from ssl_samix.errors import UserError
+
+        raise UserError("samix study needs Linux or macOS: on Windows use --multirun")
     from ssl_samix.reporting.study import main
 
     return main(words)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
@@ -268,7 +269,7 @@ class ShardSource(EncodedSource):
         """Return one member's picture, of which only the header is decoded yet."""
         shard, offset, size = self.places[index].tolist()
         file = _opened(self.shards[shard], os.getpid())
-        return open_image(io.BytesIO(os.pread(file.number, size, offset)))
+        return open_image(io.BytesIO(file.read(size, offset)))
 
     def take(self, indices: Sequence[int]) -> ShardSource:
         """Return a source of the members at these positions."""
@@ -302,7 +303,16 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._seeking = Lock()
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Return ``size`` bytes from ``offset``; several threads may read at once."""
+        if hasattr(os, "pread"):
+            return os.pread(self.number, size, offset)
+        with self._seeking:  # Windows
+            os.lseek(self.number, offset, os.SEEK_SET)
+            return os.read(self.number, size)
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -310,7 +320,7 @@ class _File:
 
 
 # Per process, not per source, so that it is never pickled. A process opens its own files
-# (``process`` is its id), and threads share them by pread, which moves no file position.
+# (``process`` is its id), and threads share them.
 @lru_cache(maxsize=_OPEN)
 def _opened(shard: Shard, process: int) -> _File:
     return _File(shard.path)

@@ -209,12 +209,11 @@ def shrink(images: Tensor, corner: Tensor, side: Tensor) -> Tensor:
     at = torch.arange(size, device=images.device) + 0.5
     # From -1 to 1 over the box; affine_grid multiplies matrices, under autocast in half precision.
     place = 2 * (at - corner[:, :, None]) / side.clamp(min=1)[:, None, None] - 1  # (K, 2, S)
+    place = place.clamp(1 / size - 1, 1 - 1 / size)  # padding_mode="border", which MPS lacks
     down, across = place[:, 0, :, None], place[:, 1, None, :]
     grid = torch.stack(torch.broadcast_tensors(across, down), dim=-1)  # (K, S, S, 2)
     dtype = torch.promote_types(images.dtype, grid.dtype)
-    small = F.grid_sample(
-        images.to(dtype), grid.to(dtype), padding_mode="border", align_corners=False
-    )
+    small = F.grid_sample(images.to(dtype), grid.to(dtype), align_corners=False)
     return small.to(images.dtype)
 
 
@@ -246,11 +245,11 @@ def saliency(images: Tensor) -> Tensor:
 
 def peak(images: Tensor) -> Tensor:
     """Return row and column of the most salient pixel of images (B, 3, S, S), (B, 2) float32."""
-    size = images.shape[-1]
-    side = min(size, MAX_SIDE)
-    found = saliency(F.adaptive_avg_pool2d(images.detach().float(), side)).flatten(1).argmax(dim=1)
+    pixels = -(-images.shape[-1] // MAX_SIDE)  # a whole number: MPS pools by no other
+    small = F.avg_pool2d(images.detach().float(), pixels)
+    found, side = saliency(small).flatten(1).argmax(dim=1), small.shape[-1]
     cell = torch.stack([found // side, found % side], dim=1)
-    return ((cell + 0.5) * (size / side)).floor()
+    return ((cell + 0.5) * pixels).floor()
 
 
 class SaliencyMix(MaskPolicy):

@@ -319,7 +319,10 @@ def test_labels_of_several_kinds_are_refused_unless_they_are_ignored(second, sen
     assert load_splits("webdataset", path, 32, None, labels=False).classes == ()
 
 
-def test_large_images_are_decoded_on_demand(tmp_path):
+@pytest.mark.parametrize("system", ["posix", "windows"])
+def test_large_images_are_decoded_on_demand(system, tmp_path, monkeypatch):
+    if system == "windows":
+        monkeypatch.delattr(os, "pread")
     root = write_shards(tmp_path / "s", size=(300, 200), kind="JPEG")
     splits = load_splits("webdataset", root, "auto", None)
     assert isinstance(splits.train, FileImages)
@@ -490,7 +493,7 @@ def test_nothing_found_is_a_sentence(tmp_path):
 
 
 def test_a_protocol_without_its_package_names_it(monkeypatch):
-    with pytest.raises(DataError, match=r"unknown protocol 'htpp': did you mean 'http'\?"):
+    with pytest.raises(DataError, match=r"unknown protocol 'htpp': did you mean 'http', 'https' or"):
         check_layout("webdataset", "htpp://server/a.tar", False)
 
     def missing(url):

@@ -46,6 +46,13 @@ def test_saliencymix_clips_at_the_border_and_says_so():
     assert (mixed.mask[[2, 0, 1], 0, [0, 31, 0], [0, 31, 31]] == 1).all()
 
 
+@pytest.mark.parametrize("size", [96, 160, 224])
+def test_the_most_salient_pixel_of_large_images(size):
+    centres = [(size // 4, size // 3), (size - 20, 30), (size // 2, size - 25)]
+    found = peak(blobs(centres, size=size, width=size / 16))
+    assert_close(found, torch.tensor(centres).float(), atol=size / 32, rtol=0)
+
+
 @pytest.mark.parametrize("window", [1, 3, 7])
 def test_local_means_against_a_loop(window):
     images, reach = torch.randn(2, 3, 9, 9), window // 2
