@@ -59,8 +59,25 @@ def test_what_is_typed_wins():
     words = ["method=simclr", "optimizer.lr=0.01", "trainer.max_epochs=3", "data.batch_size=10"]
     config, choices = compose("pretrain", words)
     found = resolve_auto(config, choices, 1000, {"data.batch_size": 64})
-    assert found == {"optimizer.warmup_epochs": pytest.approx(0.15)}
+    assert found == {"optimizer.warmup_epochs": pytest.approx(0.15), "mixup.size": 0.67}
     assert (config.optimizer.lr, config.trainer.max_epochs, config.data.batch_size) == (0.01, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "size"),
+    [
+        ("pretrain", [], 0.67),
+        ("pretrain", ["mixup=mixup"], 0.67),
+        ("pretrain", ["mixup=mixup", "mixup.placement=replace"], 1),
+        ("pretrain", ["backbone=vit_tiny"], 1),  # has positions for one size
+        ("pretrain", ["mixup.size=0.5"], None),
+        ("pretrain", ["mixup=none"], None),
+        ("supervised", [], 1),
+    ],
+)
+def test_mixtures_beside_the_views_of_a_resnet_are_smaller(command, words, size):
+    config, choices = compose(command, words)
+    assert resolve_auto(config, choices, 1000, {}).get("mixup.size") == size
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +123,10 @@ def test_what_was_automatic_is_written_and_goes_on(photos, tmp_path):
     assert len(read_metrics(longer.out / "metrics.csv")) == 2
     assert RunFolder(out).automatic()["data.batch_size"] == 32
     with pytest.raises(UserError, match=r"data\.batch_size is 32 there, 16 here"):
-        ssl_samix.pretrain(photos, method="simclr", out=out, **settings, **{"data.batch_size": 16})
+        ssl_samix.pretrain(
+            photos, method="simclr", out=out,
+            **settings | {"trainer.max_epochs": 2, "data.batch_size": 16},
+        )  # fmt: skip
 
 
 def test_pretraining_starts_from_an_encoder(photos, tmp_path):

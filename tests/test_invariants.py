@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ssl_samix.errors import ConfigError
 from ssl_samix.models.backbone import Backbone
@@ -465,6 +466,27 @@ def test_lam_margin_makes_extreme_masks_flat_for_the_encoder_only():
     assert (spread[:2] == 0).all()
     assert (spread[2:] > 0).all()
     assert (own.flatten(1).std(dim=1) > 0).all()
+
+
+@everywhere
+def test_the_encoder_reads_mixtures_at_their_own_size(name, mixing):
+    """Masks and pixels are of the views' size; what the encoder reads is shrunk afterwards."""
+    method = mixed_method(name, mixing, size=0.5)
+    made, read = [], []
+    policy, query = method.mixing.policy, method.mixed_query
+    policy.register_forward_hook(lambda module, given, mixed: made.append(mixed.images))
+    method.mixed_query = lambda images: read.append(images) or query(images)
+    losses = terms_of(method).losses
+    (images,) = read
+    assert images.shape == (8, 3, 8, 8)
+    whole = made[0].detach()
+    assert whole.shape == (8, 3, 16, 16)
+    expected = F.interpolate(whole, (8, 8), mode="bilinear", antialias=True)
+    torch.testing.assert_close(images, expected)
+    sum(losses.values()).backward()
+    assert not images.requires_grad
+    if "mixer" in losses:
+        assert any(p.grad.abs().sum() > 0 for p in method.mixing.parameters())
 
 
 @pytest.mark.parametrize("mixing", ["mixup", "samix"])

@@ -128,11 +128,11 @@ def test_a_run_with_small_views(tmp_path):
 def test_a_transformer_takes_small_views_if_its_positions_are_resampled():
     options = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
     rigid = Backbone("vit_tiny_patch16_224", image_size=16, options=options)
-    with pytest.raises(ConfigError, match=r"small views of 8 px: .*dynamic_img_size=true"):
-        rigid.check_small(8)
+    with pytest.raises(ConfigError, match=r"images of 8 px: .*dynamic_img_size=true"):
+        rigid.check_small(8, "views.small.size")
     options["dynamic_img_size"] = True
     method = METHODS["byol"](Backbone("vit_tiny_patch16_224", image_size=16, options=options))
-    method.backbone.check_small(8)
+    method.backbone.check_small(8, "views.small.size")
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8))
     assert method.own_loss(views).shape == (4,)
 
@@ -146,7 +146,7 @@ def test_a_transformer_takes_small_views_if_its_positions_are_resampled():
         (["views.small.count=2", "mixup=mixup", "mixup.placement=replace"],
          "mixup.placement=replace leaves small views unused: set views.small.count=0"),
         (["views.small.count=2", "backbone=vit_tiny", "backbone.options.patch_size=4"],
-         "cannot take small views of 7 px"),
+         "cannot take images of 7 px: change views.small.size"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(words, sentence, fails, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ssl_samix.artifacts.export import Exported
-from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, _eval_protocols
+from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, load_protocol
 from ssl_samix.cli.main import main
 from ssl_samix.config.compose import compose, groups, keys_of
 from ssl_samix.training import run as fitting
@@ -84,10 +84,11 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(folder))
-        for name in ("_fit", "finish", "announce", "save_encoder", "save_mixer"):
+        for name in ("_fit", "finish", "announce"):
             patch.setattr(fitting, name, lambda *given: None)
+        patch.setattr(fitting.Mode, "save", lambda *given: None)
         for name in ("linear", "knn", "semi_supervised", "measures", "robustness"):
-            patch.setattr(_eval_protocols(name), "run", lambda request: None)
+            patch.setattr(load_protocol(name), "run", lambda request: None)
         patch.setattr("ssl_samix.training.supervised.save_classifier", lambda *given: None)
         patch.setattr("pytorch_lightning.Trainer.save_checkpoint", lambda *given: None)
         patch.setattr("ssl_samix.cli.show_mixing.show", lambda request: None)

@@ -41,6 +41,7 @@ def run(tmp_path_factory):
         root,
         folder / "run",
         **{"data.batch_size": 8, "backbone.width": 8, "trainer.max_epochs": 16},
+        **{"classifier.heads": "two"},
         # Its files are measured again in float32.
         **{"trainer.precision": "32-true"},
     )
@@ -88,7 +89,7 @@ def two_steps(out, **settings):
 
 
 def test_samix_teaches_two_heads_and_exports_the_plain_images(tmp_path, capsys):
-    run = two_steps(tmp_path / "run")
+    run = two_steps(tmp_path / "run", **{"classifier.heads": "two"})
     assert "top-1 of their head" in capsys.readouterr().out
     checkpoint = torch.load(run.out / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
@@ -137,7 +138,7 @@ def test_a_run_from_before_there_were_two_heads_goes_on_with_one(tmp_path, fails
     words = [f"{key}={value}" for key, value in TINY.items()]
     said = fails(
         "supervised", *words, "data.limit=128", "trainer.precision=32-true", "trainer.max_epochs=2",
-        f"out={run.out}",
+        "classifier.heads=two", f"out={run.out}",
     )  # fmt: skip
     assert "(classifier.heads is one there, two here)" in said
 

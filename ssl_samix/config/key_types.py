@@ -65,6 +65,7 @@ TYPES: dict[str, Any] = {
     "logger.wandb.name": str | None,
     "mixup.pairs": str,
     "mixup.placement": str,
+    "mixup.size": float | Auto,
     "trainer.accelerator": str,
     "trainer.compile": bool | str,
     "trainer.devices": int | str | list[int],

@@ -120,7 +120,7 @@ def _merged(said: Mapping[str, Any], installed: Mapping[str, Any], prefix: str) 
 def _check_class(key: str, theirs: Any, own: Any) -> None:
     """Check that a class is the installed one; if both are of this package, it may have moved."""
     moved = str(theirs).startswith(PACKAGE_PREFIX) and str(own).startswith(PACKAGE_PREFIX)
-    moved |= (theirs, own) in REPLACED
+    moved |= isinstance(theirs, str) and (theirs, own) in REPLACED
     if theirs != own and not moved:
         instead = "nothing is built" if own is None else f"{own} is built"
         raise ConfigError(f"{key} is {theirs}, where {instead}")

@@ -161,7 +161,9 @@ class BaseMethod(pl.LightningModule, ABC):
 
     def plain_loss(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the losses (B,) of plain views' queries (B, D) for their own keys (B, D)."""
-        return self.pair_loss(query, key, torch.arange(len(key), device=key.device)[:, None])[:, 0]
+        return self.pair_loss(query, key, torch.arange(len(query), device=query.device)[:, None])[
+            :, 0
+        ]
 
     @property
     def teacher_backbone(self) -> Backbone:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_samix.errors import check_choice, check_range
@@ -22,6 +23,7 @@ from ssl_samix.types import (
     Terms,
 )
 
+SMALLEST_SIZE = 0.25  # of a mixture, as a fraction of the views' side
 SEEN_TEMPERATURE = 0.2  # temperature of similarities, as in the Mixer's local term
 
 
@@ -53,6 +55,9 @@ class MixObjective(nn.Module):
             method embeds anyway; the partner is compared with its own view. ``sibling``: for each
             parent, the view that its pixels are not taken from, as in OpenMixup's moco_samix.py; a
             method that embeds only one view (MoCo) needs an extra forward pass.
+        size: Side of the mixtures, as a fraction of the views', when the encoder reads them; below
+            1, a step costs less. For mixtures beside the plain views. ``auto``: 1, unless the run
+            has chosen another.
         stage: Backbone stage whose feature maps the policy uses; None if it uses none.
         features: Source of the maps. ``teacher``: the teacher. ``online``: any forward pass of
             either branch that is made anyway, so that no extra pass is needed.
@@ -79,6 +84,7 @@ class MixObjective(nn.Module):
         pairs: Literal["auto", "cross", "same"] = "auto",
         targets: Literal["shared", "sibling"] = "shared",
         lam: Literal["drawn", "seen"] = "drawn",
+        size: float | Literal["auto"] = 1.0,
         stage: int | None = None,
         features: Literal["teacher", "online"] = "teacher",
         backbone: StagedBackbone | None = None,
@@ -86,6 +92,8 @@ class MixObjective(nn.Module):
         super().__init__()
         check_range("mixup.alpha", alpha, SMALLEST)
         check_range("mixup.weight", weight, 0)
+        self.size = 1.0 if size == "auto" else size
+        check_range("mixup.size", self.size, SMALLEST_SIZE, 1)
         check_range("mixup.fraction", fraction, SMALLEST, 1)
         check_choice("mixup.placement", placement, ("auto", "add", "replace"))
         check_choice("mixup.pairs", pairs, ("auto", "cross", "same"))
@@ -148,7 +156,7 @@ class MixObjective(nn.Module):
         # Before the mixtures, because these forward passes may provide the maps for the masks.
         targets = self.targets_of_parents(method, batch, method.targets(batch.views[1]))
         mixed = self.mixtures(method, batch, plan, 0, 1)
-        query = method.mixed_query(mixed.images.detach())
+        query = method.mixed_query(self.resized(mixed.images.detach()))
         lam = self.weights(method, mixed, plan, targets)
         return weighted(parent_losses(method.pair_loss, query, targets, plan.parents), lam)
 
@@ -159,7 +167,7 @@ class MixObjective(nn.Module):
         """Return the weight of the image itself in the loss of each mixture, (K,)."""
         if self.lam == "drawn":
             return mixed.lam
-        query = method.frozen_query(mixed.images)
+        query = method.frozen_query(self.resized(mixed.images))
         like = partial(method.likeness, temperature=SEEN_TEMPERATURE)
         seen = parent_losses(like, query, targets, plan.parents).float().softmax(dim=1)[:, 0]
         return (mixed.lam + seen.to(mixed.lam.dtype)) / 2
@@ -203,6 +211,13 @@ class MixObjective(nn.Module):
     def networks(self) -> list[nn.Module]:
         """Modules that are worth compiling; none here."""
         return []
+
+    def resized(self, mixtures: Tensor) -> Tensor:
+        """Return mixtures (K, 3, S, S) as the encoder reads them, (K, 3, size * S, size * S)."""
+        if self.size == 1:
+            return mixtures
+        side = round(self.size * mixtures.shape[-1])
+        return F.interpolate(mixtures, (side, side), mode="bilinear", antialias=True)
 
     def draw(self, images: Tensor) -> MixPlan:
         """Return randomly drawn pairs and mixing ratios."""

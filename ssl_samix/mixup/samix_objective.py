@@ -191,7 +191,7 @@ class SAMixObjective(MixObjective):
         targets: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return the local and global terms of the Mixer's loss, using the frozen teacher."""
-        query = method.frozen_query(mixed.images)
+        query = method.frozen_query(self.resized(mixed.images))
         like = partial(method.likeness, temperature=self.temperature)
         likeness = parent_losses(like, query, targets, plan.parents)
         local = local_loss(likeness, plan.lam).mean()

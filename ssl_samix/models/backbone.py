@@ -147,8 +147,8 @@ class Backbone(nn.Module):
         return maps, pooled
 
     @torch.no_grad()
-    def check_small(self, size: int) -> None:
-        """Check that the network also takes images of ``size`` px.
+    def check_small(self, size: int, key: str) -> None:
+        """Check that the network also takes images of ``size`` px, which the key has set.
 
         Raises:
             ConfigError: If it does not.
@@ -158,8 +158,8 @@ class Backbone(nn.Module):
                 self(torch.zeros(1, 3, size, size))
         except MODEL_ERRORS as error:
             raise ConfigError(
-                f"backbone {self.name} cannot take small views of {size} px: change "
-                "views.small.size, or for a ViT add backbone.options.dynamic_img_size=true"
+                f"backbone {self.name} cannot take images of {size} px: change {key}, or for a ViT "
+                "add backbone.options.dynamic_img_size=true"
             ) from error
 
     def _in_memory_format(self, images: Tensor) -> Tensor:

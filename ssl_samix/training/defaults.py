@@ -9,10 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_samix.data.datamodule import DataModule, power_of_two
 from ssl_samix.data.view_spec import JITTER
 from ssl_samix.errors import ConfigError
+from ssl_samix.models.resnet import RESNETS
 
 AUTO = "auto"
 IMAGES_SEEN = 100_000  # per run, with repetition: about two CPU minutes at 16 px
 EPOCHS = (20, 200)  # minimum and maximum
+MIXTURE_SIZE = 0.67  # of the views' side
 WARMUP = 0.05  # fraction of the run
 LARGEST_QUEUE = 65536  # keys, as in MoCo's paper for ImageNet
 # Learning rates of SGD at batch size 256, by method.
@@ -53,12 +55,19 @@ def queue_size(config: DictConfig, choices: dict[str, str], images: int) -> int:
     return min(LARGEST_QUEUE, power_of_two(images / 2))
 
 
+def mixture_size(config: DictConfig, choices: dict[str, str], images: int) -> float:
+    """Return 2/3 for mixtures beside the views of a ResNet, which takes any size, else 1."""
+    beside = "method" in choices and config.mixup.placement != "replace"
+    return MIXTURE_SIZE if beside and config.backbone.name in RESNETS else 1.0
+
+
 # The order matters: later rules read values that earlier ones have set.
 RULES: dict[str, Callable[[DictConfig, dict[str, str], int], float]] = {
     "trainer.max_epochs": epochs,
     "optimizer.warmup_epochs": warmup,
     "optimizer.lr": learning_rate,
     "method.queue_size": queue_size,
+    "mixup.size": mixture_size,
 }
 
 

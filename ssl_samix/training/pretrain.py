@@ -79,8 +79,15 @@ class Pretraining(Mode):
         method: BaseMethod = build(
             config.method, backbone=backbone, optimizer=optimizer, mixing=mixing
         )
+        if mixing is not None and mixing.size < 1:
+            if mixing.replaces(method):
+                raise ConfigError(
+                    "mixup.size is for mixtures beside the plain views: set mixup.size=1 or "
+                    "mixup.placement=add"
+                )
+            backbone.check_small(round(mixing.size * backbone.image_size), "mixup.size")
         if data.small_size is not None:
-            backbone.check_small(data.small_size)
+            backbone.check_small(data.small_size, "views.small.size")
             if mixing is not None and mixing.replaces(method):
                 raise ConfigError(
                     "mixup.placement=replace leaves small views unused: set views.small.count=0 or "

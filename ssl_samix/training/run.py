@@ -265,7 +265,7 @@ def _fit(
     module: BaseMethod,
     data: DataModule,
     folder: RunFolder,
-    config_dir: str | None,
+    config_dir: str | None = None,
 ) -> None:
     again = _how_to_resume(command, folder, config_dir)
     # Processes that Lightning starts for further devices find the run by its folder.

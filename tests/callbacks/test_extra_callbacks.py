@@ -82,8 +82,10 @@ def test_a_run_folder_names_no_other_code(what, tmp_path):
     folder.path.mkdir()
     folder.create(*compose("pretrain", [f"{k}={v}" for k, v in TINY.items()]))
     said = folder.config.read_text()
-    assert "  extra: {}\n" in said
-    folder.config.write_text(said.replace("  extra: {}\n", f"  extra:\n    {text}\n"))
+    callbacks = said.index("callbacks:\n")  # trainer.extra comes before it, or after
+    at = said.index("  extra: {}\n", callbacks)
+    written = said[:at] + said[at:].replace("  extra: {}\n", f"  extra:\n    {text}\n", 1)
+    folder.config.write_text(written)
     with pytest.raises(CheckpointError) as caught:
         ssl_samix.pretrain(resume=folder.path)
     assert sentence in str(caught.value)

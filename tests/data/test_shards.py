@@ -493,7 +493,9 @@ def test_nothing_found_is_a_sentence(tmp_path):
 
 
 def test_a_protocol_without_its_package_names_it(monkeypatch):
-    with pytest.raises(DataError, match=r"unknown protocol 'htpp': did you mean 'http', 'https' or"):
+    with pytest.raises(
+        DataError, match=r"unknown protocol 'htpp': did you mean 'http', 'https' or"
+    ):
         check_layout("webdataset", "htpp://server/a.tar", False)
 
     def missing(url):
