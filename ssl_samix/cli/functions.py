@@ -50,7 +50,8 @@ class Embedded:
     Attributes:
         folder: The folder with ``features.npy`` and ``paths.csv``.
         features: (N, D) float32, read from the disk when it is used.
-        paths: The image of each row; ``path`` and, where known, ``label``.
+        paths: The image of each row: ``row``, ``path``, ``id`` (the path relative to the images,
+            by which runs are joined) and, of a labelled run's own images, ``label``.
     """
 
     folder: Path
@@ -106,14 +107,13 @@ def embed(run: Source, images: str | os.PathLike[str] | None = None, **settings:
         UserError: For all errors that the command line reports, with the same message.
     """
     import numpy as np
-    from pandas import read_csv
 
     from ssl_samix.evaluation.embed import embed as embedded
-    from ssl_samix.evaluation.embed import parse_embed
+    from ssl_samix.evaluation.embed import parse_embed, read_names
 
     folder = embedded(parse_embed(_words(run, None, {**settings, "images": images})))
     features = np.load(folder / "features.npy", mmap_mode="r")
-    return Embedded(folder, features, read_csv(folder / "paths.csv"))
+    return Embedded(folder, features, read_names(folder))
 
 
 def export(run: Source, format: str, **settings: Any) -> Path:

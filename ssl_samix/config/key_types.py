@@ -82,6 +82,7 @@ TYPES: dict[str, Any] = {
     "finetune.milestones": list[float],
     "format": str | None,
     "image_size": int | None,
+    "limit": int | None,
     "mean": list[float] | None,
     "model": str | None,
     "per_class": int | None,
@@ -91,6 +92,7 @@ TYPES: dict[str, Any] = {
     "show": list[int] | None,
     "std": list[float] | None,
     "strength": float,
+    "table": str | None,
     "workers": int | Auto,
 }
 PATHS = tuple(key for key, kind in TYPES.items() if kind == Path | None)
