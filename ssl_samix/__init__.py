@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         knn,
         linear,
         measures,
+        outliers,
         robustness,
         semi,
     )
@@ -69,6 +70,7 @@ __all__ = [
     "load_encoder",
     "load_mixer",
     "measures",
+    "outliers",
     "pretrain",
     "robustness",
     "semi",
@@ -104,6 +106,7 @@ _HOMES = {
     "load_encoder": "ssl_samix.artifacts.encoder",
     "load_mixer": "ssl_samix.artifacts.mixer",
     "measures": "ssl_samix.cli.functions",
+    "outliers": "ssl_samix.cli.functions",
     "pretrain": "ssl_samix.training.pretrain",
     "robustness": "ssl_samix.cli.functions",
     "semi": "ssl_samix.cli.functions",

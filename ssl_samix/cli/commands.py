@@ -188,6 +188,19 @@ def _embed(words: list[str]) -> None:
     print(embed(parse_embed(words)))
 
 
+def _check_outliers(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.evaluation.outliers import parse_outliers
+
+    parse_outliers(words)
+
+
+def _outliers(words: list[str]) -> None:
+    from ssl_samix.evaluation.outliers import find_outliers, parse_outliers, summary
+
+    request = parse_outliers(words)
+    print(summary(find_outliers(request), request.config.shown))
+
+
 SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "pretrain": _training(
         "learn an encoder from images without labels", "pretrain", "training.pretrain"
@@ -221,6 +234,13 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
     "embed": Subcommand(
         "write the features of a folder of images", "embed", _check_embed, _embed, sweeps=False
+    ),
+    "outliers": Subcommand(
+        "list the most isolated and the most alike images",
+        "outliers",
+        _check_outliers,
+        _outliers,
+        sweeps=False,
     ),
     "export": Subcommand(
         "write an encoder for other libraries and runtimes",

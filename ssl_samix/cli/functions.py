@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
+    from ssl_samix.evaluation.outliers import Outliers
+
 Source = str | os.PathLike[str] | Run
 
 
@@ -114,6 +116,24 @@ def embed(run: Source, images: str | os.PathLike[str] | None = None, **settings:
     folder = embedded(parse_embed(_words(run, None, {**settings, "images": images})))
     features = np.load(folder / "features.npy", mmap_mode="r")
     return Embedded(folder, features, read_names(folder))
+
+
+def outliers(
+    run: Source, images: str | os.PathLike[str] | None = None, **settings: Any
+) -> Outliers:
+    """List the most isolated and the most alike images: ``samix outliers`` as a function.
+
+    Args:
+        run: A run, its folder, a checkpoint, a file of weights, or the name of a model.
+        images: A folder of images; None: the run's training images.
+        **settings: Keys of ``configs/outliers.yaml``.
+
+    Raises:
+        UserError: For all errors that the command line reports, with the same message.
+    """
+    from ssl_samix.evaluation.outliers import find_outliers, parse_outliers
+
+    return find_outliers(parse_outliers(_words(run, None, {**settings, "images": images})))
 
 
 def export(run: Source, format: str, **settings: Any) -> Path:
