@@ -72,7 +72,11 @@ def _training(text: str, command: str, module: str) -> Subcommand:
     def job(words: list[str]) -> None:
         from importlib import import_module
 
-        import_module(f"ssl_samix.{module}").train_from_words(words)
+        from ssl_samix.artifacts.run_folder import RunFolder
+        from ssl_samix.reporting.report import write_wanted
+
+        run = import_module(f"ssl_samix.{module}").train_from_words(words)
+        write_wanted(RunFolder(run.out))
 
     late = ("backbone.options", "trainer.extra", "callbacks.extra", "views.")
     return Subcommand(text, command, check, job, late, trains=True)
@@ -158,6 +162,12 @@ def _runs(words: list[str]) -> str:
     return main(words)
 
 
+def _report(words: list[str]) -> str:
+    from ssl_samix.reporting.report import main
+
+    return main(words)
+
+
 def _recipes(words: list[str]) -> str:
     from ssl_samix.cli.recipes import main
 
@@ -230,6 +240,7 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     ),
     "runs": PlainSubcommand("list run folders", _runs),
     "compare": PlainSubcommand("put the results of several runs into one table", _compare),
+    "report": PlainSubcommand("write an HTML report of runs", _report),
     "study": PlainSubcommand("do a table of runs from one file", _study),
     "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
     "embed": Subcommand(

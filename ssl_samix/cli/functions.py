@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.cli.commands import load_protocol
+from ssl_samix.training import pretrain as _pretraining
 from ssl_samix.training.logging import Run
 from ssl_samix.training.run import as_words
 
@@ -59,6 +62,16 @@ class Embedded:
     folder: Path
     features: np.ndarray
     paths: DataFrame
+
+
+@wraps(_pretraining.pretrain)
+def pretrain(*given: Any, **settings: Any) -> Run:
+    """Pretrain an encoder, and write its report if ``report=True``."""
+    from ssl_samix.reporting.report import write_wanted
+
+    run = _pretraining.pretrain(*given, **settings)
+    write_wanted(RunFolder(run.out))
+    return run
 
 
 def linear(run: Source, data: str | os.PathLike[str] | None = None, **settings: Any) -> Measured:
@@ -176,6 +189,26 @@ def compare(*runs: Source, variants: str = "headline") -> DataFrame:
     wanted = parse_comparison([*map(_path, runs), f"variants={variants}"])
     table = compared(find_results(wanted.paths), wanted.variants == "all")
     return DataFrame(table.rows, columns=[" ".join(filter(None, name)) for name in table.header])
+
+
+def report(*runs: Source, **settings: Any) -> Path:
+    """Write an HTML report of runs: ``samix report`` as a function.
+
+    Args:
+        *runs: Runs or their folders.
+        **settings: Keys of ``configs/report.yaml``.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: For all errors that the command line reports, with the same message.
+    """
+    from ssl_samix.reporting.report import parse_report, write_report
+
+    keys = {key: os.fspath(v) if key == "out" else v for key, v in settings.items()}
+    words = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    return write_report(parse_report([*map(_path, runs), *words]))
 
 
 def _measured(

@@ -66,8 +66,8 @@ class HeldPictures:
         """Return the picture's name: its position in the data set."""
         return self.images.name(index)
 
-    def image(self, index: int) -> Image.Image:
-        """Return one picture."""
+    def image(self, index: int, at_least: int | None = None) -> Image.Image:
+        """Return one picture; it needs no decoding, so ``at_least`` is ignored."""
         return Image.fromarray(self.images.original(index).permute(1, 2, 0).numpy())
 
 
