@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,16 +12,20 @@ import sys
 
 import faiss
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 
 import ssl_samix
 from ssl_samix.cli.main import main
 from ssl_samix.config.compose import quote_paths
 from ssl_samix.errors import DataError
 from ssl_samix.evaluation import embedding as cosine
-from ssl_samix.evaluation.embed import embed, parse_embed
+from ssl_samix.evaluation.embed import embed, parse_embed, read_names
 from tests.conftest import samix_here
 
 TINY = {
@@ -176,8 +181,6 @@ def test_without_a_folder_it_is_the_runs_own_images(run, embedded, monkeypatch):
     assert len(features) == 64
     assert len(set(names)) == 64
     assert all(name.startswith("digits ") for name in names)
-    from sklearn.datasets import load_digits
-
     digit = load_digits().images[int(names[5].split()[-1])]
     image = Image.fromarray((digit * 255 / 16).round().astype(np.uint8))
     own = ssl_samix.load_encoder(run)
@@ -238,9 +241,9 @@ def test_names_that_are_no_text(photos, embedded, run, tmp_path):
     shutil.copy(photos / "00.png", target)
     words = [f"run={run}", f"images={photos}", f"out={tmp_path}/o"]
     out = embed(parse_embed(quote_paths(words)))
-    with (out / "paths.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        written = [row["path"] for row in csv.DictReader(file)]
-    assert os.fsdecode(target) in written
+    names = read_names(out)
+    assert os.fsdecode(target) in names["path"].tolist()
+    assert os.fsdecode(strange) in names["id"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -257,6 +260,8 @@ def test_names_that_are_no_text(photos, embedded, run, tmp_path):
         (["run={run}", "images=one", "out=/dev/null/a"], "cannot make /dev/null/a"),
         (["run={run}", "images=one", "sheet=100"], "sheet must be a number in [0, 64]"),
         (["run={run}", "images=one", "chunk=0"], "chunk must be a number at least 1"),
+        (["run={run}", "images=one", "limit=0"], "limit must be a number at least 1"),
+        (["run={run}", "images=one", "table=xls"], "unknown table 'xls': choose from csv, parquet"),
         (["run={run}", "images=one", "workers=-1"], "workers must be a number at least 0"),
         (["run={run}", "images=one", "index=yes please"], "index needs true or false"),
         (["run={run}", "images=one", "device=tpu"], "device=tpu is not there"),
@@ -277,6 +282,66 @@ def test_mistakes(words, sentence, run, fails, tmp_path, monkeypatch):
     held = {p for folder in (tmp_path, run) for p in folder.rglob("*")}
     assert sentence in fails("embed", *(word.format(run=run) for word in words))
     assert {p for folder in (tmp_path, run) for p in folder.rglob("*")} == held
+
+
+def test_ids_are_paths_relative_to_the_images_and_stay_when_the_folder_moves(
+    run, photos, embedded, tmp_path
+):
+    words = [f"run={run}", "sheet=0", "device=cpu"]
+    _, files, _ = embedded(*words, f"images={photos}", f"out={tmp_path}/a")
+    first = read_names(tmp_path / "a")
+    assert [*first] == ["row", "path", "id"]
+    assert [str(photos / name) for name in first["id"]] == files
+    moved = photos.rename(tmp_path / "NA")
+    (moved / "00.png").rename(moved / "007")  # no image any more
+    (moved / "deep" / "copy.png").rename(moved / "NA.png")
+    embedded(*words, f"images={moved}/", f"out={tmp_path}/b")
+    joined = first.merge(read_names(tmp_path / "b"), on="id")
+    assert len(joined) == 10
+    _, files, _ = embedded(*words, f"images={moved}", f"out={tmp_path}/c", "limit=4")
+    assert len(files) == 4
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_scikit_learn_reads_the_table(run, embedded, tmp_path, kind):
+    words = [f"run={run}", "sheet=0", "device=cpu", f"out={tmp_path}/o"]
+    features, names, out = embedded(*words, "normalise=true", f"table={kind}")
+    table = {"csv": pandas.read_csv, "parquet": pandas.read_parquet}[kind](f"{out}/features.{kind}")
+    assert [*table][:5] == ["row", "path", "id", "label", "f0"]
+    assert table["path"].tolist() == table["id"].tolist() == names
+    columns = table.filter(regex=r"^f\d+$")
+    assert columns.to_numpy() == pytest.approx(features, abs=1e-6)
+    assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-5)
+    digits = load_digits().target[[int(name.split()[-1]) for name in names]]
+    assert table["label"].astype(int).tolist() == digits.tolist()
+    probe = LogisticRegression(C=100, max_iter=1000).fit(columns, table["label"])
+    assert probe.score(columns, table["label"]) > 0.9
+    assert PCA(2).fit_transform(features).shape == (64, 2)
+
+
+def test_tables_of_several_blocks_and_names_that_are_no_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(cosine, "BLOCK", 3)
+    names = pandas.DataFrame({"row": range(8), "id": ['\udcff,"\n', "b", *"cdefgh"]}, dtype=object)
+    features = np.arange(16, dtype=np.float32).reshape(8, 2)
+    for kind in ("csv", "parquet"):
+        cosine.write_table(tmp_path / f"t.{kind}", names, features)
+    table = pandas.read_csv(
+        tmp_path / "t.csv", encoding_errors="surrogateescape", dtype={"id": object}
+    )
+    assert table["id"].tolist() == names["id"].tolist()
+    assert table[["f0", "f1"]].to_numpy().tolist() == features.tolist()
+    table = pandas.read_parquet(tmp_path / "t.parquet")
+    assert table["id"].tolist() == ['\\xff,"\n', *names["id"][1:]]
+    assert table[["f0", "f1"]].to_numpy().tolist() == features.tolist()
+
+
+def test_parquet_without_its_package(run, fails, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        "ssl_samix.evaluation.embed.find_spec", lambda n: None if n == "pyarrow" else there(n)
+    )
+    sentence = "table=parquet needs pyarrow: pip install 'ssl_samix[parquet]'"
+    assert sentence in fails("embed", f"run={run}", "table=parquet")
 
 
 def test_one_image_has_no_neighbours(run, embedded, tmp_path):

@@ -34,7 +34,15 @@ ALLOWED = {
         "pictures",
         "trainer",
     },
-    "reporting": {"artifacts", "config", "data", "methods", "trainer", "training"},
+    "reporting": {
+        "artifacts",
+        "config",
+        "data",
+        "evaluation",
+        "methods",
+        "trainer",
+        "training",
+    },
     "cli": {
         "artifacts",
         "config",

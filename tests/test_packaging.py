@@ -40,8 +40,9 @@ def wheel(source, tmp_path_factory):
 
 def test_every_module_and_configuration_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for path in (ROOT / "ssl_samix").rglob("*.py"):
-        assert str(path.relative_to(ROOT)) in inside
+    for ending in ("*.py", "*.jinja"):
+        for path in (ROOT / "ssl_samix").rglob(ending):
+            assert str(path.relative_to(ROOT)) in inside
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"ssl_samix/configs/{path.relative_to(ROOT / 'configs')}" in inside
     assert "ssl_samix/py.typed" in inside

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "out", "resume", "trainer.max_epochs", "trainer.devices", "trainer.accelerator",
     "trainer.precision", "trainer.num_nodes", "trainer.strategy", "trainer.compile", "data.root",
     "data.workers", "data.memory_gb", "data.download", "callbacks.", "logger.", "config_dir",
+    "report",
 )  # fmt: skip
 
 

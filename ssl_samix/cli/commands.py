@@ -73,7 +73,11 @@ def _training(text: str, command: str, module: str) -> Subcommand:
     def job(words: list[str]) -> None:
         from importlib import import_module
 
-        import_module(f"ssl_samix.{module}").train_from_words(words)
+        from ssl_samix.artifacts.run_folder import RunFolder
+        from ssl_samix.reporting.report import write_wanted
+
+        run = import_module(f"ssl_samix.{module}").train_from_words(words)
+        write_wanted(RunFolder(run.out))
 
     late = ("backbone.options", "trainer.extra", "callbacks.extra", "views.")
     return Subcommand(text, command, check, job, late, trains=True)
@@ -159,6 +163,12 @@ def _runs(words: list[str]) -> str:
     return main(words)
 
 
+def _report(words: list[str]) -> str:
+    from ssl_samix.reporting.report import main
+
+    return main(words)
+
+
 def _recipes(words: list[str]) -> str:
     from ssl_samix.cli.recipes import main
 
@@ -193,6 +203,19 @@ def _embed(words: list[str]) -> None:
     print(embed(parse_embed(words)))
 
 
+def _check_outliers(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.evaluation.outliers import parse_outliers
+
+    parse_outliers(words)
+
+
+def _outliers(words: list[str]) -> None:
+    from ssl_samix.evaluation.outliers import find_outliers, parse_outliers, summary
+
+    request = parse_outliers(words)
+    print(summary(find_outliers(request), request.config.shown))
+
+
 SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     "pretrain": _training(
         "learn an encoder from images without labels", "pretrain", "training.pretrain"
@@ -222,10 +245,18 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
     ),
     "runs": PlainSubcommand("list run folders", _runs),
     "compare": PlainSubcommand("put the results of several runs into one table", _compare),
+    "report": PlainSubcommand("write an HTML report of runs", _report),
     "study": PlainSubcommand("do a table of runs from one file", _study),
     "convert": PlainSubcommand("turn another project's checkpoint into files of ours", _convert),
     "embed": Subcommand(
         "write the features of a folder of images", "embed", _check_embed, _embed, sweeps=False
+    ),
+    "outliers": Subcommand(
+        "list the most isolated and the most alike images",
+        "outliers",
+        _check_outliers,
+        _outliers,
+        sweeps=False,
     ),
     "export": Subcommand(
         "write an encoder for other libraries and runtimes",

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.cli.commands import load_protocol
+from ssl_samix.training import pretrain as _pretraining
 from ssl_samix.training.logging import Run
 from ssl_samix.training.run import as_words
 
 if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
+
+    from ssl_samix.evaluation.outliers import Outliers
 
 Source = str | os.PathLike[str] | Run
 
@@ -50,12 +55,23 @@ class Embedded:
     Attributes:
         folder: The folder with ``features.npy`` and ``paths.csv``.
         features: (N, D) float32, read from the disk when it is used.
-        paths: The image of each row; ``path`` and, where known, ``label``.
+        paths: The image of each row: ``row``, ``path``, ``id`` (the path relative to the images,
+            by which runs are joined) and, of a labelled run's own images, ``label``.
     """
 
     folder: Path
     features: np.ndarray
     paths: DataFrame
+
+
+@wraps(_pretraining.pretrain)
+def pretrain(*given: Any, **settings: Any) -> Run:
+    """Pretrain an encoder, and write its report if ``report=True``."""
+    from ssl_samix.reporting.report import write_wanted
+
+    run = _pretraining.pretrain(*given, **settings)
+    write_wanted(RunFolder(run.out))
+    return run
 
 
 def linear(run: Source, data: str | os.PathLike[str] | None = None, **settings: Any) -> Measured:
@@ -106,14 +122,31 @@ def embed(run: Source, images: str | os.PathLike[str] | None = None, **settings:
         UserError: For all errors that the command line reports, with the same message.
     """
     import numpy as np
-    from pandas import read_csv
 
     from ssl_samix.evaluation.embed import embed as embedded
-    from ssl_samix.evaluation.embed import parse_embed
+    from ssl_samix.evaluation.embed import parse_embed, read_names
 
     folder = embedded(parse_embed(_words(run, None, {**settings, "images": images})))
     features = np.load(folder / "features.npy", mmap_mode="r")
-    return Embedded(folder, features, read_csv(folder / "paths.csv"))
+    return Embedded(folder, features, read_names(folder))
+
+
+def outliers(
+    run: Source, images: str | os.PathLike[str] | None = None, **settings: Any
+) -> Outliers:
+    """List the most isolated and the most alike images: ``samix outliers`` as a function.
+
+    Args:
+        run: A run, its folder, a checkpoint, a file of weights, or the name of a model.
+        images: A folder of images; None: the run's training images.
+        **settings: Keys of ``configs/outliers.yaml``.
+
+    Raises:
+        UserError: For all errors that the command line reports, with the same message.
+    """
+    from ssl_samix.evaluation.outliers import find_outliers, parse_outliers
+
+    return find_outliers(parse_outliers(_words(run, None, {**settings, "images": images})))
 
 
 def export(run: Source, format: str, **settings: Any) -> Path:
@@ -156,6 +189,26 @@ def compare(*runs: Source, variants: str = "headline") -> DataFrame:
     wanted = parse_comparison([*map(_path, runs), f"variants={variants}"])
     table = compared(find_results(wanted.paths), wanted.variants == "all")
     return DataFrame(table.rows, columns=[" ".join(filter(None, name)) for name in table.header])
+
+
+def report(*runs: Source, **settings: Any) -> Path:
+    """Write an HTML report of runs: ``samix report`` as a function.
+
+    Args:
+        *runs: Runs or their folders.
+        **settings: Keys of ``configs/report.yaml``.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: For all errors that the command line reports, with the same message.
+    """
+    from ssl_samix.reporting.report import parse_report, write_report
+
+    keys = {key: os.fspath(v) if key == "out" else v for key, v in settings.items()}
+    words = [f"{key}={value}" for key, value in keys.items() if value is not None]
+    return write_report(parse_report([*map(_path, runs), *words]))
 
 
 def _measured(

@@ -83,6 +83,7 @@ TYPES: dict[str, Any] = {
     "finetune.milestones": list[float],
     "format": str | None,
     "image_size": int | None,
+    "limit": int | None,
     "mean": list[float] | None,
     "model": str | None,
     "per_class": int | None,
@@ -92,6 +93,7 @@ TYPES: dict[str, Any] = {
     "show": list[int] | None,
     "std": list[float] | None,
     "strength": float,
+    "table": str | None,
     "workers": int | Auto,
 }
 PATHS = tuple(key for key, kind in TYPES.items() if kind == Path | None)
