@@ -232,11 +232,9 @@ def write_weights(
     Raises:
         UserError: If the features differ, or the file cannot be written.
     """
-    trunk: Any = encoder.backbone.trunk
-    source = trunk if isinstance(trunk, ResNetTrunk) else trunk.model
     buffer = io.BytesIO()
     # Not converted to a plain dict: some networks read the version stored in the OrderedDict.
-    torch.save(source.state_dict(), buffer)
+    torch.save(library_weights(encoder), buffer)
     content = buffer.getvalue()
     network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True), strict=True)
     check_same(encoder, network.eval(), library)
@@ -246,6 +244,14 @@ def write_weights(
         f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True))",
         "features = model.eval()(images)",
     ]
+
+
+def library_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """Return the encoder's state dict under the parameter names of its library."""
+    trunk: Any = encoder.backbone.trunk
+    weights: dict[str, Tensor]
+    weights = (trunk if isinstance(trunk, ResNetTrunk) else trunk.model).state_dict()
+    return weights
 
 
 def call(function: str, *positional: str, **named: Any) -> str:
@@ -266,6 +272,15 @@ def write_timm(encoder: Encoder, path: Path) -> list[str]:
         ConfigError: If timm has no such model.
         UserError: If the features differ, or the file cannot be written.
     """
+    return write_weights(encoder, path, "timm", *timm_network(encoder))
+
+
+def timm_network(encoder: Encoder) -> tuple[nn.Module, list[str]]:
+    """Return timm's network of an encoder, with random weights, and the lines that make it.
+
+    Raises:
+        ConfigError: If timm has no such model.
+    """
     check_library("timm", encoder.backbone.name)
     made = timm_call(encoder)
     if made is None:
@@ -274,7 +289,7 @@ def write_timm(encoder: Encoder, path: Path) -> list[str]:
         name, arguments = made
         network = timm.create_model(name, pretrained=False, **arguments)
         lines = [f"model = {call('timm.create_model', name, **arguments)}"]
-    return write_weights(encoder, path, "timm", network, ["import timm", "import torch", *lines])
+    return network, ["import timm", "import torch", *lines]
 
 
 def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]] | None:
@@ -379,13 +394,20 @@ def _torchvision_resnet(encoder: Encoder) -> tuple[nn.Module, list[str]]:
     return network, lines
 
 
-def _set_stem(network: nn.Module, trunk: nn.Module, lines: list[str]) -> None:
+def _set_stem(network: nn.Module, trunk: Any, lines: list[str]) -> None:
     """Replace the parts of a ResNet's stem that differ from ours; add the lines that do so."""
-    for part in ("conv1", "bn1", "maxpool"):
+    conv, width = trunk.conv1, trunk.conv1.out_channels
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    texts = {
+        "conv1": f"Conv2d(3, {width}, {kernel}, {stride}, padding={kernel // 2}, bias=False)",
+        "bn1": f"BatchNorm2d({width})",
+        "maxpool": "Identity()",  # differs in the stem for small images only
+    }
+    for part, text in texts.items():
         own = getattr(trunk, part)
         if repr(getattr(network, part)) != repr(own):
             setattr(network, part, copy.deepcopy(own))
-            lines.append(f"model.{part} = torch.nn.{own!r}")
+            lines.append(f"model.{part} = torch.nn.{text}")
 
 
 def _without_classifier(network: nn.Module) -> str:

@@ -116,8 +116,7 @@ def test_the_lines_for_a_small_stem_are_told_word_by_word(tmp_path):
         "block = torchvision.models.resnet.BasicBlock",
         "model = torchvision.models.ResNet(block, [2, 2, 2, 2], "
         "**{'groups': 1, 'width_per_group': 64})",
-        "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), "
-        "bias=False)",
+        "model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, padding=1, bias=False)",
         "model.maxpool = torch.nn.Identity()",
         "model.fc = torch.nn.Identity()",
         f'model.load_state_dict(torch.load("{tmp_path}/it\'s.pth", weights_only=True))',
