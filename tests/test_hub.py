@@ -21,6 +21,7 @@ from PIL import Image
 
 import ssl_samix
 from ssl_samix.artifacts.encoder import load_encoder
+from ssl_samix.artifacts.hub import _fetched
 from ssl_samix.artifacts.model_card import command_line, escaped
 from ssl_samix.artifacts.push import parse_push, push, without_paths
 from ssl_samix.artifacts.results import append_rows
@@ -96,6 +97,8 @@ class Answer(BaseHTTPRequestHandler):
                     for n, c in files.items()
                 ]
             )
+        if rest[:1] == ["revision"] and rest[1] not in ("main", sha):
+            return self.say({"error": "no"}, 404, X_Error_Code="RevisionNotFound")
         names = [{"rfilename": name} for name in files]
         private = hub.private.get(repo, False)
         return self.say({"id": repo, "sha": sha, "private": private, "siblings": names})
@@ -140,6 +143,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
+    _fetched.cache_clear()
     yield server
     server.shutdown()
     server.server_close()
@@ -176,6 +180,8 @@ def test_a_run_comes_back_as_it_was_sent(hub, run, capsys):
     encoder = ssl_samix.load_encoder("hf://ada/digits")
     assert torch.equal(features(encoder), features(load_encoder(run)))
     assert ssl_samix.load_mixer("hf://ada/digits").stage == 3
+    with pytest.raises(UserError, match="hf://ada/digits@old: the repository has no such rev"):
+        ssl_samix.load_encoder("hf://ada/digits@old")
     fetched = {Path(path).name for method, path in hub.asked if "/resolve/" in path}
     assert fetched == {"config.yaml", "encoder.safetensors", "mixer.safetensors"}
 
@@ -195,8 +201,11 @@ def test_commands_take_an_address_and_write_beside_no_cache(hub, run, tmp_path, 
 def test_without_a_network_the_copy_is_used(hub, run, monkeypatch):
     pushed(run)
     before = features(ssl_samix.load_encoder("hf://ada/digits"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
+    assert torch.equal(features(ssl_samix.load_encoder("hf://ada/digits")), before)
+    assert len(hub.asked) == asked, "the hub is asked once in a process"
+    _fetched.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(features(ssl_samix.load_encoder("hf://ada/digits")), before)
     assert len(hub.asked) == asked
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and there is no copy here"):
@@ -340,7 +349,7 @@ def test_the_card_is_filled_from_the_run(hub, run):
         "| seed | 0 |",
         "| licence | cc-by-4.0 |",
         "| knn, during training | digits | last | 50.00 |  |  |",
-        "| knn | digits | chosen | 90 | 359 | 0 |",
+        "| knn | digits | chosen | 90.00 | 359 | 0 |",
     ):
         assert f"\n{line}\n" in card, card
 
@@ -366,13 +375,15 @@ def test_nothing_of_this_machine_is_sent(hub, run):
     kept = without_paths(config)
     assert "secret" not in json.dumps(kept)
     assert kept["callbacks"]["extra"] == kept["trainer"]["extra"] == {}
-    config["data"]["root"] = "/home/ada/secret"
+    config["data"]["root"] = config["init"] = "/home/ada/secret"
+    config["callbacks"]["extra"] = {"DeviceStatsMonitor": {"cpu_stats": True}}
     del config["logger"], config["choices"]["logger"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     pushed(run)
     for name, content in hub.repos["ada/digits"].items():
         assert b"secret" not in content, name
     assert RunFolder(huggingface_hub.snapshot_download("ada/digits")).load_config()
+    assert " init=<run>" in hub.repos["ada/digits"]["README.md"].decode()
 
 
 def test_a_name_cannot_write_into_the_card():
@@ -393,6 +404,7 @@ def test_a_hostile_repository_is_as_harmless_as_a_hostile_folder(hub, run, fails
     assert "views.a._target_ is builtins.open" in fails("knn", "run=hf://ada/digits")
     assert not (tmp_path / "witness").exists()
     hub.repos["ada/digits"] = {"encoder.safetensors": b"\x80\x04 a pickle"}
+    _fetched.cache_clear()
     with pytest.raises(CheckpointError, match="is damaged or no safetensors file"):
         ssl_samix.load_encoder("hf://ada/digits")
     with pytest.raises(ConfigError, match="is not an address on the hub"):

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,19 @@ def local(given: str | os.PathLike[str]) -> Path:
 
     Args:
         given: A path, which may begin with ``~``, or ``hf://<user>/<name>[@<revision>]``. The
-            newest files are downloaded into huggingface_hub's cache; without a network, or with
-            ``HF_HUB_OFFLINE=1``, those that are there are used.
+            newest files are downloaded into huggingface_hub's cache, once in a process; without a
+            network, or with ``HF_HUB_OFFLINE=1``, those that are there are used.
 
     Raises:
         ConfigError: If the address is malformed.
         UserError: If there is no such repository, or no network and no copy.
         CheckpointError: If samix did not write what is there.
     """
-    if not is_remote(given):
-        return expanded(given)
-    address = os.fspath(given)
+    return _fetched(os.fspath(given)) if is_remote(given) else expanded(given)
+
+
+@cache  # a command asks several times, and should see one revision
+def _fetched(address: str) -> Path:
     repo, at, revision = address.removeprefix(PREFIX).partition("@")
     if not re.fullmatch(REPO, repo) or (at and not revision):
         raise ConfigError(f"{address} is not an address on the hub: write hf://<user>/<name>")

@@ -11,10 +11,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_samix.artifacts.hub import is_remote
 from ssl_samix.artifacts.results import read_rows
 from ssl_samix.artifacts.run_folder import RunFolder, command_of, own_choices, read_metrics
-from ssl_samix.config.compose import compose, dotted, groups, in_hydras_grammar, parse, plain
-from ssl_samix.config.key_types import PATHS
+from ssl_samix.config.compose import (
+    PRETRAINED,
+    compose,
+    dotted,
+    groups,
+    in_hydras_grammar,
+    parse,
+    plain,
+)
+from ssl_samix.config.key_types import OPEN_KEYS, PATHS
 from ssl_samix.errors import ConfigError
 from ssl_samix.files import write_atomically
 
@@ -73,6 +84,8 @@ To repeat it:
 """
 MARKUP = r"([\\`*_{}\[\]()<>#|~!&$])"  # what Markdown, HTML or a table would read
 OWN_IMAGES = ("folder", "webdataset")
+# Arguments of any function of a library: some are paths.
+FREE_ARGUMENTS = tuple(key for key in OPEN_KEYS if key != "backbone.options")
 
 
 def write_card(
@@ -174,7 +187,8 @@ def _results(run: RunFolder) -> list[list[Any]]:
     measured = {row.get("folder"): row for row in reversed(read_rows(run.path / "results.csv"))}
     for row in reversed(measured.values()):  # the first row of each evaluation
         if row.get("top1") and row.get("weights") == "own":
-            rows.append([row.get(name) or "" for name in columns])
+            given = {**row, "top1": f"{float(row['top1']):.2f}"}
+            rows.append([given.get(name) or "" for name in columns])
     return rows
 
 
@@ -195,7 +209,7 @@ def command_line(run: RunFolder) -> str:
         default = dotted(plain(compose(command, fitting)[0]))
     except ConfigError:  # a recipe that is no longer there
         default = {}
-    left = {*PATHS, *run.automatic()}
+    left = {*PATHS, *FREE_ARGUMENTS, *run.automatic()}
     keys = [
         f"{key}={_word(value)}"
         for key, value in dotted(plain(config)).items()
@@ -207,8 +221,20 @@ def command_line(run: RunFolder) -> str:
     ]
     words = ["samix", command, *map(shlex.quote, [*chosen, *keys])]
     words += ["data.root=<images>"] if config.data.name in OWN_IMAGES else []
+    words += [_start(key, config) for key in ("init", "mixup.mixer") if _at(config, key)]
     words += ["config_dir=<folder of own choices>"] if own else []
     return " ".join(words)
+
+
+def _at(config: DictConfig, key: str) -> Any:
+    return OmegaConf.select(config, key)
+
+
+def _start(key: str, config: DictConfig) -> str:
+    """Return the argument for the weights that a run began with, without paths."""
+    value = str(_at(config, key))
+    public = value == PRETRAINED or is_remote(value)
+    return f"{key}={shlex.quote(value)}" if public else f"{key}=<run>"
 
 
 def _word(value: Any) -> str:

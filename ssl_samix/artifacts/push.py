@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from ssl_samix.artifacts.hub import FILES, PREFIX, REPO, WEIGHTS, is_remote, reported
-from ssl_samix.artifacts.model_card import write_card
+from ssl_samix.artifacts.model_card import FREE_ARGUMENTS, write_card
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import PRETRAINED, compose, dotted
-from ssl_samix.config.key_types import OPEN_KEYS, PATHS
+from ssl_samix.config.key_types import PATHS
 from ssl_samix.config.saved import read_plain
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.files import expanded
@@ -150,7 +150,7 @@ def without_paths(said: dict[str, Any]) -> dict[str, Any]:
     flat = dotted(said)
     for key in (key for key in PATHS if flat.get(key) not in (None, PRETRAINED)):
         _set(said, key, "own" if key == "config_dir" else None)
-    for key in (key for key in OPEN_KEYS if flat.get(key) and key != "backbone.options"):
+    for key in (key for key in FREE_ARGUMENTS if flat.get(key)):
         _set(said, key, {})
     return said
 

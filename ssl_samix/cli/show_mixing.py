@@ -85,7 +85,8 @@ def _check_run(run: Path, own_images: bool) -> None:
         raise CheckpointError(f"{run} holds no Mixer: it is of a run with mixup={choices['mixup']}")
     name, root = config.data.name, config.data.root
     if own_images and not is_there(name, root):
-        raise DataError(f"the run's images are not in {root} any more: give images=<folder>")
+        gone = f"not in {root} any more" if root else "not with it"
+        raise DataError(f"the run's images are {gone}: give images=<folder>")
 
 
 def _at_least_two(folder: str) -> FolderIndex:
