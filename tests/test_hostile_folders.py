@@ -199,6 +199,7 @@ READERS = {
     "embed": ["embed", "run=run"],
     "show-mixing": ["show-mixing", "run=run"],
     "compare": ["compare", "run"],
+    "push": ["push", "run=run", "repo=ada/run"],
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ssl_samix.artifacts.checkpoints import (
     renamed,
     write_ours,
 )
+from ssl_samix.artifacts.hub import is_remote
 from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.data.images import fit, to_rgb
 from ssl_samix.data.views import normalize
@@ -78,7 +79,8 @@ def load_encoder(run_or_checkpoint: str | os.PathLike[str]) -> Encoder:
 
     Args:
         run_or_checkpoint: A run folder (its ``encoder.safetensors``, or ``last.ckpt`` until the
-            run ends), a checkpoint, or an ``encoder.safetensors``.
+            run ends), a checkpoint, an ``encoder.safetensors``, or ``hf://<user>/<name>``, which is
+            downloaded from the Hugging Face hub.
 
     Returns:
         A module with ``feature_dim``, ``image_size``, ``mean`` and ``std``, mapping (B, 3, H, W) to
@@ -174,16 +176,17 @@ def _networks(
     try:
         path = weights_file(given, "classifier.safetensors")
     except CheckpointError as error:
-        raise _without(expanded(given)) from error
+        raise _without(given) from error
     meta, weights = read_ours(path, IN_CHECKPOINT)
     found = {name: renamed(weights, {f"{name}.": ""}) for name in NETWORKS}
     found = {name: state for name, state in found.items() if state}
     if not meta.get("classes") or not found:
-        raise _without(expanded(given))
+        raise _without(given)
     return path, meta, found
 
 
-def _without(given: Path) -> CheckpointError:
+def _without(source: str | os.PathLike[str]) -> CheckpointError:
+    given = source if is_remote(source) else expanded(source)
     return CheckpointError(
         f"{given} holds no classifier: fit one on its encoder with samix linear run={given}, then "
         "give run=<the results folder that it prints>"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ssl_samix.artifacts.hub import is_remote, local, short_name
 from ssl_samix.artifacts.run_folder import weights_file
 from ssl_samix.config.compose import compose
 from ssl_samix.errors import CheckpointError, ConfigError, check_choice
@@ -58,10 +59,12 @@ def parse_export(words: list[str]) -> ExportRequest:
             "export needs an encoder: run=<run folder, checkpoint or encoder.safetensors>"
         )
     _check_format(config.format)
-    run = expanded(str(config.run))
+    run = local(str(config.run))
     _check_run(run)
     suffix = SUFFIXES[config.format]
     beside = (run / "encoder" if run.is_dir() else run).with_suffix(suffix)
+    if is_remote(str(config.run)):  # not in the cache, into the current folder
+        beside = Path(f"{short_name(config.run)}{suffix}")
     out = beside if config.out is None else expanded(str(config.out))
     if out.suffix.lower() != suffix:
         raise ConfigError(

@@ -5,6 +5,7 @@ TorchScript is not offered: PyTorch has deprecated it in favour of ``torch.expor
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -16,13 +17,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torchvision.models.resnet import BasicBlock
 
 from ssl_samix.artifacts.checkpoints import META
 from ssl_samix.artifacts.encoder import Encoder
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
 from ssl_samix.files import write_atomically
-from ssl_samix.models.libraries import TimmTrunk, TorchvisionTrunk, remove_classifier
-from ssl_samix.models.resnet import ResNetTrunk
+from ssl_samix.models.backbone import check_library
+from ssl_samix.models.libraries import TimmTrunk, remove_classifier
+from ssl_samix.models.resnet import RESNETS, ResNetTrunk
 
 TOLERANCE = 1e-5  # relative to the largest feature, or to 1 if that is larger
 DESCRIPTION = f"{META}.json"  # extra file of a .pt2 that describes the encoder
@@ -30,7 +33,7 @@ INPUT, OUTPUT = "images", "features"
 OPSET = 18  # written by torch's exporter without conversion; onnxruntime reads it since 1.14
 LARGEST = 2**31 - 2**24  # bytes of weights: an ONNX file holds 2 GiB, graph included
 PROPERTIES = ("image_size", "mean", "std", "feature_dim")
-PUBLISHED_WIDTH = 64  # of all ResNets in torchvision and timm
+PUBLISHED_WIDTH = 64  # of the ResNets that torchvision and timm have names for
 
 
 @torch.no_grad()
@@ -220,38 +223,18 @@ def write_weights(
         encoder: Encoder whose weights are written, under the library's parameter names.
         path: The file.
         library: ``torchvision`` or ``timm``.
-        network: Model made by the library's constructor; must load the weights with strict=True.
+        network: Model of the library; must load the weights with strict=True.
         lines: Lines of Python that make this model.
 
     Returns:
-        These lines and those that load the file into ``model`` and use it; for a ResNet with the
-        stem for small images, two more lines that replace its stem.
+        These lines and those that load the file into ``model`` and use it.
 
     Raises:
-        ConfigError: For a ResNet of a width that the library does not build.
         UserError: If the features differ, or the file cannot be written.
     """
-    trunk = encoder.backbone.trunk
-    source: Any = trunk
-    if not isinstance(trunk, ResNetTrunk):
-        source = trunk.model
-    elif (width := encoder.backbone.settings["width"]) != PUBLISHED_WIDTH:
-        raise ConfigError(
-            f"{library} builds {encoder.backbone.name} with a width of {PUBLISHED_WIDTH} only, and "
-            f"this encoder's is {width}: choose format=onnx or format=torch_export"
-        )
-    elif not isinstance(trunk.maxpool, nn.MaxPool2d):
-        network.conv1 = nn.Conv2d(3, PUBLISHED_WIDTH, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-        lines += [
-            f"model.conv1 = torch.nn.Conv2d(3, {PUBLISHED_WIDTH}, 3, padding=1, bias=False)",
-            "model.maxpool = torch.nn.Identity()",
-        ]
-    if library == "torchvision":
-        lines.append(_without_classifier(network))
     buffer = io.BytesIO()
     # Not converted to a plain dict: some networks read the version stored in the OrderedDict.
-    torch.save(source.state_dict(), buffer)
+    torch.save(library_weights(encoder), buffer)
     content = buffer.getvalue()
     network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True), strict=True)
     check_same(encoder, network.eval(), library)
@@ -261,6 +244,14 @@ def write_weights(
         f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True))",
         "features = model.eval()(images)",
     ]
+
+
+def library_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """Return the encoder's state dict under the parameter names of its library."""
+    trunk: Any = encoder.backbone.trunk
+    weights: dict[str, Tensor]
+    weights = (trunk if isinstance(trunk, ResNetTrunk) else trunk.model).state_dict()
+    return weights
 
 
 def call(function: str, *positional: str, **named: Any) -> str:
@@ -278,25 +269,80 @@ def write_timm(encoder: Encoder, path: Path) -> list[str]:
         Lines of Python that make the model, load the file and use it.
 
     Raises:
-        ConfigError: If timm has no such model: a narrow ResNet, or a model of torchvision.
+        ConfigError: If timm has no such model.
         UserError: If the features differ, or the file cannot be written.
     """
+    return write_weights(encoder, path, "timm", *timm_network(encoder))
+
+
+def timm_network(encoder: Encoder) -> tuple[nn.Module, list[str]]:
+    """Return timm's network of an encoder, with random weights, and the lines that make it.
+
+    Raises:
+        ConfigError: If timm has no such model.
+    """
+    check_library("timm", encoder.backbone.name)
+    made = timm_call(encoder)
+    if made is None:
+        network, lines = _timm_resnet(encoder)
+    else:
+        name, arguments = made
+        network = timm.create_model(name, pretrained=False, **arguments)
+        lines = [f"model = {call('timm.create_model', name, **arguments)}"]
+    return network, ["import timm", "import torch", *lines]
+
+
+def timm_call(encoder: Encoder) -> tuple[str, dict[str, Any]] | None:
+    """Return name and arguments of the ``timm.create_model`` that makes an encoder's network.
+
+    None if no call makes it: a model of torchvision, or a ResNet of another width or stem, since
+    timm's have 64 channels and a stride of 4 before the first block.
+    """
     trunk, name = encoder.backbone.trunk, encoder.backbone.name
-    if isinstance(trunk, TorchvisionTrunk):
-        raise ConfigError(
-            f"{name} is a model of torchvision, which timm does not have: "
-            "choose format=torchvision, format=onnx or format=torch_export"
-        )
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no {name}: choose format=onnx or format=torch_export")
     arguments: dict[str, Any] = {"num_classes": 0}
     if isinstance(trunk, TimmTrunk):
         arguments |= encoder.backbone.settings["options"]
         if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
             arguments["img_size"] = encoder.image_size
-    network = timm.create_model(name, pretrained=False, **arguments)
-    made = f"model = {call('timm.create_model', name, **arguments)}"
-    return write_weights(encoder, path, "timm", network, ["import timm", "import torch", made])
+        return name, arguments
+    return (name, arguments) if _is_published(encoder) and timm.is_model(name) else None
+
+
+def _is_published(encoder: Encoder) -> bool:
+    settings = encoder.backbone.settings
+    narrow_or_wide = settings["width"] != PUBLISHED_WIDTH
+    resnet = isinstance(encoder.backbone.trunk, ResNetTrunk)
+    return resnet and not narrow_or_wide and settings["stem"] == "standard"
+
+
+def _timm_resnet(encoder: Encoder) -> tuple[nn.Module, list[str]]:
+    """Return timm's ResNet of the encoder's width and stem, and the lines that make it."""
+    trunk: Any = encoder.backbone.trunk
+    width: int = encoder.backbone.settings["width"]
+    own, blocks, groups, per_group = RESNETS[encoder.backbone.name]
+    block, text = getattr(timm.models.resnet, own.__name__), f"timm.models.resnet.{own.__name__}"
+    channels = tuple(width * 2**stage for stage in range(4))
+    shape = {"cardinality": groups, "base_width": per_group}
+    arguments = {"num_classes": 0, "channels": channels, **shape}
+    network = timm.models.resnet.ResNet(block, blocks, **arguments)
+    lines = [
+        f"block = {text}",
+        f"model = timm.models.resnet.ResNet(block, {blocks}, **{arguments})",
+    ]
+    _set_stem(network, trunk, lines)
+    # timm's constructor made the first block for a stem of 64 channels.
+    if own is BasicBlock:
+        network.layer1[0] = block(width, width)
+        lines.append(f"model.layer1[0] = block({width}, {width})")
+    else:
+        wide = width * block.expansion
+        down = timm.models.resnet.downsample_conv(width, wide, 1)
+        network.layer1[0] = block(width, width, downsample=down, **shape)
+        lines += [
+            f"down = timm.models.resnet.downsample_conv({width}, {wide}, 1)",
+            f"model.layer1[0] = block({width}, {width}, downsample=down, **{shape})",
+        ]
+    return network, lines
 
 
 def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
@@ -306,23 +352,62 @@ def write_torchvision(encoder: Encoder, path: Path) -> list[str]:
         Lines of Python that make the model, load the file and use it.
 
     Raises:
-        ConfigError: If torchvision has no such model: a narrow ResNet, or a model of timm.
+        ConfigError: If torchvision has no such model.
         UserError: If the features differ, or the file cannot be written.
     """
     name, arguments = encoder.backbone.name, {}
-    if isinstance(encoder.backbone.trunk, TimmTrunk):
-        raise ConfigError(
-            f"{name} is a model of timm, whose weights torchvision does not take: "
-            "choose format=timm, format=onnx or format=torch_export"
-        )
-    if name == "googlenet":  # torchvision's default has auxiliary classifiers, an encoder has none
-        arguments = {"aux_logits": False, "init_weights": False}
-    if name not in torchvision.models.list_models():
-        raise ConfigError(f"torchvision has no {name}: choose format=onnx or format=torch_export")
-    network = torchvision.models.get_model(name, weights=None, **arguments)
-    made = f"model = {call(f'torchvision.models.{name}', **arguments)}"
-    lines = ["import torch", "import torchvision", made]
-    return write_weights(encoder, path, "torchvision", network, lines)
+    check_library("torchvision", name)
+    if isinstance(encoder.backbone.trunk, ResNetTrunk) and not _is_published(encoder):
+        network, lines = _torchvision_resnet(encoder)
+    else:
+        if name == "googlenet":  # torchvision's has auxiliary classifiers, an encoder has none
+            arguments = {"aux_logits": False, "init_weights": False}
+        network = torchvision.models.get_model(name, weights=None, **arguments)
+        lines = [f"model = {call(f'torchvision.models.{name}', **arguments)}"]
+    lines.append(_without_classifier(network))
+    return write_weights(
+        encoder, path, "torchvision", network, ["import torch", "import torchvision", *lines]
+    )
+
+
+def _torchvision_resnet(encoder: Encoder) -> tuple[nn.Module, list[str]]:
+    """Return torchvision's ResNet of the encoder's width and stem, and the lines that make it."""
+    trunk: Any = encoder.backbone.trunk
+    width: int = encoder.backbone.settings["width"]
+    block, blocks, groups, per_group = RESNETS[encoder.backbone.name]
+    arguments = {"groups": groups, "width_per_group": per_group}
+    network = torchvision.models.ResNet(block, list(blocks), **arguments)
+    lines = [
+        f"block = torchvision.models.resnet.{block.__name__}",
+        f"model = torchvision.models.ResNet(block, {list(blocks)}, **{arguments})",
+    ]
+    _set_stem(network, trunk, lines)
+    if width != PUBLISHED_WIDTH:
+        network.inplanes = width
+        lines.append(f"model.inplanes = {width}")
+        for stage, count in enumerate(blocks):
+            channels, stride = width * 2**stage, min(stage, 1) + 1
+            layer = network._make_layer(block, channels, count, stride)
+            setattr(network, f"layer{stage + 1}", layer)
+            made = f"model._make_layer(block, {channels}, {count}, {stride})"
+            lines.append(f"model.layer{stage + 1} = {made}")
+    return network, lines
+
+
+def _set_stem(network: nn.Module, trunk: Any, lines: list[str]) -> None:
+    """Replace the parts of a ResNet's stem that differ from ours; add the lines that do so."""
+    conv, width = trunk.conv1, trunk.conv1.out_channels
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    texts = {
+        "conv1": f"Conv2d(3, {width}, {kernel}, {stride}, padding={kernel // 2}, bias=False)",
+        "bn1": f"BatchNorm2d({width})",
+        "maxpool": "Identity()",  # differs in the stem for small images only
+    }
+    for part, text in texts.items():
+        own = getattr(trunk, part)
+        if repr(getattr(network, part)) != repr(own):
+            setattr(network, part, copy.deepcopy(own))
+            lines.append(f"model.{part} = torch.nn.{text}")
 
 
 def _without_classifier(network: nn.Module) -> str:

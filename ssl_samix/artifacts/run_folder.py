@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_samix.artifacts.hub import local
 from ssl_samix.config.compose import (
     check_values,
     compose,
@@ -344,10 +345,15 @@ def _is_number(cell: str) -> bool:
 def weights_file(given: str | os.PathLike[str], name: str) -> Path:
     """Return a file as it is; for a run folder, its file ``name``, else its ``last.ckpt``.
 
+    Args:
+        given: The file, the folder, or an address on the hub, which is downloaded.
+        name: Name of the file.
+
     Raises:
         CheckpointError: If the run folder has neither.
+        UserError: As ``local``.
     """
-    path = expanded(given)
+    path = local(given)
     if not path.is_dir():
         return path
     found = next((f for f in (path / name, RunFolder(path).last) if f.exists()), None)

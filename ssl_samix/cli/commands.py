@@ -109,6 +109,18 @@ def _export(words: list[str]) -> None:
     print(done.usage, file=sys.stderr)  # stdout has the path only, for scripts
 
 
+def _check_push(words: list[str], _sweeping: bool) -> None:
+    from ssl_samix.artifacts.push import parse_push
+
+    parse_push(words)
+
+
+def _push(words: list[str]) -> None:
+    from ssl_samix.artifacts.push import parse_push, push
+
+    print(push(parse_push(words)))
+
+
 def _protocol(text: str, name: str, module: str, labels: bool = True) -> Subcommand:
     """Return the subcommand of ``eval_protocols/<module>.py`` with configuration ``name``.
 
@@ -264,5 +276,8 @@ SUBCOMMANDS: dict[str, Subcommand | PlainSubcommand] = {
         _check_export,
         _export,
         sweeps=False,
+    ),
+    "push": Subcommand(
+        "send a run to the Hugging Face hub", "push", _check_push, _push, sweeps=False
     ),
 }

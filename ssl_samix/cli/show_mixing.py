@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssl_samix.artifacts.hub import is_remote, local, short_name
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import compose
 from ssl_samix.data.folder import FolderIndex, given_images, join_names
@@ -59,10 +60,12 @@ def parse_show_mixing(words: list[str]) -> ShowMixingRequest:
         check_range("lams", lam, 0, 1)
     check_range("rows", config.rows, 1, MOST_ROWS)
     check_range("seed", config.seed, 0)
-    run = expanded(str(config.run))
+    run = local(str(config.run))
     _check_run(run, own_images=config.images is None)
     images = None if config.images is None else _at_least_two(str(config.images))
     beside = (run if run.is_dir() else run.parent) / "mixing.png"
+    if is_remote(str(config.run)):  # not in the cache, into the current folder
+        beside = Path(f"{short_name(config.run)}-mixing.png")
     out = beside if config.out is None else expanded(str(config.out))
     if out.suffix.lower() != ".png":
         raise ConfigError(f"out={out}: the picture is a PNG, give it a name that ends in .png")
@@ -82,7 +85,8 @@ def _check_run(run: Path, own_images: bool) -> None:
         raise CheckpointError(f"{run} holds no Mixer: it is of a run with mixup={choices['mixup']}")
     name, root = config.data.name, config.data.root
     if own_images and not is_there(name, root):
-        raise DataError(f"the run's images are not in {root} any more: give images=<folder>")
+        gone = f"not in {root} any more" if root else "not with it"
+        raise DataError(f"the run's images are {gone}: give images=<folder>")
 
 
 def _at_least_two(folder: str) -> FolderIndex:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
 from ssl_samix.artifacts.description import META, described
+from ssl_samix.artifacts.hub import is_remote, local, short_name
 from ssl_samix.artifacts.run_folder import RunFolder
 from ssl_samix.config.compose import absolute, compose, groups, parse, plain
 from ssl_samix.config.saved import merged
@@ -18,7 +19,6 @@ from ssl_samix.data.folder import scan, wanted_labels
 from ssl_samix.data.layout import check_layout
 from ssl_samix.data.shards import index, is_url, numbered
 from ssl_samix.errors import CheckpointError, ConfigError, DataError, check_choice, check_range
-from ssl_samix.files import expanded
 
 WEIGHTS = ("own", "random", "pretrained")
 UNLABELLED = (
@@ -44,6 +44,8 @@ class Origin:
     @property
     def home(self) -> Path:
         """The folder for its results."""
+        if is_remote(self.given):  # whose copy is in a cache
+            return Path("runs") / short_name(self.given)
         if self.run is not None:
             return self.run.path
         if self.path is None:
@@ -74,7 +76,7 @@ def find_origin(given: str, weights: str) -> Origin:
     Raises:
         CheckpointError: If, judging by the name alone, it is none of them.
     """
-    path = expanded(given)
+    path = local(given)
     if path.is_dir():
         run = RunFolder(path)
         if run.encoder.exists() or run.last.exists():

@@ -230,6 +230,26 @@ class Backbone(nn.Module):
         return self.trunk(self._in_memory_format(images))
 
 
+def other_library(name: str) -> str | None:
+    """Return the library, ``timm`` or ``torchvision``, that has no model like this backbone.
+
+    None for ResNets, which both libraries can build in any width and with either stem.
+    """
+    if name in RESNETS:
+        return None
+    return "torchvision" if _library(name) == "timm" else "timm"
+
+
+def check_library(library: str, name: str) -> None:
+    """Raise ``ConfigError`` if a backbone's weights do not fit a model of ``library``."""
+    if library == other_library(name):
+        own = _library(name)
+        raise ConfigError(
+            f"{name} is a model of {own}, whose weights {library} does not take: choose "
+            f"format={own}, format=onnx or format=torch_export"
+        )
+
+
 def _library(name: str) -> str:
     """Return the library that has a model of this name: timm first, which has maps of more models.
 

@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ssl_samix.artifacts.results import write_rows
 from ssl_samix.artifacts.run_folder import RunFolder, read_metrics
 from ssl_samix.data.datamodule import DataModule
+from ssl_samix.models.backbone import other_library
 from ssl_samix.training.monitors import Monitor
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def announce(
     purpose: str,
     automatic: Mapping[str, Any],
 ) -> None:
-    """Print what the run will do, including settings that were chosen automatically."""
+    """Print what the run will do, with automatic settings and an export format it cannot have."""
     if not trainer.is_global_zero:
         return
     splits, backbone = data.splits, module.backbone.settings
@@ -338,6 +339,8 @@ def announce(
         "machine": f"{trainer.world_size} x {device}{threads}, precision {trainer.precision}",
         "out": f"{folder.path}" + (", resumed from last.ckpt" if folder.last.exists() else ""),
     }
+    if other := other_library(backbone["name"]):
+        rows["export"] = f"every format of samix export but {other}, which has no such model"
     if automatic:
         rows["auto"] = ", ".join(
             f"{key}={value:.4g}" for key, value in automatic.items() if key[:8] != "views.b."

@@ -19,6 +19,9 @@ ENCODERS = {
     "small resnet10": {"name": "resnet10", "image_size": 32},
     "narrow": {"name": "resnet18", "image_size": 32, "width": 8},
     "narrow_standard": {"name": "resnet18", "image_size": 64, "width": 8},
+    "wide resnet10": {"name": "resnet10", "image_size": 32, "width": 80},
+    "narrow resnet50": {"name": "resnet50", "image_size": 64, "width": 16},
+    "narrow resnext": {"name": "resnext50_32x4d", "image_size": 32, "width": 16},
     "vit": {
         "name": "vit_tiny_patch16_224",
         "image_size": 32,

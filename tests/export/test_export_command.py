@@ -15,6 +15,7 @@ from ssl_samix.artifacts.encoder import load_encoder, save_encoder
 from ssl_samix.artifacts.export import parse_export
 from ssl_samix.artifacts.export_formats import check_same
 from ssl_samix.errors import CheckpointError, ConfigError, UserError
+from tests.conftest import samix_here
 from tests.export.conftest import backbone_and_meta, exported, saved
 
 
@@ -89,6 +90,14 @@ def test_a_mistake_is_told_before_heavy_imports(run, tmp_path):
         "out=a.pth: give the file of format=torch_export a name that ends in .pt2",
         "[]",
     ]
+
+
+def test_the_start_of_a_run_names_the_format_that_it_cannot_have(tmp_path):
+    words = ["pretrain", "data.limit=32", "data.batch_size=16", "trainer.max_epochs=1"]
+    vit = "backbone.options={patch_size:8,embed_dim:24,depth:4,num_heads:2}"
+    printed = samix_here(*words, "backbone=vit_tiny", vit, "out=vit", cwd=tmp_path)
+    assert "export    every format of samix export but torchvision, which has no" in printed
+    assert "\nexport " not in samix_here(*words, "backbone.width=4", "out=resnet", cwd=tmp_path)
 
 
 def test_a_checkpoint_is_exported_as_its_run_is(tmp_path):
