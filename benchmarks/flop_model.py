@@ -32,15 +32,15 @@ class Policy:
     maps: tuple[int, int, int] = (0, 0, 0)
     targets: tuple[int, int, int] = (0, 0, 0)
 
-    def passes(self, method: str) -> float:
-        """Return the mean passes of a step, in F."""
+    def passes(self, method: str, size: float = 1.0) -> float:
+        """Return the mean passes of a step, in F; mixtures have ``size`` times the views' side."""
         total = PLAIN[method]
         if "mixup=none" in self.words:
             return total
         if self.beside:
-            total += LEARNING
+            total += LEARNING * size**2
         if self.every:
-            total += FROZEN / self.every
+            total += FROZEN * size**2 / self.every
         place = list(PLAIN).index(method)
         return total + MAPS * self.maps[place] + self.targets[place]
 

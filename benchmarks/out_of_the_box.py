@@ -11,6 +11,7 @@ and `samix linear` measure its encoder. A finished side has a row and is not rep
 `none`          likewise, with `mixup=none`
 `tuned`         likewise, with the arguments of `--tuned`
 `lightly-<m>`   lightly's PyTorch example of simclr, moco or byol, its settings and views
+`train-<m>`     LightlyTrain's own command, with its method simclr or dino
 `pixels`        raw pixels, no network
 `untrained`     the network as it is initialised
 """
@@ -27,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightly_command
 import pytorch_lightning as pl
 import torch
 from common import MEAN, METHODS, STD, Options, exit_on_error, print_header, print_table, progress
@@ -48,6 +50,7 @@ from ssl_samix.training.pretrain import train_from_words
 
 BATCH = 256  # of lightly's examples
 CALIBRATION = 3  # epochs; the last one is timed
+TRAIN = ("train-simclr", "train-dino")
 OURS = ("default", "none", "tuned")
 COLUMNS = ("side", "minutes", "seed", "epochs", "knn_top1", "linear_top1", "cpu_seconds", "words")
 
@@ -143,6 +146,21 @@ def measured(side: str, args: argparse.Namespace, seed: int, minutes: float) -> 
         data, backbone = data_and_network(words, seed)
         save(backbone, data, out)
         spent = ["", ""]
+    elif side in TRAIN:
+        data, backbone = data_and_network(words, seed)
+        method, trunk = side.removeprefix("train-"), backbone.trunk
+        images, width = data.splits.train, backbone.feature_dim
+        epochs, seconds = lightly_command.train(
+            method,
+            trunk,
+            width,
+            images,
+            seed,
+            60 * minutes,
+            out,  # type: ignore[arg-type]
+        )
+        save(backbone, data, out)
+        spent = [str(epochs), f"{seconds:.0f}"]
     else:
         start = time.process_time()
         epochs = lightly(side.removeprefix("lightly-"), words, seed, 60 * minutes, out)
@@ -155,9 +173,9 @@ def measured(side: str, args: argparse.Namespace, seed: int, minutes: float) -> 
 @exit_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and measure each side that has no row yet, and print the table."""
-    sides = [*OURS, *(f"lightly-{method}" for method in METHODS), "untrained", "pixels"]
+    sides = [*OURS, *(f"lightly-{method}" for method in METHODS), *TRAIN, "untrained", "pixels"]
     parser = Options(__doc__, cpu={}, cuda={}, about={})
-    parser.add_argument("--sides", default=",".join(s for s in sides if s != "tuned"))
+    parser.add_argument("--sides", default=",".join(s for s in sides if s not in ("tuned", *TRAIN)))
     parser.add_argument("--minutes", default="5", help="CPU minutes of training, comma-separated")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--tuned", default="", help="arguments of the side tuned, in quotes")

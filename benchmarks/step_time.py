@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from common import (
@@ -83,25 +84,26 @@ class Comparison:
         """Yield a row of the table per side."""
         for (name, precision), meter in self.meters.items():
             key, step = (name, precision), median(meter.seconds)
-            ours = name != LIGHTLY
+            is_ours = name != LIGHTLY
             against = self.over((LIGHTLY, "32-true"), key) if name == "none" else None
             plain = POLICIES["none"].passes(self.method)
             peak = memory.get((self.method, *key), meter.peak / MIB)
             yield [
                 self.method,
-                name if ours else "lightly as shipped",
+                name if is_ours else "lightly as shipped",
                 precision,
                 f"{1e3 * step:.1f}",
                 f"{self.args.batch / step:.0f}",
                 cell(against),
-                cell(self.over(key, ("none", precision))) if ours else "",
-                cell(self.flops_over_plain(key)) if ours else "",
+                cell(self.over(key, ("none", precision))) if is_ours else "",
+                cell(self.flops_over_plain(key)) if is_ours else "",
                 # The model knows passes of large views only.
-                cell(POLICIES[name].passes(self.method) / plain)
-                if ours and not self.args.small
-                else "",
+                cell(self._passes(name) / plain) if is_ours and not self.args.small else "",
                 f"{peak:.0f}" if peak else "",
             ]
+
+    def _passes(self, name: str) -> float:
+        return POLICIES[name].passes(self.method, mixture_size(self.method, name, self.args))
 
     def goals(self) -> dict[str, float]:
         """Return the values of the targets, for the first precision."""
@@ -129,9 +131,19 @@ def keys(args: argparse.Namespace) -> list[tuple[str, str]]:
 def side(method: str, name: str, precision: str, args: argparse.Namespace) -> LightlySide | OurSide:
     if name == LIGHTLY:
         return LightlySide(method, args.backbone, args.size, args.width, args.device)
-    words = [*POLICIES[name].words, *args.set]
-    config = configuration(method, args.backbone, args.width, words)
-    return OurSide(config, args.size, args.batch, precision, args.device)
+    return OurSide(ours(method, name, args), args.size, args.batch, precision, args.device)
+
+
+def ours(method: str, name: str, args: argparse.Namespace) -> Any:
+    """Return the configuration of a policy."""
+    words = [*POLICIES[name].words, f"data.image_size={args.size}", *args.set]
+    return configuration(method, args.backbone, args.width, words)
+
+
+def mixture_size(method: str, name: str, args: argparse.Namespace) -> float:
+    """Return the side of a policy's mixtures, as a share of the views'."""
+    config = ours(method, name, args)
+    return round(args.size * config.mixup.size) / args.size if config.mixup else 1.0
 
 
 def random_views(args: argparse.Namespace) -> Views:

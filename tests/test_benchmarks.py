@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_rel
 
+from ssl_samix.artifacts.encoder import load_encoder
 from ssl_samix.artifacts.mixer import save_mixer
 from ssl_samix.artifacts.results import read_rows
 from ssl_samix.data.datasets import load_splits
@@ -286,6 +287,24 @@ def test_out_of_the_box(bench, tmp_path):
     before = (tmp_path / "rows.csv").read_bytes()
     bench("out_of_the_box", *words)  # does nothing again
     assert (tmp_path / "rows.csv").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_per_second(bench, tmp_path):
+    words = [
+        "--variants",
+        "same67,progressive_none",
+        "--minutes",
+        "0.01",
+        "--out",
+        tmp_path / "out",
+    ]
+    words += ["--csv", tmp_path / "rows.csv", "data=digits", "data.limit=64", "backbone.width=4"]
+    _, (rows,) = bench("per_second", *words)
+    assert [row["variant"] for row in rows] == ["same67", "progressive_none"]
+    assert all(float(row[f"linear{of}"]) > 10 for row in rows for of in ("", "_ema", "_bn"))
+    loaded = {name: load_encoder(tmp_path / "out" / "same67-s0" / name) for name in ("ema", "bn")}
+    assert not torch.equal(*(e.backbone.trunk.conv1.weight for e in loaded.values()))
 
 
 def test_what_mixtures_have_in_common(monkeypatch):

@@ -59,20 +59,21 @@ def test_what_is_typed_wins():
     words = ["method=simclr", "optimizer.lr=0.01", "trainer.max_epochs=3", "data.batch_size=10"]
     config, choices = compose("pretrain", words)
     found = resolve_auto(config, choices, 1000, {"data.batch_size": 64})
-    assert found == {"optimizer.warmup_epochs": pytest.approx(0.15), "mixup.size": 0.67}
+    assert found == {"optimizer.warmup_epochs": pytest.approx(0.15), "mixup.size": 1}
     assert (config.optimizer.lr, config.trainer.max_epochs, config.data.batch_size) == (0.01, 3, 10)
 
 
 @pytest.mark.parametrize(
     ("command", "words", "size"),
     [
-        ("pretrain", [], 0.67),
-        ("pretrain", ["mixup=mixup"], 0.67),
-        ("pretrain", ["mixup=mixup", "mixup.placement=replace"], 1),
-        ("pretrain", ["backbone=vit_tiny"], 1),  # has positions for one size
+        ("pretrain", ["data=folder"], 0.67),
+        ("pretrain", ["data=cifar10", "mixup=mixup"], 0.67),
+        ("pretrain", ["data=digits"], 1),  # 16 px
+        ("pretrain", ["data=cifar10", "mixup=mixup", "mixup.placement=replace"], 1),
+        ("pretrain", ["data=cifar10", "backbone=vit_tiny"], 1),  # has positions for one size
         ("pretrain", ["mixup.size=0.5"], None),
         ("pretrain", ["mixup=none"], None),
-        ("supervised", [], 1),
+        ("supervised", ["data=cifar10"], 1),
     ],
 )
 def test_mixtures_beside_the_views_of_a_resnet_are_smaller(command, words, size):

@@ -22,6 +22,7 @@ from ssl_samix.cli.commands import SUBCOMMANDS, PlainSubcommand, load_protocol
 from ssl_samix.cli.main import main
 from ssl_samix.config.compose import compose, groups, keys_of
 from ssl_samix.training import run as fitting
+from ssl_samix.training.logging import Run
 
 OLD = Path(__file__).parent / "old_run"
 EXAMPLES = int(os.environ.get("SAMIX_EXAMPLES", "8"))
@@ -84,8 +85,9 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(folder))
-        for name in ("_fit", "finish", "announce"):
+        for name in ("_fit", "announce"):
             patch.setattr(fitting, name, lambda *given: None)
+        patch.setattr(fitting, "finish", lambda trainer, run, monitor: Run(run.path, {}))
         patch.setattr(fitting.Mode, "save", lambda *given: None)
         for name in ("linear", "knn", "semi_supervised", "measures", "robustness"):
             patch.setattr(load_protocol(name), "run", lambda request: None)

@@ -120,7 +120,8 @@ def _check_own_images(origin: Origin) -> None:
         raise ConfigError(f"run={origin.given} names no images: give images=<folder>")
     data = origin.run.load_config()[0].data
     if not is_there(data.name, data.root):
-        raise DataError(f"the run's images are not in {data.root} any more: give images=<folder>")
+        gone = f"not in {data.root} any more" if data.root else "not with it"
+        raise DataError(f"the run's images are {gone}: give images=<folder>")
 
 
 def _out(given: Any, origin: Origin, name: str) -> Path:

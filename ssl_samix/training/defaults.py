@@ -14,7 +14,7 @@ from ssl_samix.models.resnet import RESNETS
 AUTO = "auto"
 IMAGES_SEEN = 100_000  # per run, with repetition: about two CPU minutes at 16 px
 EPOCHS = (20, 200)  # minimum and maximum
-MIXTURE_SIZE = 0.67  # of the views' side
+MIXTURE_SIZE, SHRUNK_FROM = 0.67, 24  # of the views' side; px, of the views
 WARMUP = 0.05  # fraction of the run
 LARGEST_QUEUE = 65536  # keys, as in MoCo's paper for ImageNet
 # Learning rates of SGD at batch size 256, by method.
@@ -56,9 +56,14 @@ def queue_size(config: DictConfig, choices: dict[str, str], images: int) -> int:
 
 
 def mixture_size(config: DictConfig, choices: dict[str, str], images: int) -> float:
-    """Return 2/3 for mixtures beside the views of a ResNet, which takes any size, else 1."""
+    """Return 2/3 for mixtures beside the views of a ResNet, which takes any size, else 1.
+
+    Views that are known to be smaller than 24 px stay whole: a Mixer gains nothing there.
+    """
     beside = "method" in choices and config.mixup.placement != "replace"
-    return MIXTURE_SIZE if beside and config.backbone.name in RESNETS else 1.0
+    side = config.data.image_size
+    large = side == AUTO or side >= SHRUNK_FROM
+    return MIXTURE_SIZE if beside and large and config.backbone.name in RESNETS else 1.0
 
 
 # The order matters: later rules read values that earlier ones have set.

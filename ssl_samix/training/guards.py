@@ -134,9 +134,9 @@ class FiniteLoss(pl.Callback):
 FLAT = 0.02  # spatial standard deviation of the masks; one of 0 and 1 in equal parts has 0.5
 LOWEST_SLOPE = 0.5  # of masks' shares on their ratios; 1 is correct, 0 is independent of them
 FEW_STEPS = 200  # in shorter runs a Mixer may stay near plain mixup
-# Epochs in a row whose gain is below 0: at least 2, and a tenth of the run. It is measured in a
+# Epochs in a row whose gain is below 0: at least 3, and a tenth of the run. It is measured in a
 # few steps of each epoch, and noisy near 0.
-LOSING_EPOCHS, LOSING_SHARE = 2, 0.1
+LOSING_EPOCHS, LOSING_SHARE = 3, 0.1
 ONE_SIDED = 0.9  # share of mixtures that copy one parent although their ratio is not near 0 or 1
 EARLY = 0.1  # share of the mixed part of the run; masks of the published form are flat at first
 _log = logging.getLogger(__name__)

