@@ -72,6 +72,7 @@ def test_what_is_typed_wins():
         ("pretrain", ["data=cifar10", "mixup=mixup", "mixup.placement=replace"], 1),
         ("pretrain", ["data=cifar10", "backbone=vit_tiny"], 1),  # has positions for one size
         ("pretrain", ["mixup.size=0.5"], None),
+        ("pretrain", ["data=cifar10", "mixup=samix_paper"], None),  # whole, as published
         ("pretrain", ["mixup=none"], None),
         ("supervised", ["data=cifar10"], 1),
     ],

@@ -156,6 +156,7 @@ def test_its_networks_make_a_step_at_their_full_size(name):
         method = build(config.method, backbone=backbone, **parts)
     else:
         method = build(config.classifier, backbone=backbone, classes=CLASSES[kind], **parts)
+        assert method.mixed_projector is not None, "a head for mixtures, as published"
     rows = torch.arange(images)
     # Beta's samples cannot be drawn on meta.
     method.mixing.draw = lambda _: MixPlan(torch.rand(images), rows, rows)
